@@ -1,0 +1,133 @@
+/* powerinfer: the native engine's whole interface. Plain C, token ids only, no text, no I/O but the artifact.
+ *
+ * Every call that can fail returns a pi_status; pi_last_error() has the message of the calling thread's last failure.
+ * Nothing throws across this header, prints, or runs a program. A handle belongs to one thread at a time.
+ * Structs carry their size in `struct_size`, set by the caller, so that they can grow. */
+#ifndef POWERINFER_H
+#define POWERINFER_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(_WIN32)
+#define PI_API __declspec(dllexport)
+#else
+#define PI_API __attribute__((visibility("default")))
+#endif
+
+#define PI_ABI_VERSION 1u
+
+typedef enum {
+    PI_OK = 0,
+    PI_ERROR_ARGUMENT = 1,    /* a call's arguments are out of range */
+    PI_ERROR_IO = 2,          /* the file cannot be opened or read */
+    PI_ERROR_TRUNCATED = 3,   /* the file ends too early */
+    PI_ERROR_MALFORMED = 4,   /* the file breaks the format's rules */
+    PI_ERROR_MISMATCH = 5,    /* a tensor or key is missing or has the wrong type or shape */
+    PI_ERROR_UNSUPPORTED = 6, /* valid, but not something this engine runs */
+    PI_ERROR_MEMORY = 7,      /* an allocation failed */
+    PI_ERROR_INTERNAL = 8     /* a defect of the engine */
+} pi_status;
+
+/* How a layer chooses its neurons. AUTO is what the artifact says, layer by layer. */
+typedef enum {
+    PI_MODE_AUTO = 0,      /* gate or predictor, as the artifact's layers say */
+    PI_MODE_DENSE = 1,     /* all neurons */
+    PI_MODE_GATE = 2,      /* the gate row of every neuron, up and down where it fires: exact */
+    PI_MODE_PREDICTOR = 3  /* gate rows only of what the predictor lets through; AUTO where a layer has none */
+} pi_mode;
+
+typedef struct pi_model pi_model;     /* weights, read only; may be shared by sessions */
+typedef struct pi_session pi_session; /* KV cache, scratch, threads, sampler state */
+
+typedef struct {
+    uint32_t struct_size;
+    uint32_t n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim, n_vocab, n_ctx_train;
+    uint64_t weight_bytes; /* all tensors as held in memory */
+} pi_model_info;
+
+typedef struct {
+    uint32_t struct_size;
+    uint32_t n_ctx;     /* positions the KV cache holds; 1 .. n_ctx_train */
+    uint32_t n_threads; /* 1 .. 256 */
+    uint32_t mode;      /* pi_mode */
+    uint32_t uncut;     /* not 0: ignore the activation thresholds (the model before it was cut) */
+    uint32_t kernels;   /* 0: the best for this processor; 1: scalar; 2: AVX2 */
+} pi_session_params;
+
+/* What was done since the session was made or pi_session_reset_stats. Bytes are weight and KV bytes that were read. */
+typedef struct {
+    uint32_t struct_size;
+    uint64_t n_decode, n_prefill; /* tokens */
+    uint64_t bytes_decode;        /* read by decoding, all parts */
+    uint64_t neurons_active;      /* fired, decode, over tokens and layers */
+    uint64_t neurons_computed;    /* gate rows computed, decode */
+    uint64_t neurons_total;       /* n_ff over tokens and layers, decode */
+    /* seconds of decode: attention, predictor + FFN, output head, everything else */
+    double seconds_attention, seconds_ffn, seconds_head, seconds_other;
+    uint64_t bytes_attention, bytes_predictor, bytes_gate, bytes_updown, bytes_head;
+} pi_stats;
+
+/* One layer's selection against the truth, counted by pi_score (neuron occurrences over tokens). */
+typedef struct {
+    uint64_t n_tokens, n_true, n_predicted, n_hit;
+} pi_layer_score;
+
+typedef struct {
+    uint32_t struct_size;
+    float temperature; /* 0: greedy */
+    uint32_t top_k;    /* 0: off */
+    float top_p;       /* 1: off */
+    float min_p;       /* 0: off */
+    float repeat_penalty; /* 1: off */
+    uint32_t repeat_last_n;
+} pi_sampling;
+
+PI_API uint32_t pi_abi_version(void);
+PI_API const char* pi_last_error(void); /* valid until the thread's next failing call */
+PI_API const char* pi_kernels(uint32_t which); /* name of the kernels that `kernels = which` selects, or NULL */
+PI_API void pi_set_log(void (*log)(int level, const char* message, void* user), void* user);
+
+/* Checks the whole header against the format's rules; reads no tensor data. */
+PI_API pi_status pi_check(const char* path);
+PI_API pi_status pi_model_open(const char* path, pi_model** out);
+PI_API void pi_model_close(pi_model* model);
+PI_API pi_status pi_model_get_info(const pi_model* model, pi_model_info* out);
+
+PI_API pi_status pi_session_open(pi_model* model, const pi_session_params* params, pi_session** out);
+PI_API void pi_session_close(pi_session* session);
+PI_API pi_status pi_session_bytes(const pi_session* session, uint64_t* kv_bytes, uint64_t* scratch_bytes);
+
+/* Appends tokens to the context through the matrix-matrix path (all neurons). logits: [n_vocab] of the last, or NULL. */
+PI_API pi_status pi_prefill(pi_session* session, const int32_t* tokens, size_t n, float* logits);
+/* Appends one token through the sparse path; the logits stay in the session for pi_sample, and in `logits` if given. */
+PI_API pi_status pi_decode(pi_session* session, int32_t token, float* logits);
+/* As pi_prefill, but only the neurons that the session's mode selects contribute, and logits are [n, n_vocab].
+ * scores: [n_layer] added to, or NULL. */
+PI_API pi_status pi_score(pi_session* session, const int32_t* tokens, size_t n, float* logits, pi_layer_score* scores);
+/* Forgets everything from position n on. */
+PI_API pi_status pi_truncate(pi_session* session, size_t n);
+PI_API pi_status pi_position(const pi_session* session, size_t* n);
+
+/* Seeds the sampler: same seed, same calls, same tokens. */
+PI_API pi_status pi_seed(pi_session* session, uint64_t seed);
+/* Draws the next token from the last logits. recent: the ids that repeat_penalty looks at, oldest first. */
+PI_API pi_status pi_sample(pi_session* session, const pi_sampling* sampling, const int32_t* recent, size_t n_recent,
+                           int32_t* token);
+
+PI_API pi_status pi_session_get_stats(const pi_session* session, pi_stats* out);
+PI_API pi_status pi_session_reset_stats(pi_session* session);
+
+/* Measures memory reads with n_threads: bytes are read in sequence, or as `row_bytes` long rows of which one in
+ * `stride_rows` is taken (1: all). Returns bytes per second, the median of `repeats`. */
+PI_API pi_status pi_measure_memory(uint32_t n_threads, uint64_t buffer_bytes, uint64_t row_bytes, uint32_t stride_rows,
+                                   uint32_t repeats, double* bytes_per_s);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,86 @@
+// Every numeric operation of the engine, as one table of functions. `scalar()` is the definition of each operation;
+// other tables compute the same, faster, within the bounds that tests/test_ops.cpp states. Sizes are elements.
+// All sums run in a fixed order that depends on the sizes alone: never on threads, nor on which neurons are skipped.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "gguf.h"
+
+namespace pi {
+
+constexpr size_t QK = 32;         // elements of a quantised block
+constexpr size_t TILE_ROWS = 16;  // rows (or columns) of a packed tile in the matrix-matrix path
+
+// ggml's block layouts.
+struct BlockQ8_0 { uint16_t d; int8_t q[QK]; };      // x = d * q
+struct BlockQ4_0 { uint16_t d; uint8_t q[QK / 2]; }; // low nibbles: x[0..15], high nibbles: x[16..31]; x = d * (q - 8)
+static_assert(sizeof(BlockQ8_0) == 34 && sizeof(BlockQ4_0) == 18);
+
+// A vector quantised for the dot product with Q8_0 and Q4_0 rows: x = d * q, sum = d * (sum of q).
+struct BlockX8 { float d; float sum; int8_t q[QK]; };
+
+// What a weight row is multiplied with: both forms of one vector. q8 may be NULL where no quantised row will be met.
+struct Vector {
+    const float* f;      // [n]
+    const BlockX8* q8;   // [n / QK]
+};
+
+struct Ops {
+    const char* name;
+
+    // x (n) -> out (n / QK blocks); round to nearest, d = max|x| / 127; NaN or Inf in x gives NaN in d.
+    void (*quantize_x8)(size_t n, const float* x, BlockX8* out);
+
+    // out[i] = row_i . x for i < n_rows; row_i lies at `rows + i * stride` bytes. n: elements of a row.
+    void (*matvec)(Type type, size_t n, const uint8_t* rows, size_t stride, size_t n_rows, Vector x, float* out);
+    // The same for rows that are picked: out[i] = row_{ids[i]} . x; prefetches the row after next.
+    void (*matvec_picked)(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, size_t n_ids,
+                          Vector x, float* out);
+
+    // acc[j] += sum over i of h[i] * row_{ids[i]}[j], in the order of i, one fused multiply-add after the other.
+    // n: elements of a row. Rows with h == 0 may be skipped: they must not change acc.
+    void (*add_rows)(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, const float* h,
+                     size_t n_ids, float* acc);
+
+    // One row, or the part [begin, begin + n) of it (both multiples of QK for quantised types), as float.
+    void (*dequantize)(Type type, size_t begin, size_t n, const uint8_t* row, float* out);
+
+    // Matrix-matrix tile: c[t * ldc + j] (+)= sum over k < n_k of x[t * ldx + k] * packed[k * TILE_ROWS + j],
+    // for t < n_t and j < TILE_ROWS; `accumulate` adds to c. Each (t, j) is summed over k in order: independent of n_t.
+    void (*gemm_tile)(size_t n_t, size_t n_k, const float* x, size_t ldx, const float* packed, float* c, size_t ldc,
+                      bool accumulate);
+    // packed[k * TILE_ROWS + j] = row_j[k] for j < n_rows (the rest 0), k < n; row_j at rows + j * stride.
+    void (*pack_rows)(Type type, size_t n, const uint8_t* rows, size_t stride, size_t n_rows, float* packed);
+
+    // out = x / sqrt(mean(x^2) + eps) * weight.   out may be x.
+    void (*rms_norm)(size_t n, const float* x, const float* weight, float eps, float* out);
+    // out = (x - mean) / sqrt(variance + eps) * weight + bias.   out may be x.
+    void (*layer_norm)(size_t n, const float* x, const float* weight, const float* bias, float eps, float* out);
+    // x[i] = exp(x[i] - max) / sum.
+    void (*softmax)(size_t n, float* x);
+    // Half-split rotation of one head: pairs (x[i], x[i + n/2]), i < n/2, by cos[i], sin[i].
+    void (*rope)(size_t n, float* x, const float* cos, const float* sin);
+    // a[i] = silu(a[i]) = a[i] / (1 + exp(-a[i])).
+    void (*silu)(size_t n, float* a);
+
+    // Attention over a float16 cache of n_pos rows, `stride` elements apart.
+    // scores[p] = scale * (q . k_p)
+    void (*attention_scores)(size_t head_dim, size_t n_pos, const float* q, const uint16_t* k, size_t stride,
+                             float scale, float* scores);
+    // out[j] = sum over p of weights[p] * v_p[j]
+    void (*attention_mix)(size_t head_dim, size_t n_pos, const float* weights, const uint16_t* v, size_t stride,
+                          float* out);
+    // Round to nearest even.
+    void (*to_f16)(size_t n, const float* x, uint16_t* out);
+};
+
+const Ops& scalar();
+const Ops* avx2();                   // NULL where the processor (or the build) has no AVX2, FMA and F16C
+const Ops* choose_ops(uint32_t which);  // 0: best; 1: scalar; 2: AVX2; NULL where there is none
+
+float f16_to_f32(uint16_t h);
+uint16_t f32_to_f16(float f);
+
+}  // namespace pi

@@ -1,0 +1,59 @@
+"""What a model is: the sizes and choices that every stage shares."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+ACTIVATIONS = ("relu", "relu2", "fatrelu", "drelu", "silu")
+"""a(gate) of the FFN. relu2: relu squared; fatrelu: g where g > t, else 0; drelu: relu on gate and up;
+silu with t > 0: silu(g) where |silu(g)| >= t, else 0 (the cut activation)."""
+
+ARCHITECTURES = ("llama", "opt")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding, half-split ("neox") layout.
+
+    inv_freq: float32 [rotary_dim / 2], scaling already applied; scale multiplies cos and sin (YaRN).
+    """
+
+    inv_freq: npt.NDArray[np.float32]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes in elements. `thresholds` has one activation threshold a layer (0 where there is none)."""
+
+    arch: str
+    name: str
+    n_layer: int
+    n_embd: int
+    n_ff: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_vocab: int
+    n_ctx: int
+    norm_eps: float
+    activation: str
+    gated: bool
+    tied: bool
+    rope: Rope | None
+    thresholds: tuple[float, ...]
+
+    def with_thresholds(self, thresholds: tuple[float, ...]) -> "Config":
+        """The same model with its activation cut at one threshold a layer."""
+        return replace(self, thresholds=thresholds)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of one neuron: gate, up and down, or up and down."""
+        return 3 if self.gated else 2
+
+    @property
+    def exactly_sparse(self) -> bool:
+        """True where the activation gives exact zeros."""
+        return self.activation != "silu" or any(t > 0 for t in self.thresholds)

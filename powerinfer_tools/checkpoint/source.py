@@ -1,0 +1,60 @@
+"""The interface that every kind of checkpoint offers, and the choice between them."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer_tools.checkpoint.config import Config
+from powerinfer_tools.errors import PowerinferError
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class Checkpoint(ABC):
+    """A model's weights, tokenizer and configuration; nothing is held but headers.
+
+    path: the folder or file; config: sizes and choices; tokenizer_json: the text of a tokenizer.json;
+    chat_template: jinja text or None; special: {"bos": id, "eos": [ids], "add_bos": bool, ...};
+    metadata: name, license and the like for the artifact; notes: what a user should know about how it was read.
+    """
+
+    path: Path
+    config: Config
+    tokenizer_json: str
+    chat_template: str | None
+    special: dict[str, Any]
+    metadata: dict[str, str]
+    notes: list[str]
+
+    @abstractmethod
+    def names(self) -> frozenset[str]:
+        """Names of all tensors, as in artifact.layout, one for each matrix."""
+
+    @abstractmethod
+    def read(self, name: str, rows: slice | None = None) -> FloatArray:
+        """One tensor as float32, or only some of its rows. Errors: no such tensor, wrong shape, unreadable type."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """SHA-256 over config and all weight bytes: what the files made from this checkpoint record."""
+
+    @property
+    def biases(self) -> frozenset[str]:
+        """The bias tensors, for artifact.layout.tensor_table."""
+        return frozenset(name for name in self.names() if name.endswith(".bias"))
+
+
+def open_checkpoint(path: Path, activation: str | None = None) -> Checkpoint:
+    """Opens a Hugging Face folder or a GGUF file. `activation` answers for files that do not record it (GGUF)."""
+    if path.is_dir():
+        from powerinfer_tools.checkpoint.huggingface import HuggingFaceCheckpoint
+
+        return HuggingFaceCheckpoint(path, activation)
+    if path.is_file():
+        from powerinfer_tools.checkpoint.gguf_checkpoint import GgufCheckpoint
+
+        return GgufCheckpoint(path, activation)
+    raise PowerinferError(f"{path}: expected a checkpoint folder or a GGUF file, found nothing there", "usage")

@@ -1,0 +1,32 @@
+"""How long library calls report progress: a callback, drawn by tqdm unless the caller draws it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Progress = Callable[[str, int, int], None]
+"""progress(what, done, total): called after each unit; `what` names the step and its unit, e.g. "profile, layers"."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Draws nothing."""
+
+
+@contextmanager
+def default_progress(progress: Progress | None) -> Iterator[Progress]:
+    """Yields the caller's callback, or one that draws a tqdm bar for each `what`."""
+    if progress is not None:
+        yield progress
+        return
+    from tqdm.auto import tqdm
+
+    bars: dict[str, tqdm] = {}
+
+    def draw(what: str, done: int, total: int) -> None:
+        bar = bars.setdefault(what, tqdm(total=total, desc=what, leave=False))
+        bar.update(done - bar.n)
+
+    try:
+        yield draw
+    finally:
+        for bar in bars.values():
+            bar.close()
