@@ -1,0 +1,109 @@
+"""All that a person sees: stdout carries data, everything else goes to stderr."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from powerinfer_tools.progress import Progress
+
+console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+"""stderr; `-q` makes it quiet."""
+
+LINE_EVERY = 10.0  # seconds between progress lines where stderr is no terminal
+
+
+def say(text: str = "", style: str | None = None) -> None:
+    """One line on stderr, never folded; nothing with -q."""
+    console.print(text, style=style, soft_wrap=True)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """The one JSON document of a `--json` command, on stdout: one line, or indented on a terminal."""
+    indent = 2 if sys.stdout.isatty() else None
+    print(json.dumps(document, ensure_ascii=False, allow_nan=False, indent=indent), flush=True)
+
+
+def wrote(path: Path, next_command: str | None = None) -> None:
+    """Says what was written, its size and what to run next."""
+    say(f"wrote {path} ({size(path.stat().st_size)})")
+    if next_command:
+        say(f"next: {next_command}", style="cyan")
+
+
+def size(n_bytes: float) -> str:
+    """Bytes for people: 512 B, 1.5 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024 or unit == "GiB":
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    raise AssertionError
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table on stdout: the first column to the left, the others to the right."""
+    from rich.table import Table
+    from rich.text import Text
+
+    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 160
+    out = Console(highlight=False, markup=False, emoji=False, width=width)
+    view = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        view.add_column(column, justify="left" if i == 0 else "right", header_style="bold", overflow="fold")
+    for row in rows:
+        view.add_row(*(Text(str(cell)) for cell in row))
+    out.print(view)
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """Yields progress(what, done, total): bars on a terminal, else a line every 10 s and at the end."""
+    if console.quiet:
+        yield lambda what, done, total: None
+    elif console.is_terminal:
+        with _bars() as draw:
+            yield draw
+    else:
+        yield _lines()
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    from rich import progress as rich_progress
+
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TimeRemainingColumn(),
+    )
+    with rich_progress.Progress(*columns, console=console) as bars:
+        tasks: dict[str, rich_progress.TaskID] = {}
+
+        def draw(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield draw
+
+
+def _lines() -> Progress:
+    started: dict[str, float] = {}
+    printed: dict[str, float] = {}
+
+    def draw(what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        started.setdefault(what, now)
+        if done >= total or now - printed.setdefault(what, now) >= LINE_EVERY:
+            printed[what] = now
+            say(f"{what}: {done}/{total}, {now - started[what]:.0f} s")
+
+    return draw

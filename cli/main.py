@@ -1,0 +1,174 @@
+"""The program `powerinfer`: its commands, and how every failure ends."""
+
+import json
+import os
+import sys
+import traceback
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from powerinfer_tools import __version__
+from powerinfer_tools.cli import console
+from powerinfer_tools.errors import PowerinferError
+
+COMMANDS: dict[str, str] = {}
+"""Command: its line of help. The command is the function of that name in cli/<name>.py. The order is the pipeline's:
+profile, train, place, split, build, chat, generate, bench, eval, inspect, machine."""
+
+ELSEWHERE = {
+    "-ngl": "--vram SIZE says how much GPU memory to use; neurons are placed, not layers",
+    "--n-gpu-layers": "--vram SIZE says how much GPU memory to use; neurons are placed, not layers",
+    "--gpu-layers": "--vram SIZE says how much GPU memory to use; neurons are placed, not layers",
+    "--vram-budget": "here it is --vram SIZE",
+    "-m": "the model is given without a flag: powerinfer chat MODEL.gguf",
+    "--model": "the model is given without a flag: powerinfer chat MODEL.gguf",
+    "--predict": "here it is -n or --max-tokens",
+    "--n-predict": "here it is -n or --max-tokens",
+    "-r": "here it is --stop TEXT",
+    "--reverse-prompt": "here it is --stop TEXT",
+    "-sys": "here it is --system TEXT",
+    "--chat-template-file": "here it is --chat-template FILE",
+    "-i": "powerinfer chat is interactive by itself",
+}
+"""Flags of other programs, and what does the same here."""
+
+CONTEXT = {"help_option_names": ["-h", "--help"]}
+
+# typer keeps its click private: the public BadParameter leads to UsageError and ClickException
+_ClickException = typer.BadParameter.__mro__[2]
+
+
+HELP = """\
+powerinfer: run sparse large language models on an ordinary PC
+
+Usage: powerinfer COMMAND [OPTIONS]     (powerinfer COMMAND --help for its options)
+
+Commands, in the order of the pipeline:
+{commands}
+
+  --version             Show the version; with -v, the native engine's kernels too.
+  --debug               After any command: show the traceback of an error.
+  --install-completion  Complete commands and flags in this shell (--show-completion to see it).
+  -h, --help            Show this.
+
+Exit codes: 0 done, 1 failed, 2 usage or bad input, 130 interrupted.
+"""
+
+
+class LazyGroup(TyperGroup):
+    """Imports a command's module only when that command is asked for."""
+
+    def __init__(self, **attrs: Any) -> None:
+        super().__init__(**attrs)
+        self.commands: dict[str, Any] = dict.fromkeys(COMMANDS)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name in COMMANDS and self.commands[cmd_name] is None:
+            self.commands[cmd_name] = _load(cmd_name)
+        return self.commands.get(cmd_name)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        rows = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+        formatter.write(HELP.format(commands=rows))
+
+
+def _load(name: str) -> Any:
+    module = import_module(f"powerinfer_tools.cli.{name}")
+    single = typer.Typer(add_completion=False, context_settings=CONTEXT)
+    single.command(name)(getattr(module, name))
+    return typer.main.get_command(single)
+
+
+app = typer.Typer(cls=LazyGroup, context_settings=CONTEXT, invoke_without_command=True)
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose")] = False,
+) -> None:
+    if version:
+        print(f"powerinfer {__version__}{_native_version() if verbose else ''}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(2)
+
+
+def _native_version() -> str:
+    from powerinfer_tools.engine.native import describe
+
+    return f", {describe()}"
+
+
+def main() -> None:
+    """Runs the program on the process's arguments and exits."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(args: list[str]) -> int:
+    """Runs one command; returns its exit code. Every failure is one line on stderr."""
+    flags = args[: args.index("--")] if "--" in args else args
+    debug = "--debug" in flags
+    if debug:
+        args = [arg for i, arg in enumerate(args) if i >= len(flags) or arg != "--debug"]
+    console.console.quiet = False
+    try:
+        code = typer.main.get_command(app).main(args, "powerinfer", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:
+        return _reader_left()
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return _report(error, args, "--json" in flags)
+
+
+def _reader_left() -> int:
+    """stdout was closed, as by `| head`: nothing to say, and nobody to say it to."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 1
+
+
+def _report(error: Exception, args: list[str], as_json: bool) -> int:
+    kind, message, code = _explain(error, args)
+    line = " ".join(message.split())
+    print(f"powerinfer: {line}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": {"kind": kind, "message": line}}, ensure_ascii=False), flush=True)
+    return code
+
+
+def _explain(error: Exception, args: list[str]) -> tuple[str, str, int]:
+    """Kind, message and exit code of an error."""
+    if isinstance(error, PowerinferError):
+        return error.kind, str(error), error.exit_code
+    if isinstance(error, _ClickException):
+        return "usage", _usage(error, args), 2
+    if isinstance(error, typer.Abort):
+        return "usage", "input ended before an answer was given", 1
+    if isinstance(error, MemoryError):
+        return "memory", f"out of memory: {error}".rstrip(": "), 1
+    if isinstance(error, OSError):
+        return "io", f"{error.filename or 'input or output'}: {error.strerror or error}", 1
+    return "internal", f"internal error: {type(error).__name__}: {error} (--debug shows where)", 1
+
+
+def _usage(error: Any, args: list[str]) -> str:
+    message: str = error.format_message()
+    foreign = next((arg for arg in args if arg.split("=")[0] in ELSEWHERE), None)
+    if foreign is not None:
+        message = f"no such option: {foreign}: {ELSEWHERE[foreign.split('=')[0]]}"
+    context = getattr(error, "ctx", None)
+    return f"{message} (see: {context.command_path if context else 'powerinfer'} --help)"
+
+
+if __name__ == "__main__":
+    main()
