@@ -1,4 +1,4 @@
-"""Small random checkpoints as Hugging Face folders, written without torch: seconds matter in every test that uses one.
+"""Small random checkpoints as Hugging Face folders, written in milliseconds without torch.
 
 That transformers loads them and computes the same is tested in tests/reference.
 """
@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 CORPUS = (
-    "The quick brown fox jumps over the lazy dog. A neuron fires when its gate is above zero; few neurons fire "
-    "for a token, and mostly the same ones. In 1789 there were 12 layers, 3.5 heads and 100 % of the budget. "
+    "The quick brown fox jumps over the lazy dog. A neuron fires when its gate is above zero; few neurons "
+    "fire for a token, and mostly the same ones. In 1789 there were 12 layers, 3.5 heads and "
+    "100 % of the budget. "
     "Größe, naïve café, дом, 東京, 🙂 — they're what we've got, isn't it?\n\n\tThe end of the theory.\n"
 )
 TEMPLATE = (
@@ -45,7 +46,7 @@ def make_llama(
 ) -> Path:
     """A llama-family folder: RMSNorm, RoPE, grouped heads, gated FFN. Returns `folder`.
 
-    bias: on q, k, v, o and the FFN (model_type qwen2: always on q, k, v alone). fatrelu gets the threshold 0.05.
+    bias: on q, k, v, o and the FFN (model_type qwen2: always on q, k, v alone). fatrelu: threshold 0.05.
     """
     head_dim = head_dim or n_embd // n_head
     qkv_bias = bias or model_type == "qwen2"
@@ -219,7 +220,7 @@ def write_safetensors(folder: Path, tensors: Tensors, shards: int = 1, dtype: st
 
 
 def _write_shard(path: Path, tensors: Tensors, dtype: str) -> None:
-    """safetensors by its definition (numpy has no bfloat16): header length, JSON header, tensors end to end."""
+    """safetensors by its definition (numpy has no bfloat16): header length, JSON, tensors end to end."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     data, offset = [], 0
     for name, array in tensors.items():

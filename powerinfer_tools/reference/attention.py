@@ -1,0 +1,68 @@
+"""Causal attention with grouped key and value heads."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from powerinfer_tools.checkpoint import Checkpoint, Rope
+from powerinfer_tools.reference.weights import optional, tensor
+
+
+@dataclass
+class Linear:
+    """weight: [n_out, n_in]; bias: [n_out] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+@dataclass
+class Attention:
+    """softmax(q . k / sqrt(head_dim)) . v a head (Vaswani et al. 2017, eq. 1), then the output matrix."""
+
+    head_dim: int
+    rope: Rope | None
+    q: Linear
+    k: Linear
+    v: Linear
+    output: Linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[b, n, n_embd] -> [b, n, n_embd]; row p of n is position p and sees positions 0..p."""
+        q, k, v = (self._heads(part(x)) for part in (self.q, self.k, self.v))
+        if self.rope is not None:
+            q, k = rotate(q, self.rope), rotate(k, self.rope)
+        group = q.shape[1] // k.shape[1]  # query heads that share a key head
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        mixed = scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.output(mixed.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # [b, heads, n, head_dim]
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotary positions (Su et al. 2021, eq. 34) on [.., n, head_dim]; pairs (x[i], x[i + head_dim / 2])."""
+    positions = torch.arange(x.shape[-2], dtype=torch.float32, device=x.device)
+    angles = torch.outer(positions, torch.from_numpy(rope.inv_freq).to(x.device))  # [n, head_dim / 2]
+    cos, sin = rope.scale * angles.cos(), rope.scale * angles.sin()
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+
+
+def load_attention(checkpoint: Checkpoint, i: int, device: str = "cpu") -> Attention:
+    """Layer i's attention."""
+
+    def load(part: str) -> Linear:
+        name = f"blk.{i}.attn_{part}"
+        return Linear(
+            tensor(checkpoint, f"{name}.weight", device), optional(checkpoint, f"{name}.bias", device)
+        )
+
+    config = checkpoint.config
+    return Attention(config.head_dim, config.rope, load("q"), load("k"), load("v"), load("output"))

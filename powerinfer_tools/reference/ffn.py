@@ -1,0 +1,74 @@
+"""The feed-forward network and its neurons."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, relu, silu
+
+from powerinfer_tools.checkpoint import Checkpoint
+from powerinfer_tools.reference.weights import optional, tensor
+
+
+@dataclass
+class Ffn:
+    """gated: y = down . (a(gate . x) * up . x); plain: y = down . a(up . x).
+
+    gate, up: [n_ff, n_embd], a row a neuron; down: [n_embd, n_ff], a column a neuron; None for what the model
+    lacks: the gate of a plain FFN, biases.
+    """
+
+    activation: str
+    threshold: float
+    gate: Tensor | None
+    up: Tensor
+    down: Tensor
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+
+    def select(self, x: Tensor) -> Tensor:
+        """Pre-activations [.., n_ff] of the rows that decide who fires; x: normalised, [.., n_embd]."""
+        if self.gate is None:
+            return linear(x, self.up, self.up_bias)
+        return linear(x, self.gate, self.gate_bias)
+
+    def neurons(self, x: Tensor) -> Tensor:
+        """h [.., n_ff], exactly 0 where a neuron does not fire."""
+        a = activate(self.select(x), self.activation, self.threshold)
+        if self.gate is None:
+            return a
+        up = linear(x, self.up, self.up_bias)
+        return a * (relu(up) if self.activation == "drelu" else up)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(self.neurons(x), self.down, self.down_bias)
+
+
+def activate(g: Tensor, activation: str, threshold: float = 0.0) -> Tensor:
+    """a(g). fatrelu (ProSparse, Song et al. 2024): g where g > threshold, else 0.
+
+    Every other activation is cut where a threshold is set (CATS, Lee et al. 2024): 0 where |a(g)| < threshold.
+    """
+    if activation == "fatrelu":
+        return torch.where(g > threshold, g, 0.0)
+    if activation == "silu":
+        a = silu(g)
+    else:  # relu, drelu, relu2
+        a = relu(g).square() if activation == "relu2" else relu(g)
+    return torch.where(a.abs() >= threshold, a, 0.0) if threshold > 0 else a
+
+
+def load_ffn(checkpoint: Checkpoint, i: int, device: str = "cpu") -> Ffn:
+    """Layer i's FFN, with the threshold that checkpoint.config gives it."""
+    config, b = checkpoint.config, f"blk.{i}"
+    return Ffn(
+        activation=config.activation,
+        threshold=config.thresholds[i],
+        gate=tensor(checkpoint, f"{b}.ffn_gate.weight", device) if config.gated else None,
+        up=tensor(checkpoint, f"{b}.ffn_up.weight", device),
+        down=tensor(checkpoint, f"{b}.ffn_down.weight", device),
+        gate_bias=optional(checkpoint, f"{b}.ffn_gate.bias", device),
+        up_bias=optional(checkpoint, f"{b}.ffn_up.bias", device),
+        down_bias=optional(checkpoint, f"{b}.ffn_down.bias", device),
+    )

@@ -1,0 +1,31 @@
+"""The two normalisations."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from powerinfer_tools.checkpoint import Checkpoint
+from powerinfer_tools.reference.weights import optional, tensor
+
+
+@dataclass
+class Norm:
+    """llama: RMSNorm (Zhang and Sennrich 2019, eq. 4); opt: LayerNorm (Ba et al. 2016). weight, bias: [n_embd]."""
+
+    arch: str
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.arch == "opt":
+            return layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight
+
+
+def load_norm(checkpoint: Checkpoint, name: str, device: str = "cpu") -> Norm:
+    """The norm called `name`, such as "blk.0.attn_norm"."""
+    config = checkpoint.config
+    weight = tensor(checkpoint, f"{name}.weight", device)
+    return Norm(config.arch, weight, optional(checkpoint, f"{name}.bias", device), config.norm_eps)

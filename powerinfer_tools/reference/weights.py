@@ -1,0 +1,16 @@
+"""From a checkpoint's arrays to torch."""
+
+import torch
+from torch import Tensor
+
+from powerinfer_tools.checkpoint import Checkpoint
+
+
+def tensor(checkpoint: Checkpoint, name: str, device: str = "cpu", rows: slice | None = None) -> Tensor:
+    """The named tensor, or some of its rows, as float32 on `device`."""
+    return torch.from_numpy(checkpoint.read(name, rows)).to(device)
+
+
+def optional(checkpoint: Checkpoint, name: str, device: str = "cpu") -> Tensor | None:
+    """The named tensor, or None where the model has none."""
+    return tensor(checkpoint, name, device) if name in checkpoint.names() else None
