@@ -1,8 +1,8 @@
 """A GGUF file's header, bounds-checked: metadata, and where each tensor lies. No tensor data is read.
 
-Strict is for our artifacts: the rules, limits and error kinds of the native engine's reader (native/src/gguf.h).
-Otherwise a foreign checkpoint: version 2 too, every tensor type that the gguf package knows, gaps between tensors
-and padding at the end allowed. Either way every bound is checked before anything is allocated for it.
+Strict is for our artifacts: rules, limits and error kinds are those of native/src/gguf.h. Otherwise a foreign
+checkpoint: version 2 too, every tensor type that the gguf package knows, gaps between tensors and padding at the
+end allowed. Either way every bound is checked before anything is allocated for it.
 """
 
 import mmap
@@ -53,7 +53,7 @@ _ARTIFACT_TYPES = {0: (1, 4), 1: (1, 2), 2: (32, 18), 8: (32, 34), 26: (1, 4)}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor: `type` is ggml's id, `shape` its ne (fastest first), `offset` counts from the file's start."""
+    """One tensor: `type` is ggml's id, `shape` its ne (fastest first), `offset` counts in the file."""
 
     name: str
     type: int
@@ -69,7 +69,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A file's header. metadata: int, float, bool, str or a list of one of them; tensors in the header's order."""
+    """A file's header. metadata: int, float, bool, str or a list of these; tensors: in the header's order."""
 
     path: Path
     metadata: dict[str, Any]
@@ -81,9 +81,9 @@ class GgufFile:
 def read_gguf(path: Path, strict: bool) -> GgufFile:
     """The header of the GGUF file at `path`.
 
-    Errors (kind): it ends too early (truncated), breaks a rule of the format or a limit (malformed), has a version
-    or tensor type that is not read (unsupported), cannot be read (io). Each names the field or tensor, what was
-    found and the limit.
+    Errors, by kind. truncated: it ends too early; malformed: it breaks a rule of the format or a limit;
+    unsupported: a version or tensor type that is not read; io: it cannot be read. Each names field or tensor, what
+    was found and the limit.
     """
     if not path.is_file():
         raise PowerinferError(f"{path}: expected a GGUF file, found no file", "io")
@@ -133,8 +133,7 @@ class _Reader:
             self.read_tensor(tensors)
         data_offset = self.align_up(self.position)
         located = {
-            t.name: TensorInfo(t.name, t.type, t.shape, data_offset + t.offset, t.n_bytes)
-            for t in tensors.values()
+            t.name: TensorInfo(t.name, t.type, t.shape, data_offset + t.offset, t.n_bytes) for t in tensors.values()
         }
         if self.strict:
             self.check_packed(located.values(), data_offset)
