@@ -14,11 +14,27 @@
 
 namespace pi {
 
+constexpr uint64_t MAX_KV = 65536;
+constexpr uint64_t MAX_TENSORS = 65536;
+constexpr uint64_t MAX_KEY = 255;              // bytes
+constexpr uint64_t MAX_NAME = 63;              // bytes
+constexpr uint64_t MAX_STRING = 64ull << 20;   // bytes
+constexpr uint64_t MAX_ARRAY = 1ull << 24;     // elements
+constexpr uint64_t MAX_HEADER = 256ull << 20;  // bytes
+constexpr uint64_t MAX_DIMS = 4;
+constexpr uint64_t MAX_ELEMENTS = (1ull << 40) - 1;  // of a tensor
+constexpr uint64_t MIN_ALIGNMENT = 8, MAX_ALIGNMENT = 4096, DEFAULT_ALIGNMENT = 32;
+
 // Carries a status across the engine; turned into a pi_status at the C interface.
 struct Error : std::runtime_error {
     Error(pi_status status, const std::string& message) : std::runtime_error(message), status(status) {}
     pi_status status;
 };
+
+// The only arithmetic on numbers from a file; throws MALFORMED, naming `what`, where 64 bits are too few.
+uint64_t checked_add(uint64_t a, uint64_t b, std::string_view what);
+uint64_t checked_mul(uint64_t a, uint64_t b, std::string_view what);
+uint64_t checked_align_up(uint64_t n, uint64_t alignment, std::string_view what);  // alignment: a power of two
 
 // ggml's ids.
 enum class Type : uint32_t { F32 = 0, F16 = 1, Q4_0 = 2, Q8_0 = 8, I32 = 26 };
@@ -30,34 +46,48 @@ uint64_t row_bytes(Type type, uint64_t n);
 
 struct Tensor {
     std::string name;
-    Type type;
-    uint32_t n_dims;
-    uint64_t ne[4];     // fastest first, 1 beyond n_dims
-    uint64_t offset;    // from the start of the file
-    uint64_t n_bytes;
+    Type type = Type::F32;
+    uint32_t n_dims = 0;
+    uint64_t ne[4] = {1, 1, 1, 1};  // fastest first, 1 beyond n_dims
+    uint64_t offset = 0;            // from the start of the file
+    uint64_t n_bytes = 0;
 };
 
-// Values of the metadata, by kind. Strings and arrays of strings stay in the file (only their place is kept):
-// the engine needs none of their texts but a few short ones.
-struct Value {
-    uint32_t type;              // GGUF value type id
-    uint32_t element_type;      // of arrays
-    uint64_t n;                 // elements of an array, bytes of a string
-    uint64_t bits;              // scalars, as stored (sign- or zero-extended; float32 and float64 as bits)
-    std::string text;           // strings of at most 4096 bytes
-    std::vector<double> numbers;  // arrays of numbers of at most 65536 elements
+// GGUF's value types that the reader treats apart; 0 to 12 but STRING and ARRAY are scalars.
+enum ValueType : uint32_t {
+    UINT32 = 4,
+    INT32 = 5,
+    FLOAT32 = 6,
+    BOOL = 7,
+    STRING = 8,
+    ARRAY = 9,
+    UINT64 = 10,
+    INT64 = 11,
+    FLOAT64 = 12
 };
+
+// Values of the metadata, by kind. Long strings and arrays of strings stay in the file: the engine needs none of
+// their texts but a few short ones.
+struct Value {
+    uint32_t type = 0;            // GGUF value type id
+    uint32_t element_type = 0;    // of arrays
+    uint64_t n = 0;               // elements of an array, bytes of a string
+    uint64_t bits = 0;            // scalars, as stored (sign- or zero-extended; float32 and float64 as bits)
+    std::string text;             // strings of at most MAX_TEXT bytes
+    std::vector<double> numbers;  // arrays of at most MAX_NUMBERS 32- or 64-bit numbers
+};
+constexpr uint64_t MAX_TEXT = 4096, MAX_NUMBERS = 65536;
 
 struct Gguf {
     std::unordered_map<std::string, Value> metadata;
-    std::vector<Tensor> tensors;               // in file order
+    std::vector<Tensor> tensors;  // in file order
     std::unordered_map<std::string, size_t> tensor_index;
     uint64_t file_bytes = 0;
     uint64_t data_offset = 0;
 
     // Throw MISMATCH naming key or tensor, what was expected and what was found.
-    uint64_t u(const std::string& key) const;   // unsigned integer of any width
-    double f(const std::string& key) const;     // float32 or float64
+    uint64_t u(const std::string& key) const;  // boolean, or integer of any width that is not negative
+    double f(const std::string& key) const;    // float32 or float64
     std::string_view s(const std::string& key) const;
     const std::vector<double>& numbers(const std::string& key) const;
     bool has(const std::string& key) const;
@@ -65,15 +95,15 @@ struct Gguf {
 };
 
 // Reads through a callback so that files, memory and the fuzzer share one parser.
-// read(user, offset, n, out): fills n bytes; the parser never asks beyond file_bytes.
+// read(user, offset, n, out): fills n bytes or throws; the parser never asks beyond n_bytes.
 struct Source {
     void* user;
     uint64_t n_bytes;
     void (*read)(void* user, uint64_t offset, size_t n, void* out);
 };
 
-Gguf read_gguf(const Source& source);                 // throws Error
-Gguf read_gguf_file(const char* path, int* fd_out);   // opens; the caller closes *fd_out
+Gguf read_gguf(const Source& source);                // throws Error
+Gguf read_gguf_file(const char* path, int* fd_out);  // messages begin with the path; the caller closes *fd_out
 Gguf read_gguf_memory(const uint8_t* data, size_t n);
 
 }  // namespace pi
