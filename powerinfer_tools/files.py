@@ -114,18 +114,36 @@ class Table:
     digest: str
 
 
+_SAFETENSORS_TYPES = {"float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "uint8": "U8"}
+
+
 def write_table(
     path: Path, kind: str, header: Mapping[str, Any], arrays: Mapping[str, Array], force: bool = False
 ) -> str:
-    """Writes a safetensors file with our header; returns its digest."""
-    from safetensors.numpy import save
+    """Writes a safetensors file with our header, one array at a time; returns its digest.
 
+    `arrays` is asked for each array twice (for its shape, then for its bytes), so it may read them lazily.
+    """
     full = {"kind": kind, "format": FORMAT_VERSION, "tool": f"powerinfer {__version__}", **header}
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    data = save(contiguous, metadata={"powerinfer": canonical_json(full)})
+    index: dict[str, Any] = {"__metadata__": {"powerinfer": canonical_json(full)}}
+    end = 0
+    names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))  # keeps every array aligned
+    for name in names:
+        begin, end = end, end + arrays[name].nbytes
+        type = _SAFETENSORS_TYPES[arrays[name].dtype.name]
+        index[name] = {"dtype": type, "shape": list(arrays[name].shape), "data_offsets": [begin, end]}
+    text = canonical_json(index).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
     with atomic_write(path, force) as file:
-        file.write(data)
-    return sha256_bytes(data)
+        for chunk in (len(text).to_bytes(8, "little"), text):
+            digest.update(chunk)
+            file.write(chunk)
+        for name in names:
+            data = np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data
+            digest.update(data)
+            file.write(data)
+    return digest.hexdigest()
 
 
 def read_table(path: Path, kind: str) -> Table:
@@ -144,13 +162,17 @@ def read_table(path: Path, kind: str) -> Table:
     except (SafetensorError, OSError) as error:
         raise PowerinferError(f"{path}: expected a powerinfer {kind} file, found {error}", "malformed") from error
     if text is None:
-        raise PowerinferError(f"{path}: expected a powerinfer {kind} file, found safetensors of another program", "mismatch")
+        raise PowerinferError(
+            f"{path}: expected a powerinfer {kind} file, found safetensors of another program", "mismatch"
+        )
     header = json.loads(text)
     if header.get("kind") != kind:
         raise PowerinferError(f"{path}: expected a file of kind {kind}, found kind {header.get('kind')}", "mismatch")
     if header.get("format", 0) > FORMAT_VERSION:
         found = header["format"]
-        raise PowerinferError(f"{path}: format {found} is newer than this program reads ({FORMAT_VERSION})", "unsupported")
+        raise PowerinferError(
+            f"{path}: format {found} is newer than this program reads ({FORMAT_VERSION})", "unsupported"
+        )
     return Table(header, _LazyArrays(path, names), sha256_file(path))
 
 
@@ -180,7 +202,8 @@ def require_same(what: str, path: Path, expected: str, found: str, remedy: str) 
     """Two digests must agree; the error names both and the command that makes the right file."""
     if expected != found:
         raise PowerinferError(
-            f"{path}: made from another {what}: expected {expected[:12]}, found {found[:12]}; {remedy}", "mismatch"
+            f"{path}: made from another {what}: expected {expected[:12]}, found {found[:12]}; {remedy}",
+            "mismatch",
         )
 
 

@@ -35,10 +35,10 @@ typedef enum {
 
 /* How a layer chooses its neurons. AUTO is what the artifact says, layer by layer. */
 typedef enum {
-    PI_MODE_AUTO = 0,      /* gate or predictor, as the artifact's layers say */
-    PI_MODE_DENSE = 1,     /* all neurons */
-    PI_MODE_GATE = 2,      /* the gate row of every neuron, up and down where it fires: exact */
-    PI_MODE_PREDICTOR = 3  /* gate rows only of what the predictor lets through; AUTO where a layer has none */
+    PI_MODE_AUTO = 0,     /* gate or predictor, as the artifact's layers say */
+    PI_MODE_DENSE = 1,    /* all neurons */
+    PI_MODE_GATE = 2,     /* the gate row of every neuron, up and down where it fires: exact */
+    PI_MODE_PREDICTOR = 3 /* gate rows only of what the predictor lets through; AUTO where a layer has none */
 } pi_mode;
 
 typedef struct pi_model pi_model;     /* weights, read only; may be shared by sessions */
@@ -79,16 +79,16 @@ typedef struct {
 
 typedef struct {
     uint32_t struct_size;
-    float temperature; /* 0: greedy */
-    uint32_t top_k;    /* 0: off */
-    float top_p;       /* 1: off */
-    float min_p;       /* 0: off */
+    float temperature;    /* 0: greedy */
+    uint32_t top_k;       /* 0: off */
+    float top_p;          /* 1: off */
+    float min_p;          /* 0: off */
     float repeat_penalty; /* 1: off */
     uint32_t repeat_last_n;
 } pi_sampling;
 
 PI_API uint32_t pi_abi_version(void);
-PI_API const char* pi_last_error(void); /* valid until the thread's next failing call */
+PI_API const char* pi_last_error(void);        /* valid until the thread's next failing call */
 PI_API const char* pi_kernels(uint32_t which); /* name of the kernels that `kernels = which` selects, or NULL */
 PI_API void pi_set_log(void (*log)(int level, const char* message, void* user), void* user);
 
@@ -102,7 +102,8 @@ PI_API pi_status pi_session_open(pi_model* model, const pi_session_params* param
 PI_API void pi_session_close(pi_session* session);
 PI_API pi_status pi_session_bytes(const pi_session* session, uint64_t* kv_bytes, uint64_t* scratch_bytes);
 
-/* Appends tokens to the context through the matrix-matrix path (all neurons). logits: [n_vocab] of the last, or NULL. */
+/* Appends tokens to the context through the matrix-matrix path (all neurons). logits: [n_vocab] of the last, or NULL.
+ */
 PI_API pi_status pi_prefill(pi_session* session, const int32_t* tokens, size_t n, float* logits);
 /* Appends one token through the sparse path; the logits stay in the session for pi_sample, and in `logits` if given. */
 PI_API pi_status pi_decode(pi_session* session, int32_t token, float* logits);

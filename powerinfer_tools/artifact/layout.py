@@ -27,8 +27,8 @@ The row that decides whether a neuron fires is the gate row of a gated FFN and t
 `predictor` it is the first row of the bundle (rows = 3 or 2); in mode `gate` it lies apart in ffn_select, and the
 bundle has the others (rows = 2: up, down; or 1: down).
 
-logits of the predictor: W_out . relu(W_in . x) + bias where `powerinfer.predictor_relu` is true, else W_out . (W_in . x)
-+ bias; x is the normalised FFN input.
+logits of the predictor: W_out . relu(W_in . x) + bias where `powerinfer.predictor_relu` is true, else
+W_out . (W_in . x) + bias; x is the normalised FFN input.
 """
 
 from dataclasses import dataclass
@@ -55,6 +55,7 @@ KEY_PROVENANCE = "powerinfer.provenance"  # string, JSON: digests, tool version,
 KEY_DATA_SHA256 = "powerinfer.data_sha256"  # string, over all tensor data, from data offset to the end of the file
 KEY_TOKENIZER = "tokenizer.huggingface.json"  # string, tokenizer.json verbatim
 KEY_TEMPLATE = "tokenizer.chat_template"  # string
+KEY_SPECIAL = "powerinfer.special"  # string, JSON: the checkpoint's special tokens (bos, eos, add_bos, ...)
 KEY_PLACEMENT_VRAM = "powerinfer.placement.vram"  # int32 [n_layer]: k1
 KEY_PLACEMENT_RAM = "powerinfer.placement.ram"  # int32 [n_layer]: k2
 
@@ -64,10 +65,18 @@ MODE_NAMES = {MODE_GATE: "gate", MODE_PREDICTOR: "predictor"}
 BLOCK = {"f32": (1, 4), "f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18), "i32": (1, 4)}
 """type: (elements of a block, bytes of a block)."""
 
+TYPE_ID = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "i32": 26}
+"""ggml's numbers of the types."""
+
+
+def norm_key(arch: str) -> str:
+    """The key of the norm's epsilon, after `{arch}.`: LayerNorm in opt, RMSNorm else."""
+    return "attention.layer_norm_epsilon" if arch == "opt" else "attention.layer_norm_rms_epsilon"
+
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What the build chose for one layer: how neurons are chosen, the predictor's rank (0: none), the computed prefix."""
+    """What the build chose for one layer: the mode, the predictor's rank (0: none), the prefix computed unasked."""
 
     mode: int
     rank: int = 0

@@ -1,0 +1,229 @@
+// The C interface: checks arguments, turns exceptions into status codes. No logic.
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "measure.h"
+#include "model.h"
+#include "powerinfer.h"
+#include "session.h"
+
+struct pi_model {
+    pi::Model model;
+};
+
+struct pi_session {
+    pi::Session session;
+};
+
+namespace {
+
+thread_local std::string last_error;
+void (*log_callback)(int, const char*, void*) = nullptr;
+void* log_user = nullptr;
+
+pi_status fail(pi_status status, const char* message) {
+    try {
+        last_error = message;
+    } catch (...) {
+        last_error.clear();
+    }
+    if (log_callback) log_callback(1, message, log_user);
+    return status;
+}
+
+template <class F>
+pi_status guarded(F&& f) noexcept {
+    try {
+        f();
+        return PI_OK;
+    } catch (const pi::Error& e) {
+        return fail(e.status, e.what());
+    } catch (const std::bad_alloc&) {
+        return fail(PI_ERROR_MEMORY, "out of memory");
+    } catch (const std::exception& e) {
+        return fail(PI_ERROR_INTERNAL, e.what());
+    } catch (...) {
+        return fail(PI_ERROR_INTERNAL, "unknown failure");
+    }
+}
+
+void require(bool ok, const char* what) {
+    if (!ok) throw pi::Error(PI_ERROR_ARGUMENT, what);
+}
+
+// Copies what the caller's version of the struct holds.
+template <class T>
+void copy_out(const T& value, T* out) {
+    uint32_t size = out->struct_size;
+    require(size >= sizeof(uint32_t) && size <= sizeof(T), "struct_size: expected the size of a known version");
+    std::memcpy(out, &value, size);
+    out->struct_size = size;
+}
+
+void check_sampling(const pi_sampling& s) {
+    require(std::isfinite(s.temperature) && s.temperature >= 0, "temperature: expected a finite number of at least 0");
+    require(s.top_p > 0 && s.top_p <= 1, "top_p: expected more than 0 and at most 1");
+    require(s.min_p >= 0 && s.min_p <= 1, "min_p: expected 0 to 1");
+    require(std::isfinite(s.repeat_penalty) && s.repeat_penalty > 0,
+            "repeat_penalty: expected a finite number above 0");
+}
+
+}  // namespace
+
+extern "C" {
+
+uint32_t pi_abi_version(void) { return PI_ABI_VERSION; }
+
+const char* pi_last_error(void) { return last_error.c_str(); }
+
+const char* pi_kernels(uint32_t which) {
+    const pi::Ops* ops = pi::choose_ops(which);
+    return ops ? ops->name : nullptr;
+}
+
+void pi_set_log(void (*log)(int, const char*, void*), void* user) {
+    log_callback = log;
+    log_user = user;
+}
+
+pi_status pi_check(const char* path) {
+    return guarded([&] {
+        require(path, "path: expected one, found NULL");
+        pi::Model model(path);
+    });
+}
+
+pi_status pi_model_open(const char* path, pi_model** out) {
+    return guarded([&] {
+        require(path && out, "path and out: expected both, found NULL");
+        auto model = std::unique_ptr<pi_model>(new pi_model{pi::Model(path)});
+        model->model.load();
+        *out = model.release();
+    });
+}
+
+void pi_model_close(pi_model* model) { delete model; }
+
+pi_status pi_model_get_info(const pi_model* model, pi_model_info* out) {
+    return guarded([&] {
+        require(model && out, "model and out: expected both, found NULL");
+        const pi::Config& c = model->model.config;
+        pi_model_info info{sizeof(pi_model_info), c.n_layer,  c.n_embd,  c.n_ff,  c.n_head,
+                           c.n_head_kv,           c.head_dim, c.n_vocab, c.n_ctx, model->model.weight_bytes};
+        copy_out(info, out);
+    });
+}
+
+pi_status pi_session_open(pi_model* model, const pi_session_params* params, pi_session** out) {
+    return guarded([&] {
+        require(model && params && out, "model, params and out: expected all, found NULL");
+        require(params->struct_size == sizeof(pi_session_params), "struct_size: expected that of pi_session_params");
+        require(params->n_ctx >= 1 && params->n_ctx <= model->model.config.n_ctx,
+                "n_ctx: expected 1 to the model's context length");
+        require(params->n_threads >= 1 && params->n_threads <= 256, "n_threads: expected 1 to 256");
+        require(params->mode <= PI_MODE_PREDICTOR, "mode: expected a pi_mode");
+        *out = new pi_session{pi::Session(model->model, *params)};
+    });
+}
+
+void pi_session_close(pi_session* session) { delete session; }
+
+pi_status pi_session_bytes(const pi_session* session, uint64_t* kv_bytes, uint64_t* scratch_bytes) {
+    return guarded([&] {
+        require(session && kv_bytes && scratch_bytes, "session and outputs: expected all, found NULL");
+        *kv_bytes = session->session.kv_bytes();
+        *scratch_bytes = session->session.scratch_bytes();
+    });
+}
+
+pi_status pi_prefill(pi_session* session, const int32_t* tokens, size_t n, float* logits) {
+    return guarded([&] {
+        require(session && tokens && n > 0, "session and tokens: expected both and at least one token");
+        session->session.prefill(tokens, n, logits);
+    });
+}
+
+pi_status pi_decode(pi_session* session, int32_t token, float* logits) {
+    return guarded([&] {
+        require(session, "session: expected one, found NULL");
+        session->session.decode(token, logits);
+    });
+}
+
+pi_status pi_score(pi_session* session, const int32_t* tokens, size_t n, float* logits, pi_layer_score* scores) {
+    return guarded([&] {
+        require(session && tokens && n > 0 && logits,
+                "session, tokens and logits: expected all and at least one token");
+        session->session.score(tokens, n, logits, scores);
+    });
+}
+
+pi_status pi_truncate(pi_session* session, size_t n) {
+    return guarded([&] {
+        require(session, "session: expected one, found NULL");
+        session->session.truncate(n);
+    });
+}
+
+pi_status pi_position(const pi_session* session, size_t* n) {
+    return guarded([&] {
+        require(session && n, "session and n: expected both, found NULL");
+        *n = session->session.position;
+    });
+}
+
+pi_status pi_seed(pi_session* session, uint64_t seed) {
+    return guarded([&] {
+        require(session, "session: expected one, found NULL");
+        session->session.sampler.seed(seed);
+    });
+}
+
+pi_status pi_sample(pi_session* session, const pi_sampling* sampling, const int32_t* recent, size_t n_recent,
+                    int32_t* token) {
+    return guarded([&] {
+        require(session && sampling && token, "session, sampling and token: expected all, found NULL");
+        require(sampling->struct_size == sizeof(pi_sampling), "struct_size: expected that of pi_sampling");
+        require(recent || n_recent == 0, "recent: expected the ids, found NULL");
+        check_sampling(*sampling);
+        pi::Session& s = session->session;
+        require(s.has_logits, "nothing to sample from: no token was run since the session was opened or truncated");
+        for (size_t i = 0; i < n_recent; i++)
+            require(recent[i] >= 0 && static_cast<uint32_t>(recent[i]) < s.model.config.n_vocab,
+                    "recent: a token id is out of range");
+        *token = s.sampler.sample(s.logits.data(), s.model.config.n_vocab, *sampling, recent, n_recent);
+    });
+}
+
+pi_status pi_session_get_stats(const pi_session* session, pi_stats* out) {
+    return guarded([&] {
+        require(session && out, "session and out: expected both, found NULL");
+        pi_stats stats = session->session.stats;
+        stats.struct_size = sizeof(pi_stats);
+        copy_out(stats, out);
+    });
+}
+
+pi_status pi_session_reset_stats(pi_session* session) {
+    return guarded([&] {
+        require(session, "session: expected one, found NULL");
+        session->session.stats = pi_stats{};
+    });
+}
+
+pi_status pi_measure_memory(uint32_t n_threads, uint64_t buffer_bytes, uint64_t row_bytes, uint32_t stride_rows,
+                            uint32_t repeats, double* bytes_per_s) {
+    return guarded([&] {
+        require(bytes_per_s, "bytes_per_s: expected a place for the result, found NULL");
+        require(n_threads >= 1 && n_threads <= 256, "n_threads: expected 1 to 256");
+        require(repeats >= 1 && repeats <= 1000 && stride_rows >= 1,
+                "repeats: expected 1 to 1000; stride_rows: at least 1");
+        require(buffer_bytes <= (uint64_t{1} << 40) && row_bytes >= 64 && row_bytes <= buffer_bytes / stride_rows,
+                "row_bytes: expected at least 64 and one picked row in the buffer");
+        *bytes_per_s = pi::measure_memory(n_threads, buffer_bytes, row_bytes, stride_rows, repeats);
+    });
+}
+
+}  // extern "C"

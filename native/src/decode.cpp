@@ -1,0 +1,194 @@
+// One token through the sparse path. A layer's FFN is one parallel step: each item asks the predictor about its range
+// of neurons, computes the deciding rows of those it lets through, then up and down of those that fire, and keeps its
+// own partial sum. The ranges are fixed, so the sums are the same for any number of threads.
+#include <cstring>
+
+#include "session.h"
+
+namespace pi {
+
+namespace {
+
+constexpr size_t ITEM_ROWS = 64;     // rows of a matrix that one item computes
+constexpr size_t SUM_COLUMNS = 512;  // columns of the partial sums that one item adds
+
+size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+void Session::decode(int32_t token, float* logits_out) {
+    check_tokens(&token, 1);
+    Stopwatch watch;
+    embed(token, position, hidden_.data());
+    set_angles(position, 1);
+    watch.lap(stats.seconds_other);
+    for (size_t il = 0; il < model.weights.layers.size(); il++) {
+        const Layer& layer = model.weights.layers[il];
+        normalise(layer.attn_norm, hidden_.data(), x_.f.data());
+        attention(layer, il);
+        watch.lap(stats.seconds_attention);
+        normalise(layer.ffn_norm, hidden_.data(), x_.f.data());
+        ffn(layer);
+        watch.lap(stats.seconds_ffn);
+    }
+    position++;
+    output_head(hidden_.data());
+    watch.lap(stats.seconds_head);
+    stats.n_decode++;
+    stats.bytes_head += model.weights.output.n_rows * model.weights.output.row_size();
+    stats.bytes_decode =
+        stats.bytes_attention + stats.bytes_predictor + stats.bytes_gate + stats.bytes_updown + stats.bytes_head;
+    if (logits_out) std::memcpy(logits_out, logits.data(), logits.bytes());
+}
+
+Vector Session::quantised(Activations& x, size_t n) {
+    if (n % QK != 0) return {x.f.data(), nullptr};
+    ops.quantize_x8(n, x.f.data(), x.q8.data());
+    return {x.f.data(), x.q8.data()};
+}
+
+// out = rows . x + bias for each job, all in one parallel step
+void Session::project(std::initializer_list<Job> jobs, Vector x) {
+    size_t n_items = 0;
+    for (const Job& job : jobs) n_items += ceil_div(job.linear->rows.n_rows, ITEM_ROWS);
+    pool_.run(n_items, [&](size_t item, uint32_t) {
+        const Job* job = jobs.begin();
+        for (; item >= ceil_div(job->linear->rows.n_rows, ITEM_ROWS); job++)
+            item -= ceil_div(job->linear->rows.n_rows, ITEM_ROWS);
+        const Rows& rows = job->linear->rows;
+        size_t begin = item * ITEM_ROWS, n = std::min<size_t>(ITEM_ROWS, rows.n_rows - begin);
+        ops.matvec(rows.type, rows.n, rows.row(begin), rows.stride, n, x, job->out + begin);
+        if (const float* bias = job->linear->bias)
+            for (size_t i = begin; i < begin + n; i++) job->out[i] += bias[i];
+    });
+}
+
+// hidden += o . attention(x), x in x_
+void Session::attention(const Layer& layer, size_t il) {
+    const Config& c = model.config;
+    project({{&layer.q, q_.data()}, {&layer.k, k_.data()}, {&layer.v, v_.data()}}, quantised(x_, c.n_embd));
+    rotate(q_.data(), c.n_head, 0);
+    rotate(k_.data(), c.n_head_kv, 0);
+    store_kv(il, position, k_.data(), v_.data());
+    pool_.run(c.n_head, [&](size_t head, uint32_t thread) {
+        size_t at = head * c.head_dim;
+        attend(il, static_cast<uint32_t>(head), position + 1, &q_[at], &x_.f[at], workers_[thread]);
+    });
+    project({{&layer.o, out_.data()}}, quantised(x_, c.q_dim()));
+    for (size_t i = 0; i < c.n_embd; i++) hidden_[i] += out_[i];
+    for (const Linear* linear : {&layer.q, &layer.k, &layer.v, &layer.o})
+        stats.bytes_attention += linear->rows.n_rows * linear->rows.row_size();
+    stats.bytes_attention += 2 * sizeof(uint16_t) * c.kv_dim() * (position + 1);
+}
+
+// hidden += ffn(x), x in x_
+void Session::ffn(const Layer& layer) {
+    Vector x = quantised(x_, model.config.n_embd), rank{};
+    if (asks(layer)) {
+        Linear in{layer.predictor->in, nullptr};
+        project({{&in, rank_.f.data()}}, x);
+        size_t n = in.rows.n_rows;
+        if (model.config.predictor_relu)
+            for (size_t i = 0; i < n; i++) rank_.f[i] = rank_.f[i] <= 0 ? 0 : rank_.f[i];
+        rank = quantised(rank_, n);
+        const Rows& out = layer.predictor->out;
+        stats.bytes_predictor += n * in.rows.row_size() + out.n_rows * (out.row_size() + sizeof(float));
+    }
+    size_t n_chunks = layer.chunks.size() - 1;
+    pool_.run(n_chunks, [&](size_t chunk, uint32_t thread) { ffn_chunk(layer, chunk, x, rank, workers_[thread]); });
+    sum_chunks(layer);
+    collect_counts(layer);
+}
+
+// Neurons of [lo, hi) whose deciding row is computed, ascending, in w.asked.
+size_t Session::ask(const Layer& layer, uint32_t lo, uint32_t hi, Vector rank, Worker& w) {
+    const Predictor& p = *layer.predictor;
+    size_t n = 0;
+    for (; lo < std::min(hi, layer.always); lo++) w.asked[n++] = lo;
+    if (lo == hi) return n;
+    uint32_t first = lo - layer.always;
+    ops.matvec(p.out.type, p.out.n, p.out.row(first), p.out.stride, hi - lo, rank, w.logit.data());
+    for (uint32_t i = lo; i < hi; i++) {
+        w.asked[n] = i;
+        n += w.logit[i - lo] + p.bias[i - layer.always] >= 0;
+    }
+    return n;
+}
+
+// partial_[chunk] = sum over the chunk's neurons of activation(select . x) * (up . x) * down
+void Session::ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w) {
+    uint32_t lo = layer.chunks[chunk], hi = layer.chunks[chunk + 1];
+    const Rows& select = layer.select;
+    size_t n = hi - lo;
+    if (asks(layer)) {
+        n = ask(layer, lo, hi, rank, w);
+        ops.matvec_picked(select.type, select.n, select.data, select.stride, w.asked.data(), n, x, w.pre.data());
+    } else {
+        for (uint32_t i = 0; i < n; i++) w.asked[i] = lo + i;
+        ops.matvec(select.type, select.n, select.row(lo), select.stride, n, x, w.pre.data());
+    }
+    if (layer.select_bias)
+        for (size_t i = 0; i < n; i++) w.pre[i] += layer.select_bias[w.asked[i]];
+    activate(layer, n, w.pre.data());
+
+    size_t n_active = 0;
+    for (size_t i = 0; i < n; i++) {
+        w.active[n_active] = w.asked[i];
+        w.a[n_active] = w.pre[i];
+        n_active += w.pre[i] != 0 || mode_ == PI_MODE_DENSE;
+    }
+    float* h = w.a.data();
+    if (layer.up.data) {
+        ops.matvec_picked(layer.up.type, layer.up.n, layer.up.data, layer.up.stride, w.active.data(), n_active, x,
+                          w.up.data());
+        if (layer.up_bias)
+            for (size_t i = 0; i < n_active; i++) w.up[i] += layer.up_bias[w.active[i]];
+        apply_up(n_active, w.a.data(), w.up.data());
+        h = w.up.data();
+    }
+    chunk_fired_[chunk] = n_active > 0;
+    w.n_computed += n;
+    w.n_active += n_active;
+    for (size_t i = 0; i < n_active; i++) w.n_fired += h[i] != 0;
+    if (n_active == 0) return;
+    float* sum = &partial_[chunk * model.config.n_embd];
+    std::fill_n(sum, model.config.n_embd, 0.0f);
+    ops.add_rows(layer.down.type, layer.down.n, layer.down.data, layer.down.stride, w.active.data(), h, n_active, sum);
+}
+
+// hidden += the chunks' partial sums, in the order of the chunks, + bias
+void Session::sum_chunks(const Layer& layer) {
+    size_t n_embd = model.config.n_embd, n_chunks = layer.chunks.size() - 1;
+    pool_.run(ceil_div(n_embd, SUM_COLUMNS), [&](size_t item, uint32_t) {
+        size_t begin = item * SUM_COLUMNS, end = std::min(begin + SUM_COLUMNS, n_embd);
+        for (size_t i = begin; i < end; i++) out_[i] = layer.down_bias ? layer.down_bias[i] : 0.0f;
+        for (size_t c = 0; c < n_chunks; c++) {
+            if (!chunk_fired_[c]) continue;
+            const float* sum = &partial_[c * n_embd];
+            for (size_t i = begin; i < end; i++) out_[i] += sum[i];
+        }
+        for (size_t i = begin; i < end; i++) hidden_[i] += out_[i];
+    });
+}
+
+void Session::collect_counts(const Layer& layer) {
+    uint64_t further = layer.down.row_size() + (layer.up.data ? layer.up.row_size() : 0);
+    for (Worker& w : workers_) {
+        stats.neurons_computed += w.n_computed;
+        stats.neurons_active += w.n_fired;
+        stats.bytes_gate += w.n_computed * layer.select.row_size();
+        stats.bytes_updown += w.n_active * further;
+        w.n_computed = w.n_active = w.n_fired = 0;
+    }
+    stats.neurons_total += model.config.n_ff;
+}
+
+// logits = output . norm(hidden)
+void Session::output_head(float* hidden) {
+    normalise(model.weights.output_norm, hidden, x_.f.data());
+    Linear head{model.weights.output, nullptr};
+    project({{&head, logits.data()}}, quantised(x_, model.config.n_embd));
+    has_logits = true;
+}
+
+}  // namespace pi

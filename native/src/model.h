@@ -1,0 +1,119 @@
+// The model's vocabulary: sizes, weights, and where a neuron's rows lie. Shapes in comments, fastest dimension last.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "gguf.h"
+#include "ops.h"
+
+namespace pi {
+
+// Ranges of neurons with a partial sum of their own, at most. Fixed: the order of sums must not depend on threads.
+constexpr uint32_t MAX_CHUNKS = 32;
+
+enum class Arch { Llama, Opt };
+enum class Activation { Relu, Relu2, FatRelu, DRelu, Silu };
+
+struct Config {
+    Arch arch;
+    uint32_t n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim, n_vocab, n_ctx;
+    uint32_t rotary_dim;  // 0: learned positions
+    float norm_eps;
+    float rope_scale;  // multiplies cos and sin
+    Activation activation;
+    bool gated, tied, predictor_relu;
+    uint32_t q_dim() const { return n_head * head_dim; }
+    uint32_t kv_dim() const { return n_head_kv * head_dim; }
+    uint32_t n_rows() const { return gated ? 3 : 2; }  // rows of one neuron
+};
+
+// A matrix, or one row of every neuron's bundle: row i has n elements and lies at data + i * stride.
+struct Rows {
+    Type type = Type::F32;
+    uint64_t n = 0, n_rows = 0, stride = 0;
+    const uint8_t* data = nullptr;
+    const uint8_t* row(uint64_t i) const { return data + i * stride; }
+    uint64_t row_size() const { return row_bytes(type, n); }
+};
+
+struct Linear {
+    Rows rows;                    // (out, in)
+    const float* bias = nullptr;  // (out,)
+};
+
+struct Norm {
+    const float* weight = nullptr;  // (n_embd,)
+    const float* bias = nullptr;    // (n_embd,) LayerNorm only
+};
+
+struct Predictor {
+    Rows in;            // (rank, n_embd)
+    Rows out;           // (n_ff - always, rank)
+    const float* bias;  // (n_ff - always,), the threshold taken off
+};
+
+struct Layer {
+    Norm attn_norm, ffn_norm;
+    Linear q, k, v, o;
+    // The FFN, neurons in falling order of frequency. `select` decides: the gate row, or the up row of a plain FFN.
+    Rows select;                         // (n_ff, n_embd)
+    Rows up;                             // (n_ff, n_embd), gated only
+    Rows down;                           // (n_ff, n_embd): transposed, a neuron's contribution to the output
+    const float* select_bias = nullptr;  // (n_ff,)
+    const float* up_bias = nullptr;      // (n_ff,), gated only
+    const float* down_bias = nullptr;    // (n_embd,)
+    float threshold = 0;                 // of the activation
+    uint32_t always = 0;                 // neurons [0, always) are computed unasked
+    std::optional<Predictor> predictor;
+    std::vector<uint32_t> chunks;  // (n_chunks + 1): bounds of the ranges of neurons that are summed on their own
+};
+
+struct Weights {
+    Rows token_embd;                       // (n_vocab, n_embd)
+    Rows position_embd;                    // (n_ctx, n_embd) opt
+    const float* rope_inv_freq = nullptr;  // (rotary_dim / 2,)
+    Norm output_norm;
+    Rows output;  // (n_vocab, n_embd); token_embd where tied
+    std::vector<Layer> layers;
+};
+
+class Model {
+   public:
+    // Reads and checks the header only: what pi_check does.
+    explicit Model(const char* path);
+    ~Model();
+    Model(const Model&) = delete;
+    Model& operator=(const Model&) = delete;
+
+    void load();  // reads the tensor data into huge pages and binds `weights`
+
+    Config config;
+    Weights weights;
+    uint64_t weight_bytes = 0;
+
+   private:
+    void read_config();
+    void bind(const uint8_t* base);  // base: where the data section lies, or NULL to check shapes only
+    void bind_layer(uint32_t i, const uint8_t* base);
+    void check_orders() const;
+
+    Rows matrix(const std::string& name, const uint8_t* base, uint64_t n, uint64_t n_rows) const;
+    const float* vector(const std::string& name, const uint8_t* base, uint64_t n, bool required) const;
+    Norm norm(const std::string& name, const uint8_t* base) const;
+    Linear linear(const std::string& name, const uint8_t* base, uint64_t n, uint64_t n_rows) const;
+    const Tensor& expect(const std::string& name, std::initializer_list<uint64_t> ne, const char* types) const;
+
+    Gguf gguf_;
+    int fd_ = -1;
+    uint8_t* arena_ = nullptr;
+    uint64_t arena_bytes_ = 0;
+    std::vector<int> modes_;
+    std::vector<uint32_t> always_;
+    std::vector<float> thresholds_;
+    mutable size_t n_bound_ = 0;  // tensors that the model uses; more in the file are an error
+};
+
+}  // namespace pi

@@ -1,0 +1,188 @@
+// A session's buffers, and the small steps that decoding and batches share.
+#include "session.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace pi {
+
+namespace {
+
+const Ops& ops_or_throw(uint32_t which) {
+    const Ops* ops = choose_ops(which);
+    if (!ops) throw Error(PI_ERROR_UNSUPPORTED, "this processor cannot run the kernels " + std::to_string(which));
+    return *ops;
+}
+
+uint32_t max_chunk(const Model& model) {
+    uint32_t most = 1;
+    for (const Layer& layer : model.weights.layers)
+        for (size_t c = 0; c + 1 < layer.chunks.size(); c++)
+            most = std::max(most, layer.chunks[c + 1] - layer.chunks[c]);
+    return most;
+}
+
+uint64_t max_rank(const Model& model) {
+    uint64_t most = 1;
+    for (const Layer& layer : model.weights.layers)
+        if (layer.predictor) most = std::max(most, layer.predictor->in.n_rows);
+    return most;
+}
+
+}  // namespace
+
+Session::Session(const Model& model, const pi_session_params& params)
+    : model(model),
+      ops(ops_or_throw(params.kernels)),
+      n_ctx(params.n_ctx),
+      sampler(model.config.n_vocab),
+      mode_(static_cast<pi_mode>(params.mode)),
+      uncut_(params.uncut != 0),
+      pool_(params.n_threads),
+      workers_(params.n_threads) {
+    const Config& c = model.config;
+    auto allocate = [this](auto& buffer, size_t n) {
+        buffer.resize(n);
+        scratch_bytes_ += buffer.bytes();
+    };
+    auto allocate_vector = [&](Activations& v, size_t n) {
+        allocate(v.f, n);
+        allocate(v.q8, n / QK + 1);
+    };
+    keys_.resize(size_t{c.n_layer} * c.kv_dim() * n_ctx);
+    values_.resize(size_t{c.n_layer} * c.kv_dim() * n_ctx);
+    size_t chunk = max_chunk(model), rank = max_rank(model);
+    for (Worker& w : workers_) {
+        allocate(w.asked, chunk);
+        allocate(w.active, chunk);
+        for (auto* buffer : {&w.logit, &w.pre, &w.a, &w.up}) allocate(*buffer, chunk);
+        allocate(w.scores, n_ctx);
+        allocate(w.packed, PACKED_FLOATS);
+        allocate(w.tile, BATCH * DOWN_COLUMNS);
+    }
+    allocate(cos_, BATCH * (c.rotary_dim / 2) + 1);
+    allocate(sin_, BATCH * (c.rotary_dim / 2) + 1);
+    allocate(hidden_, c.n_embd);
+    allocate_vector(x_, std::max(c.n_embd, c.q_dim()));
+    allocate_vector(rank_, rank);
+    allocate(q_, c.q_dim());
+    allocate(k_, c.kv_dim());
+    allocate(v_, c.kv_dim());
+    allocate(out_, c.n_embd);
+    allocate(partial_, MAX_CHUNKS * c.n_embd);
+    allocate(position_row_, c.n_embd);
+    allocate(logits, c.n_vocab);
+    allocate(b_hidden_, BATCH * c.n_embd);
+    allocate(b_x_, BATCH * std::max(c.n_embd, c.q_dim()));
+    allocate(b_q_, BATCH * c.q_dim());
+    allocate(b_k_, BATCH * c.kv_dim());
+    allocate(b_v_, BATCH * c.kv_dim());
+    allocate(b_select_, BATCH * size_t{c.n_ff});
+    allocate(b_up_, BATCH * size_t{c.n_ff});
+    allocate(b_rank_, BATCH * rank);
+    allocate(b_asked_, BATCH * size_t{c.n_ff});
+    sampler.seed(0);
+}
+
+void Session::check_tokens(const int32_t* tokens, size_t n) const {
+    if (n > n_ctx - position)
+        throw Error(PI_ERROR_ARGUMENT, "expected at most " + std::to_string(n_ctx - position) +
+                                           " more tokens in a context of " + std::to_string(n_ctx) + ", found " +
+                                           std::to_string(n));
+    for (size_t i = 0; i < n; i++)
+        if (tokens[i] < 0 || static_cast<uint32_t>(tokens[i]) >= model.config.n_vocab)
+            throw Error(PI_ERROR_ARGUMENT, "expected token ids from 0 to " + std::to_string(model.config.n_vocab - 1) +
+                                               ", found " + std::to_string(tokens[i]));
+}
+
+void Session::truncate(size_t n) {
+    if (n > position)
+        throw Error(PI_ERROR_ARGUMENT,
+                    "expected a position of at most " + std::to_string(position) + ", found " + std::to_string(n));
+    position = n;
+    has_logits = false;
+}
+
+void Session::embed(int32_t token, size_t pos, float* out) {
+    const Rows& rows = model.weights.token_embd;
+    ops.dequantize(rows.type, 0, rows.n, rows.row(static_cast<uint64_t>(token)), out);
+    if (model.config.arch != Arch::Opt) return;
+    const Rows& positions = model.weights.position_embd;
+    ops.dequantize(positions.type, 0, positions.n, positions.row(pos), position_row_.data());
+    for (size_t i = 0; i < positions.n; i++) out[i] += position_row_[i];
+}
+
+void Session::normalise(const Norm& norm, const float* x, float* out) const {
+    const Config& c = model.config;
+    if (c.arch == Arch::Llama)
+        ops.rms_norm(c.n_embd, x, norm.weight, c.norm_eps, out);
+    else
+        ops.layer_norm(c.n_embd, x, norm.weight, norm.bias, c.norm_eps, out);
+}
+
+// cos and sin of row t for the position pos + t: (n, rotary_dim / 2)
+void Session::set_angles(size_t pos, size_t n) {
+    size_t half = model.config.rotary_dim / 2;
+    for (size_t t = 0; t < n; t++)
+        for (size_t i = 0; i < half; i++) {
+            float angle = static_cast<float>(pos + t) * model.weights.rope_inv_freq[i];
+            cos_[t * half + i] = std::cos(angle) * model.config.rope_scale;
+            sin_[t * half + i] = std::sin(angle) * model.config.rope_scale;
+        }
+}
+
+void Session::rotate(float* x, uint32_t n_heads, size_t t) {
+    const Config& c = model.config;
+    if (c.rotary_dim == 0) return;
+    size_t half = c.rotary_dim / 2;
+    for (uint32_t h = 0; h < n_heads; h++) ops.rope(c.rotary_dim, x + h * c.head_dim, &cos_[t * half], &sin_[t * half]);
+}
+
+void Session::store_kv(size_t il, size_t pos, const float* k, const float* v) {
+    const Config& c = model.config;
+    for (uint32_t h = 0; h < c.n_head_kv; h++) {
+        ops.to_f16(c.head_dim, k + h * c.head_dim, key(il, h, pos));
+        ops.to_f16(c.head_dim, v + h * c.head_dim, value(il, h, pos));
+    }
+}
+
+// out = softmax(q . K / sqrt(head_dim)) . V over the first n_pos positions; q, out: (head_dim,)
+void Session::attend(size_t il, uint32_t head, size_t n_pos, const float* q, float* out, Worker& w) {
+    const Config& c = model.config;
+    uint32_t kv = head / (c.n_head / c.n_head_kv);
+    float scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim));
+    ops.attention_scores(c.head_dim, n_pos, q, key(il, kv, 0), c.head_dim, scale, w.scores.data());
+    ops.softmax(n_pos, w.scores.data());
+    ops.attention_mix(c.head_dim, n_pos, w.scores.data(), value(il, kv, 0), c.head_dim, out);
+}
+
+// a[i] = activation(pre[i]) in place; what must not fire becomes exactly 0, what is not a number stays so.
+void Session::activate(const Layer& layer, size_t n, float* a) const {
+    float t = layer.threshold;
+    switch (model.config.activation) {
+        case Activation::Relu:
+        case Activation::DRelu:
+            for (size_t i = 0; i < n; i++) a[i] = a[i] <= 0 ? 0 : a[i];
+            break;
+        case Activation::Relu2:
+            for (size_t i = 0; i < n; i++) a[i] = a[i] <= 0 ? 0 : a[i] * a[i];
+            break;
+        case Activation::FatRelu:
+            for (size_t i = 0; i < n; i++) a[i] = a[i] <= t ? 0 : a[i];
+            break;
+        case Activation::Silu:
+            ops.silu(n, a);
+            if (t > 0 && !uncut_)
+                for (size_t i = 0; i < n; i++) a[i] = std::fabs(a[i]) < t ? 0 : a[i];
+            break;
+    }
+}
+
+// h[i] = a[i] * up[i], with up cut below 0 for drelu.
+void Session::apply_up(size_t n, const float* a, float* up) const {
+    bool cut = model.config.activation == Activation::DRelu;
+    for (size_t i = 0; i < n; i++) up[i] = a[i] * (cut && up[i] <= 0 ? 0 : up[i]);
+}
+
+}  // namespace pi

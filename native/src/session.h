@@ -1,0 +1,152 @@
+// What one conversation needs beside the weights: KV cache, scratch, threads. decode.cpp runs one token through the
+// sparse path, batch.cpp many through the matrix-matrix path.
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <initializer_list>
+#include <memory>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "model.h"
+#include "sampler.h"
+#include "threads.h"
+
+namespace pi {
+
+constexpr size_t BATCH = 128;           // tokens that go through the matrix-matrix path together
+constexpr size_t DOWN_COLUMNS = 64;     // columns of the down projection that one item of a batch computes
+constexpr size_t PACKED_FLOATS = 8192;  // a packed tile: 512 elements of 16 rows, or 128 neurons of 64 columns
+
+// A buffer whose start is aligned to a cache line.
+template <class T>
+class Buffer {
+   public:
+    void resize(size_t n) {
+        n_ = n;
+        memory_.reset(static_cast<T*>(::operator new[]((n + 1) * sizeof(T), std::align_val_t(64))));
+        std::fill_n(memory_.get(), n, T{});
+    }
+    T* data() { return memory_.get(); }
+    const T* data() const { return memory_.get(); }
+    T& operator[](size_t i) { return memory_.get()[i]; }
+    size_t bytes() const { return n_ * sizeof(T); }
+
+   private:
+    struct Delete {
+        void operator()(T* p) const { ::operator delete[](static_cast<void*>(p), std::align_val_t(64)); }
+    };
+    std::unique_ptr<T[], Delete> memory_;
+    size_t n_ = 0;
+};
+
+// A vector and its quantised form.
+struct Activations {
+    Buffer<float> f;     // (n,)
+    Buffer<BlockX8> q8;  // (n / 32,)
+};
+
+// One thread's scratch.
+struct Worker {
+    Buffer<uint32_t> asked, active;                      // (chunk,) indices of neurons
+    Buffer<float> logit, pre, a, up;                     // (chunk,)
+    Buffer<float> scores;                                // (n_ctx,) attention
+    Buffer<float> packed;                                // (PACKED_FLOATS,)
+    Buffer<float> tile;                                  // (BATCH, DOWN_COLUMNS)
+    uint64_t n_computed = 0, n_active = 0, n_fired = 0;  // neurons since the last collect_counts
+};
+
+class Session {
+   public:
+    Session(const Model& model, const pi_session_params& params);
+
+    void prefill(const int32_t* tokens, size_t n, float* logits_out);
+    void decode(int32_t token, float* logits_out);
+    void score(const int32_t* tokens, size_t n, float* logits_out, pi_layer_score* scores);
+    void truncate(size_t n);
+
+    const Model& model;
+    const Ops& ops;
+    size_t n_ctx, position = 0;
+    bool has_logits = false;
+    Buffer<float> logits;  // (n_vocab,) of the last token
+    Sampler sampler;
+    pi_stats stats{};
+    uint64_t kv_bytes() const { return keys_.bytes() + values_.bytes(); }
+    uint64_t scratch_bytes() const { return scratch_bytes_; }
+
+   private:
+    void check_tokens(const int32_t* tokens, size_t n) const;
+    void embed(int32_t token, size_t pos, float* out);
+    void normalise(const Norm& norm, const float* x, float* out) const;
+    void set_angles(size_t pos, size_t n);
+    void rotate(float* x, uint32_t n_heads, size_t t);
+    void store_kv(size_t il, size_t pos, const float* k, const float* v);
+    void attend(size_t il, uint32_t head, size_t n_pos, const float* q, float* out, Worker& w);
+    void activate(const Layer& layer, size_t n, float* a) const;
+    void apply_up(size_t n, const float* a, float* up) const;
+
+    // decode.cpp
+    struct Job {
+        const Linear* linear;
+        float* out;
+    };
+    Vector quantised(Activations& x, size_t n);
+    void project(std::initializer_list<Job> jobs, Vector x);
+    void attention(const Layer& layer, size_t il);
+    void ffn(const Layer& layer);
+    void ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w);
+    size_t ask(const Layer& layer, uint32_t lo, uint32_t hi, Vector rank, Worker& w);
+    void sum_chunks(const Layer& layer);
+    void collect_counts(const Layer& layer);
+    void output_head(float* hidden);
+    bool asks(const Layer& layer) const { return layer.predictor && mode_ != PI_MODE_DENSE && mode_ != PI_MODE_GATE; }
+
+    // batch.cpp
+    void forward_batch(const int32_t* tokens, size_t n, bool selective, pi_layer_score* scores);
+    void attention_batch(const Layer& layer, size_t il, size_t n);
+    void ffn_batch(const Layer& layer, size_t n, bool selective, pi_layer_score* score);
+    void predict_batch(const Layer& layer, size_t n);
+    void gemm(const Rows& rows, const float* bias, const float* x, size_t n, float* out, bool add);
+    void gemm_down(const Layer& layer, const float* h, size_t n);
+
+    uint16_t* key(size_t il, uint32_t head, size_t pos) { return &keys_[kv_index(il, head, pos)]; }
+    uint16_t* value(size_t il, uint32_t head, size_t pos) { return &values_[kv_index(il, head, pos)]; }
+    size_t kv_index(size_t il, uint32_t head, size_t pos) const {
+        return ((il * model.config.n_head_kv + head) * n_ctx + pos) * model.config.head_dim;
+    }
+
+    pi_mode mode_;
+    bool uncut_;
+    Pool pool_;
+    std::vector<Worker> workers_;
+    Buffer<uint16_t> keys_, values_;  // (n_layer, n_head_kv, n_ctx, head_dim) float16
+    Buffer<float> cos_, sin_;         // (BATCH, rotary_dim / 2)
+    Buffer<float> hidden_;            // (n_embd,) the residual stream
+    Activations x_;                   // (max(n_embd, q_dim),) a normalised input, or what attention gave
+    Activations rank_;                // (max rank,) the predictor's hidden layer
+    Buffer<float> q_, k_, v_, out_;   // (q_dim,) (kv_dim,) (kv_dim,) (n_embd,)
+    Buffer<float> partial_;           // (n_chunks, n_embd) each chunk's share of the FFN
+    bool chunk_fired_[MAX_CHUNKS] = {};
+    Buffer<float> position_row_;  // (n_embd,) opt
+    // batch.cpp: (BATCH, .) each
+    Buffer<float> b_hidden_, b_x_, b_q_, b_k_, b_v_, b_select_, b_up_, b_rank_, b_asked_;
+    uint64_t scratch_bytes_ = 0;
+};
+
+// Adds the seconds since the last lap to a counter.
+class Stopwatch {
+   public:
+    void lap(double& seconds) {
+        auto now = std::chrono::steady_clock::now();
+        seconds += std::chrono::duration<double>(now - last_).count();
+        last_ = now;
+    }
+
+   private:
+    std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+}  // namespace pi

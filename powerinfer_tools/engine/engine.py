@@ -1,0 +1,231 @@
+"""Owns a native model and session: the context of one conversation."""
+
+import ctypes as c
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer_tools.engine import native
+from powerinfer_tools.errors import PowerinferError
+
+Logits = npt.NDArray[np.float32]
+
+DEFAULT_CTX = 4096  # positions, where the model has as many: what a chat needs, at a bounded KV cache
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Sizes in elements; weight_bytes as held in memory."""
+
+    n_layer: int
+    n_embd: int
+    n_ff: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_vocab: int
+    n_ctx_train: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn: repeat penalty, top-k, top-p, min-p, temperature, in this order; 0 is greedy."""
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counted since the last reset; seconds and bytes are of decoding, neurons over tokens and layers."""
+
+    n_decode: int
+    n_prefill: int
+    bytes_decode: int
+    neurons_active: int
+    neurons_computed: int
+    neurons_total: int
+    seconds_attention: float
+    seconds_ffn: float
+    seconds_head: float
+    seconds_other: float
+    bytes_attention: int
+    bytes_predictor: int
+    bytes_gate: int
+    bytes_updown: int
+    bytes_head: int
+
+    @property
+    def active_ratio(self) -> float:
+        """Share of neurons that fired in decoding."""
+        return self.neurons_active / self.neurons_total if self.neurons_total else 0.0
+
+
+@dataclass(frozen=True)
+class LayerScore:
+    """One layer's selection against the truth, in neuron occurrences over n_tokens."""
+
+    n_tokens: int
+    n_true: int
+    n_predicted: int
+    n_hit: int
+
+
+class Engine:
+    """A model and one context. Errors of the native engine come as PowerinferError.
+
+    mode: auto (what the artifact says, layer by layer), dense, gate or predictor; uncut ignores the activation
+    thresholds; kernels: 0 best, 1 scalar, 2 AVX2; ctx_size in positions; threads: default one a processor.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        ctx_size: int | None = None,
+        threads: int | None = None,
+        mode: str = "auto",
+        uncut: bool = False,
+        kernels: int = 0,
+    ) -> None:
+        self._lib = native.library()
+        self._model, self._session = c.c_void_p(), c.c_void_p()
+        self.path = Path(path)
+        self.threads = threads or len(os.sched_getaffinity(0))
+        native.check(self._lib.pi_model_open(os.fsencode(path), c.byref(self._model)), str(path))
+        try:
+            self.info = self._read_info()
+            self.ctx_size = ctx_size or min(DEFAULT_CTX, self.info.n_ctx_train)
+            self._open_session(mode, uncut, kernels)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_info(self) -> ModelInfo:
+        info = native.CModelInfo(struct_size=c.sizeof(native.CModelInfo))
+        native.check(self._lib.pi_model_get_info(self._model, c.byref(info)))
+        return ModelInfo(**{name: getattr(info, name) for name in ModelInfo.__dataclass_fields__})
+
+    def _open_session(self, mode: str, uncut: bool, kernels: int) -> None:
+        if mode not in native.MODES:
+            raise PowerinferError(f"mode: expected {', '.join(native.MODES)}, found {mode}", "usage")
+        if self.ctx_size > self.info.n_ctx_train:
+            raise PowerinferError(
+                f"--ctx-size: expected at most the model's {self.info.n_ctx_train}, found {self.ctx_size}",
+                "usage",
+            )
+        params = native.CSessionParams(
+            struct_size=c.sizeof(native.CSessionParams),
+            n_ctx=self.ctx_size,
+            n_threads=self.threads,
+            mode=native.MODES[mode],
+            uncut=uncut,
+            kernels=kernels,
+        )
+        native.check(self._lib.pi_session_open(self._model, c.byref(params), c.byref(self._session)))
+
+    def close(self) -> None:
+        """Frees the session and the weights; may be called twice."""
+        if self._session:
+            self._lib.pi_session_close(self._session)
+            self._session = c.c_void_p()
+        if self._model:
+            self._lib.pi_model_close(self._model)
+            self._model = c.c_void_p()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_session"):
+            self.close()
+
+    @property
+    def position(self) -> int:
+        """Tokens in the context."""
+        n = c.c_size_t()
+        native.check(self._lib.pi_position(self._session, c.byref(n)))
+        return n.value
+
+    def prefill(self, tokens: Sequence[int], logits: bool = False) -> Logits | None:
+        """Appends a prompt, all neurons computed; returns the last token's logits [n_vocab] if asked."""
+        ids, out = _ids(tokens), self._logits(1 if logits else 0)
+        native.check(self._lib.pi_prefill(self._session, _pointer(ids), len(ids), _float_pointer(out)))
+        return out[0] if out is not None else None
+
+    def decode(self, token: int, logits: bool = False) -> Logits | None:
+        """Appends one token through the sparse path; returns its logits [n_vocab] if asked."""
+        out = self._logits(1 if logits else 0)
+        native.check(self._lib.pi_decode(self._session, token, _float_pointer(out)))
+        return out[0] if out is not None else None
+
+    def score(self, tokens: Sequence[int]) -> tuple[Logits, list[LayerScore]]:
+        """Appends tokens, only the selected neurons contributing: logits [n, n_vocab], and each layer's selection."""
+        ids, out = _ids(tokens), self._logits(len(tokens))
+        scores = (native.CLayerScore * self.info.n_layer)()
+        native.check(self._lib.pi_score(self._session, _pointer(ids), len(ids), _float_pointer(out), scores))
+        assert out is not None
+        return out, [LayerScore(s.n_tokens, s.n_true, s.n_predicted, s.n_hit) for s in scores]
+
+    def truncate(self, n: int) -> None:
+        """Forgets everything from position n on."""
+        native.check(self._lib.pi_truncate(self._session, n))
+
+    def seed(self, seed: int) -> None:
+        """Same seed, same calls, same tokens."""
+        native.check(self._lib.pi_seed(self._session, seed & 0xFFFFFFFFFFFFFFFF))
+
+    def sample(self, sampling: Sampling, recent: Sequence[int] = ()) -> int:
+        """Draws the next token from the last logits; `recent`: the ids that the repeat penalty looks at."""
+        how = native.CSampling(
+            c.sizeof(native.CSampling), *(getattr(sampling, n) for n in Sampling.__dataclass_fields__)
+        )
+        ids, token = _ids(recent), c.c_int32()
+        native.check(self._lib.pi_sample(self._session, c.byref(how), _pointer(ids), len(ids), c.byref(token)))
+        return token.value
+
+    def stats(self) -> Stats:
+        """What was done since the engine was opened or reset_stats()."""
+        stats = native.CStats(struct_size=c.sizeof(native.CStats))
+        native.check(self._lib.pi_session_get_stats(self._session, c.byref(stats)))
+        return Stats(**{name: getattr(stats, name) for name in Stats.__dataclass_fields__})
+
+    def reset_stats(self) -> None:
+        """Sets all counters to zero."""
+        native.check(self._lib.pi_session_reset_stats(self._session))
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the KV cache and of scratch."""
+        kv, scratch = c.c_uint64(), c.c_uint64()
+        native.check(self._lib.pi_session_bytes(self._session, c.byref(kv), c.byref(scratch)))
+        return kv.value, scratch.value
+
+    def _logits(self, rows: int) -> Logits | None:
+        return np.empty((rows, self.info.n_vocab), np.float32) if rows else None
+
+
+def _ids(tokens: Sequence[int]) -> npt.NDArray[np.int32]:
+    return np.ascontiguousarray(tokens, np.int32)
+
+
+def _pointer(ids: npt.NDArray[np.int32]) -> "c._Pointer[c.c_int32]":
+    return ids.ctypes.data_as(native.i32_p)
+
+
+def _float_pointer(array: Logits | None) -> "c._Pointer[c.c_float] | None":
+    return array.ctypes.data_as(native.f32_p) if array is not None else None

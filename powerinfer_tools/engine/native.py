@@ -1,0 +1,152 @@
+"""The C interface (native/include/powerinfer.h), one to one: the only ctypes in the tree."""
+
+import ctypes as c
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from powerinfer_tools.errors import PowerinferError
+
+ABI_VERSION = 1
+LIBRARY = {"linux": "libpowerinfer.so", "darwin": "libpowerinfer.dylib", "win32": "powerinfer.dll"}
+KINDS = {
+    1: "usage",
+    2: "io",
+    3: "truncated",
+    4: "malformed",
+    5: "mismatch",
+    6: "unsupported",
+    7: "memory",
+    8: "internal",
+}
+MODES = {"auto": 0, "dense": 1, "gate": 2, "predictor": 3}
+
+u32, u64, size_t, f32, f64 = c.c_uint32, c.c_uint64, c.c_size_t, c.c_float, c.c_double
+i32_p, f32_p = c.POINTER(c.c_int32), c.POINTER(c.c_float)
+handle = c.c_void_p
+
+
+class CModelInfo(c.Structure):
+    _fields_ = [
+        ("struct_size", u32),
+        *((n, u32) for n in "n_layer n_embd n_ff n_head n_head_kv head_dim n_vocab n_ctx_train".split()),
+        ("weight_bytes", u64),
+    ]
+
+
+class CSessionParams(c.Structure):
+    _fields_ = [(n, u32) for n in "struct_size n_ctx n_threads mode uncut kernels".split()]
+
+
+class CStats(c.Structure):
+    _fields_ = [
+        ("struct_size", u32),
+        *((n, u64) for n in "n_decode n_prefill bytes_decode".split()),
+        *((n, u64) for n in "neurons_active neurons_computed neurons_total".split()),
+        *((n, f64) for n in "seconds_attention seconds_ffn seconds_head seconds_other".split()),
+        *((n, u64) for n in "bytes_attention bytes_predictor bytes_gate bytes_updown bytes_head".split()),
+    ]
+
+
+class CLayerScore(c.Structure):
+    _fields_ = [(n, u64) for n in "n_tokens n_true n_predicted n_hit".split()]
+
+
+class CSampling(c.Structure):
+    _fields_ = [
+        ("struct_size", u32),
+        ("temperature", f32),
+        ("top_k", u32),
+        ("top_p", f32),
+        ("min_p", f32),
+        ("repeat_penalty", f32),
+        ("repeat_last_n", u32),
+    ]
+
+
+P = c.POINTER
+SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "pi_abi_version": (u32, []),
+    "pi_last_error": (c.c_char_p, []),
+    "pi_kernels": (c.c_char_p, [u32]),
+    "pi_check": (c.c_int, [c.c_char_p]),
+    "pi_model_open": (c.c_int, [c.c_char_p, P(handle)]),
+    "pi_model_close": (None, [handle]),
+    "pi_model_get_info": (c.c_int, [handle, P(CModelInfo)]),
+    "pi_session_open": (c.c_int, [handle, P(CSessionParams), P(handle)]),
+    "pi_session_close": (None, [handle]),
+    "pi_session_bytes": (c.c_int, [handle, P(u64), P(u64)]),
+    "pi_prefill": (c.c_int, [handle, i32_p, size_t, f32_p]),
+    "pi_decode": (c.c_int, [handle, c.c_int32, f32_p]),
+    "pi_score": (c.c_int, [handle, i32_p, size_t, f32_p, P(CLayerScore)]),
+    "pi_truncate": (c.c_int, [handle, size_t]),
+    "pi_position": (c.c_int, [handle, P(size_t)]),
+    "pi_seed": (c.c_int, [handle, u64]),
+    "pi_sample": (c.c_int, [handle, P(CSampling), i32_p, size_t, i32_p]),
+    "pi_session_get_stats": (c.c_int, [handle, P(CStats)]),
+    "pi_session_reset_stats": (c.c_int, [handle]),
+    "pi_measure_memory": (c.c_int, [u32, u64, u64, u32, u32, P(f64)]),
+}
+
+
+@cache
+def library() -> c.CDLL:
+    """The native library with its signatures. Errors: not found (names the places), another ABI version."""
+    path = _find()
+    try:
+        lib = c.CDLL(str(path))
+    except OSError as error:
+        raise PowerinferError(f"{path}: the native library cannot be loaded: {error}", "internal") from error
+    for name, (result, arguments) in SIGNATURES.items():
+        try:
+            function = getattr(lib, name)
+        except AttributeError:
+            raise PowerinferError(f"{path}: expected the function {name}, found none: rebuild it", "mismatch") from None
+        function.restype, function.argtypes = result, arguments
+    if (found := lib.pi_abi_version()) != ABI_VERSION:
+        raise PowerinferError(f"{path}: expected ABI version {ABI_VERSION}, found {found}: rebuild it", "mismatch")
+    return lib
+
+
+def _find() -> Path:
+    if override := os.environ.get("POWERINFER_LIB"):
+        return Path(override)
+    import powerinfer_tools
+
+    name = LIBRARY.get(sys.platform, "libpowerinfer.so")
+    places = [Path(folder) / name for folder in powerinfer_tools.__path__]
+    for place in places:
+        if place.is_file():
+            return place
+    looked = ", ".join(str(place) for place in places)
+    raise PowerinferError(f"native library not found: looked for {looked}; build it with `make native`", "internal")
+
+
+def check(status: int, where: str = "") -> None:
+    """Raises the last native error if `status` is one; `where` (a path) goes before the message."""
+    if status == 0:
+        return
+    message = library().pi_last_error().decode("utf-8", "replace")
+    raise PowerinferError(f"{where}: {message}" if where else message, KINDS.get(status, "internal"))
+
+
+def check_artifact(path: Path) -> None:
+    """The native reader's verdict on a file's header. Errors: whatever breaks the format's rules."""
+    check(library().pi_check(os.fsencode(path)), str(path))
+
+
+def measure_memory(
+    n_threads: int, buffer_bytes: int, row_bytes: int = 1 << 20, stride_rows: int = 1, repeats: int = 5
+) -> float:
+    """Bytes per second of memory reads: everything in sequence, or one row of `row_bytes` in `stride_rows`."""
+    rate = f64()
+    check(library().pi_measure_memory(n_threads, buffer_bytes, row_bytes, stride_rows, repeats, c.byref(rate)))
+    return rate.value
+
+
+def kernels(which: int = 0) -> str | None:
+    """The name of the kernels that `which` selects on this processor (0 best, 1 scalar, 2 AVX2), or None."""
+    name = library().pi_kernels(which)
+    return name.decode() if name else None
