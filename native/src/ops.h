@@ -14,17 +14,30 @@ constexpr size_t QK = 32;         // elements of a quantised block
 constexpr size_t TILE_ROWS = 16;  // rows (or columns) of a packed tile in the matrix-matrix path
 
 // ggml's block layouts.
-struct BlockQ8_0 { uint16_t d; int8_t q[QK]; };      // x = d * q
-struct BlockQ4_0 { uint16_t d; uint8_t q[QK / 2]; }; // low nibbles: x[0..15], high nibbles: x[16..31]; x = d * (q - 8)
+// Q8_0: x = d * q.
+struct BlockQ8_0 {
+    uint16_t d;
+    int8_t q[QK];
+};
+// Q4_0: x = d * (q - 8); low nibbles are x[0..15], high nibbles x[16..31].
+struct BlockQ4_0 {
+    uint16_t d;
+    uint8_t q[QK / 2];
+};
 static_assert(sizeof(BlockQ8_0) == 34 && sizeof(BlockQ4_0) == 18);
 
 // A vector quantised for the dot product with Q8_0 and Q4_0 rows: x = d * q, sum = d * (sum of q).
-struct BlockX8 { float d; float sum; int8_t q[QK]; };
+struct BlockX8 {
+    float d;
+    float sum;
+    int8_t q[QK];
+};
+constexpr float X8_TINY = 1e-36f;  // blocks with no |x| from here on become 0: 127 / x would overflow
 
 // What a weight row is multiplied with: both forms of one vector. q8 may be NULL where no quantised row will be met.
 struct Vector {
-    const float* f;      // [n]
-    const BlockX8* q8;   // [n / QK]
+    const float* f;     // [n]
+    const BlockX8* q8;  // [n / QK]
 };
 
 struct Ops {
@@ -39,8 +52,8 @@ struct Ops {
     void (*matvec_picked)(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, size_t n_ids,
                           Vector x, float* out);
 
-    // acc[j] += sum over i of h[i] * row_{ids[i]}[j], in the order of i, one fused multiply-add after the other.
-    // n: elements of a row. Rows with h == 0 may be skipped: they must not change acc.
+    // acc[j] += sum over i of h[i] * row_{ids[i]}[j], in the order of i, one fused multiply-add after the other (of
+    // h * d and q in quantised rows). n: elements of a row, or of a part of one. Rows with h == 0 are skipped.
     void (*add_rows)(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, const float* h,
                      size_t n_ids, float* acc);
 
@@ -77,8 +90,10 @@ struct Ops {
 };
 
 const Ops& scalar();
-const Ops* avx2();                   // NULL where the processor (or the build) has no AVX2, FMA and F16C
+const Ops* avx2();                      // NULL where the processor (or the build) has no AVX2, FMA and F16C
 const Ops* choose_ops(uint32_t which);  // 0: best; 1: scalar; 2: AVX2; NULL where there is none
+
+extern const Ops* const avx2_table;  // of ops_avx2.cpp; NULL where it is compiled without AVX2. Call avx2() instead.
 
 float f16_to_f32(uint16_t h);
 uint16_t f32_to_f16(float f);

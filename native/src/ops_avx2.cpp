@@ -1,0 +1,700 @@
+// The operations with AVX2, FMA and F16C. Compiled with -mavx2 -mfma -mf16c, alone: so it includes no header whose
+// inline functions another file might share, and nothing here may run before avx2() has asked the processor.
+#include "ops.h"
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+namespace pi {
+namespace {
+
+constexpr size_t LANES = 8;
+
+// (p0 + p1) + (p2 + p3) of each half.
+__m256 sum_halves(__m256 v) {
+    v = _mm256_hadd_ps(v, v);
+    return _mm256_hadd_ps(v, v);
+}
+
+float low_half(__m256 v) { return _mm256_cvtss_f32(v); }
+float high_half(__m256 v) { return _mm_cvtss_f32(_mm256_extractf128_ps(v, 1)); }
+
+float sum(__m256 v) {
+    v = sum_halves(v);
+    return low_half(v) + high_half(v);
+}
+
+float half_to_float(const uint8_t* p) {
+    uint16_t bits;
+    memcpy(&bits, p, 2);
+    return _cvtsh_ss(bits);
+}
+
+// Up to 7 floats, the rest 0.
+__m256 load_tail(const float* x, size_t n) {
+    float all[LANES] = {};
+    memcpy(all, x, n * sizeof(float));
+    return _mm256_loadu_ps(all);
+}
+
+void store_tail(float* x, size_t n, __m256 v) {
+    float all[LANES];
+    _mm256_storeu_ps(all, v);
+    memcpy(x, all, n * sizeof(float));
+}
+
+// ---- rows of floats
+
+struct F32 {
+    static constexpr size_t BYTES = 4;
+    static __m256 load(const uint8_t* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
+};
+
+struct F16 {
+    static constexpr size_t BYTES = 2;
+    static __m256 load(const uint8_t* p) {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+};
+
+// Up to 7 elements, the rest 0.
+template <class Format>
+__m256 load_tail(const uint8_t* p, size_t n) {
+    uint8_t all[LANES * Format::BYTES] = {};
+    memcpy(all, p, n * Format::BYTES);
+    return Format::load(all);
+}
+
+// Dot products of R rows with one x. Two sums a row, for the even and the odd groups of 8.
+template <class Format>
+struct FloatRows {
+    static constexpr size_t WIDE = 4;
+
+    template <size_t R>
+    static void dot(size_t n, const uint8_t* const* rows, Vector x, float* out) {
+        __m256 even[R], odd[R];
+        for (size_t r = 0; r < R; r++) even[r] = odd[r] = _mm256_setzero_ps();
+        size_t k = 0;
+        for (; k + 2 * LANES <= n; k += 2 * LANES) {
+            const __m256 x0 = _mm256_loadu_ps(x.f + k), x1 = _mm256_loadu_ps(x.f + k + LANES);
+            for (size_t r = 0; r < R; r++) {
+                const uint8_t* p = rows[r] + k * Format::BYTES;
+                even[r] = _mm256_fmadd_ps(Format::load(p), x0, even[r]);
+                odd[r] = _mm256_fmadd_ps(Format::load(p + LANES * Format::BYTES), x1, odd[r]);
+            }
+        }
+        if (k + LANES <= n) {
+            const __m256 x0 = _mm256_loadu_ps(x.f + k);
+            for (size_t r = 0; r < R; r++)
+                even[r] = _mm256_fmadd_ps(Format::load(rows[r] + k * Format::BYTES), x0, even[r]);
+            k += LANES;
+        }
+        if (k < n) {
+            const __m256 x1 = load_tail(x.f + k, n - k);
+            for (size_t r = 0; r < R; r++)
+                odd[r] = _mm256_fmadd_ps(load_tail<Format>(rows[r] + k * Format::BYTES, n - k), x1, odd[r]);
+        }
+        for (size_t r = 0; r < R; r++) out[r] = sum(_mm256_add_ps(even[r], odd[r]));
+    }
+};
+
+// ---- rows of quantised blocks
+
+// The scales of one block in up to 8 rows, as float; lane r is row r's.
+template <size_t R>
+__m256 block_scales(const uint8_t* const* rows, size_t offset) {
+    uint16_t d[LANES] = {};
+    for (size_t r = 0; r < R; r++) memcpy(&d[r], rows[r] + offset, 2);
+    const uint64_t low = d[0] | uint64_t(d[1]) << 16 | uint64_t(d[2]) << 32 | uint64_t(d[3]) << 48;
+    const uint64_t high = d[4] | uint64_t(d[5]) << 16 | uint64_t(d[6]) << 32 | uint64_t(d[7]) << 48;
+    return _mm256_cvtph_ps(_mm_set_epi64x(int64_t(high), int64_t(low)));
+}
+
+__m128i load_16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+__m256i load_32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+// Lane p of each half, all over that half.
+template <size_t P>
+__m256 spread(__m256 v) {
+    return _mm256_permute_ps(v, P * 0x55);
+}
+
+__m256 spread(__m256 v, size_t p) {
+    switch (p) {
+        case 0:
+            return spread<0>(v);
+        case 1:
+            return spread<1>(v);
+        case 2:
+            return spread<2>(v);
+        default:
+            return spread<3>(v);
+    }
+}
+
+// Rows go in pairs, one in each half of a register: pair p is rows p and p + R / 2. The weights stay unsigned (0 ..
+// 15); the 8 that they are too large by leaves at the end, through the sums of x.
+struct Q4_0Rows {
+    static constexpr size_t WIDE = 8;
+
+    template <size_t R>
+    static __m256 scales(const uint8_t* const* rows, size_t offset) {
+        if constexpr (R == LANES) return block_scales<R>(rows, offset);
+        static_assert(R == LANES || R == 2);
+        const float low = half_to_float(rows[0] + offset), high = half_to_float(rows[R - 1] + offset);
+        return _mm256_setr_ps(low, 0, 0, 0, high, 0, 0, 0);
+    }
+
+    static __m256i pair_dot(const uint8_t* low_row, const uint8_t* high_row, __m256i x_low, __m256i x_high) {
+        const __m256i nibble = _mm256_set1_epi8(15);
+        const __m256i w = _mm256_inserti128_si256(_mm256_castsi128_si256(load_16(low_row)), load_16(high_row), 1);
+        const __m256i low = _mm256_maddubs_epi16(_mm256_and_si256(w, nibble), x_low);
+        const __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(w, 4), nibble), x_high);
+        return _mm256_madd_epi16(_mm256_add_epi16(low, high), _mm256_set1_epi16(1));  // |low + high| <= 4 * 15 * 127
+    }
+
+    template <size_t R>
+    static void dot(size_t n, const uint8_t* const* rows, Vector x, float* out) {
+        constexpr size_t PAIRS = R / 2;
+        __m256 acc[PAIRS], excess = _mm256_setzero_ps();
+        for (size_t p = 0; p < PAIRS; p++) acc[p] = _mm256_setzero_ps();
+        for (size_t b = 0; b < n / QK; b++) {
+            const BlockX8& xb = x.q8[b];
+            const size_t offset = b * sizeof(BlockQ4_0);
+            const __m256 d = scales<R>(rows, offset);
+            const __m256 dd = _mm256_mul_ps(d, _mm256_set1_ps(xb.d));
+            excess = _mm256_fmadd_ps(d, _mm256_set1_ps(xb.sum), excess);
+            const __m256i x_low = _mm256_broadcastsi128_si256(load_16(xb.q));
+            const __m256i x_high = _mm256_broadcastsi128_si256(load_16(xb.q + QK / 2));
+            for (size_t p = 0; p < PAIRS; p++) {
+                const __m256i whole = pair_dot(rows[p] + offset + 2, rows[p + PAIRS] + offset + 2, x_low, x_high);
+                acc[p] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), spread(dd, p), acc[p]);
+            }
+        }
+        float over[LANES];
+        _mm256_storeu_ps(over, excess);
+        for (size_t p = 0; p < PAIRS; p++) {
+            const __m256 sums = sum_halves(acc[p]);
+            out[p] = low_half(sums) - 8 * over[p];
+            out[p + PAIRS] = high_half(sums) - 8 * over[p + 4];
+        }
+    }
+};
+
+struct Q8_0Rows {
+    static constexpr size_t WIDE = 8;
+
+    template <size_t R>
+    static void dot(size_t n, const uint8_t* const* rows, Vector x, float* out) {
+        __m256 acc[R];
+        for (size_t r = 0; r < R; r++) acc[r] = _mm256_setzero_ps();
+        for (size_t b = 0; b < n / QK; b++) {
+            const size_t offset = b * sizeof(BlockQ8_0);
+            const __m256i xq = load_32(x.q8[b].q);
+            const __m256 d = _mm256_mul_ps(block_scales<R>(rows, offset), _mm256_set1_ps(x.q8[b].d));
+            const __m256 d_low = _mm256_permute2f128_ps(d, d, 0x00), d_high = _mm256_permute2f128_ps(d, d, 0x11);
+            for (size_t r = 0; r < R; r++) {
+                const __m256i w = load_32(rows[r] + offset + 2);
+                // |w| * (x with w's sign); -128 as a weight is 128 unsigned, and 2 * 128 * 127 still fits 16 bits
+                const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(xq, w));
+                const __m256 whole = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+                acc[r] = _mm256_fmadd_ps(whole, spread(r < 4 ? d_low : d_high, r % 4), acc[r]);
+            }
+        }
+        for (size_t r = 0; r < R; r++) out[r] = sum(acc[r]);
+    }
+};
+
+// ---- matvec
+
+// Takes WIDE rows at a time and what is left in twos, an odd last row twice: each row's sums are the same either way.
+template <class Rows, class RowAt>
+void dot_rows(size_t n, size_t n_rows, RowAt row_at, Vector x, float* out) {
+    const uint8_t* rows[Rows::WIDE];
+    size_t i = 0;
+    for (; i + Rows::WIDE <= n_rows; i += Rows::WIDE) {
+        for (size_t r = 0; r < Rows::WIDE; r++) rows[r] = row_at(i + r);
+        Rows::template dot<Rows::WIDE>(n, rows, x, out + i);
+    }
+    for (; i < n_rows; i += 2) {
+        const bool both = i + 1 < n_rows;
+        float two[2];
+        rows[0] = row_at(i);
+        rows[1] = row_at(both ? i + 1 : i);
+        Rows::template dot<2>(n, rows, x, two);
+        out[i] = two[0];
+        if (both) out[i + 1] = two[1];
+    }
+}
+
+template <class RowAt>
+void dot_rows(Type type, size_t n, size_t n_rows, RowAt row_at, Vector x, float* out) {
+    switch (type) {
+        case Type::F32:
+            return dot_rows<FloatRows<F32>>(n, n_rows, row_at, x, out);
+        case Type::F16:
+            return dot_rows<FloatRows<F16>>(n, n_rows, row_at, x, out);
+        case Type::Q4_0:
+            return dot_rows<Q4_0Rows>(n, n_rows, row_at, x, out);
+        case Type::Q8_0:
+            return dot_rows<Q8_0Rows>(n, n_rows, row_at, x, out);
+        case Type::I32:
+            return;  // never a matrix
+    }
+}
+
+void matvec(Type type, size_t n, const uint8_t* rows, size_t stride, size_t n_rows, Vector x, float* out) {
+    dot_rows(type, n, n_rows, [=](size_t i) { return rows + i * stride; }, x, out);
+}
+
+void prefetch_row(const uint8_t* row) {
+    for (size_t line = 0; line < 4; line++) _mm_prefetch(reinterpret_cast<const char*>(row + line * 64), _MM_HINT_T0);
+}
+
+constexpr size_t AHEAD = 8;  // picked rows are asked for this many rows before their turn
+
+void matvec_picked(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, size_t n_ids, Vector x,
+                   float* out) {
+    const auto row_at = [=](size_t i) {
+        if (i + AHEAD < n_ids) prefetch_row(rows + ids[i + AHEAD] * stride);
+        return rows + ids[i] * stride;
+    };
+    dot_rows(type, n, n_ids, row_at, x, out);
+}
+
+// ---- sums of rows
+
+template <class Format>
+struct AddFloats {
+    // R rows at once: acc is read and written once for them all; the sums run in the order of the rows.
+    template <size_t R>
+    static void add(size_t n, const uint8_t* const* rows, const float* h, float* acc) {
+        size_t j = 0;
+        for (; j + 2 * LANES <= n; j += 2 * LANES) {
+            __m256 a0 = _mm256_loadu_ps(acc + j), a1 = _mm256_loadu_ps(acc + j + LANES);
+            for (size_t r = 0; r < R; r++) {
+                const uint8_t* p = rows[r] + j * Format::BYTES;
+                const __m256 hr = _mm256_broadcast_ss(h + r);
+                a0 = _mm256_fmadd_ps(hr, Format::load(p), a0);
+                a1 = _mm256_fmadd_ps(hr, Format::load(p + LANES * Format::BYTES), a1);
+            }
+            _mm256_storeu_ps(acc + j, a0);
+            _mm256_storeu_ps(acc + j + LANES, a1);
+        }
+        for (; j < n; j += LANES) {
+            const size_t left = n - j < LANES ? n - j : LANES;
+            __m256 a = load_tail(acc + j, left);
+            for (size_t r = 0; r < R; r++)
+                a = _mm256_fmadd_ps(_mm256_broadcast_ss(h + r), load_tail<Format>(rows[r] + j * Format::BYTES, left),
+                                    a);
+            store_tail(acc + j, left, a);
+        }
+    }
+};
+
+struct Q4_0Block {
+    static constexpr size_t BYTES = sizeof(BlockQ4_0);
+    // The 32 integers of a block, in order.
+    static __m256i integers(const uint8_t* q) {
+        const __m256i both = _mm256_broadcastsi128_si256(load_16(q));
+        const __m256i shift = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4);
+        const __m256i nibbles = _mm256_and_si256(_mm256_srlv_epi32(both, shift), _mm256_set1_epi8(15));
+        return _mm256_sub_epi8(nibbles, _mm256_set1_epi8(8));
+    }
+    static __m128i eighth(__m256i q, int e) {
+        const __m128i half = e < 2 ? _mm256_castsi256_si128(q) : _mm256_extracti128_si256(q, 1);
+        return e % 2 ? _mm_srli_si128(half, 8) : half;
+    }
+    static void unpack(const uint8_t* block, __m256 out[4]) {
+        const __m256i q = integers(block + 2);
+        for (int e = 0; e < 4; e++) out[e] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eighth(q, e)));
+    }
+};
+
+struct Q8_0Block {
+    static constexpr size_t BYTES = sizeof(BlockQ8_0);
+    static void unpack(const uint8_t* block, __m256 out[4]) {
+        for (int e = 0; e < 4; e++) {
+            const __m128i q = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(block + 2 + e * 8));
+            out[e] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q));
+        }
+    }
+};
+
+template <class Block>
+struct AddBlocks {
+    template <size_t R>
+    static void add(size_t n, const uint8_t* const* rows, const float* h, float* acc) {
+        for (size_t j = 0; j < n; j += QK) {
+            const size_t offset = j / QK * Block::BYTES;
+            __m256 a[4], w[4];
+            for (size_t e = 0; e < 4; e++) a[e] = _mm256_loadu_ps(acc + j + e * LANES);
+            for (size_t r = 0; r < R; r++) {
+                const __m256 hd = _mm256_set1_ps(h[r] * half_to_float(rows[r] + offset));
+                Block::unpack(rows[r] + offset, w);
+                for (size_t e = 0; e < 4; e++) a[e] = _mm256_fmadd_ps(hd, w[e], a[e]);
+            }
+            for (size_t e = 0; e < 4; e++) _mm256_storeu_ps(acc + j + e * LANES, a[e]);
+        }
+    }
+};
+
+constexpr size_t GROUP = 8;  // rows in one pass over acc
+
+template <class Add>
+void add_group(size_t n, const uint8_t* const* rows, const float* h, size_t n_rows, float* acc) {
+    size_t r = 0;
+    if (n_rows == GROUP) return Add::template add<GROUP>(n, rows, h, acc);
+    for (; r + 4 <= n_rows; r += 4) Add::template add<4>(n, rows + r, h + r, acc);
+    for (; r + 2 <= n_rows; r += 2) Add::template add<2>(n, rows + r, h + r, acc);
+    if (r < n_rows) Add::template add<1>(n, rows + r, h + r, acc);
+}
+
+template <class Add>
+void add_rows(size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, const float* h, size_t n_ids,
+              float* acc) {
+    const uint8_t* group[GROUP];
+    float weights[GROUP];
+    size_t filled = 0;
+    for (size_t i = 0; i < n_ids; i++) {
+        if (i + AHEAD < n_ids) prefetch_row(rows + ids[i + AHEAD] * stride);
+        if (h[i] == 0) continue;
+        group[filled] = rows + ids[i] * stride;
+        weights[filled++] = h[i];
+        if (filled == GROUP) {
+            add_group<Add>(n, group, weights, GROUP, acc);
+            filled = 0;
+        }
+    }
+    add_group<Add>(n, group, weights, filled, acc);
+}
+
+void add_rows(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, const float* h,
+              size_t n_ids, float* acc) {
+    switch (type) {
+        case Type::F32:
+            return add_rows<AddFloats<F32>>(n, rows, stride, ids, h, n_ids, acc);
+        case Type::F16:
+            return add_rows<AddFloats<F16>>(n, rows, stride, ids, h, n_ids, acc);
+        case Type::Q4_0:
+            return add_rows<AddBlocks<Q4_0Block>>(n, rows, stride, ids, h, n_ids, acc);
+        case Type::Q8_0:
+            return add_rows<AddBlocks<Q8_0Block>>(n, rows, stride, ids, h, n_ids, acc);
+        case Type::I32:
+            return;  // never a matrix
+    }
+}
+
+// ---- conversions
+
+template <class Format>
+void dequantize_floats(size_t n, const uint8_t* row, float* out) {
+    size_t k = 0;
+    for (; k + LANES <= n; k += LANES) _mm256_storeu_ps(out + k, Format::load(row + k * Format::BYTES));
+    if (k < n) store_tail(out + k, n - k, load_tail<Format>(row + k * Format::BYTES, n - k));
+}
+
+template <class Block>
+void dequantize_blocks(size_t n, const uint8_t* row, float* out) {
+    for (size_t k = 0; k < n; k += QK, row += Block::BYTES) {
+        const __m256 d = _mm256_set1_ps(half_to_float(row));
+        __m256 w[4];
+        Block::unpack(row, w);
+        for (size_t e = 0; e < 4; e++) _mm256_storeu_ps(out + k + e * LANES, _mm256_mul_ps(d, w[e]));
+    }
+}
+
+void dequantize(Type type, size_t begin, size_t n, const uint8_t* row, float* out) {
+    switch (type) {
+        case Type::F32:
+            return dequantize_floats<F32>(n, row + begin * F32::BYTES, out);
+        case Type::F16:
+            return dequantize_floats<F16>(n, row + begin * F16::BYTES, out);
+        case Type::Q4_0:
+            return dequantize_blocks<Q4_0Block>(n, row + begin / QK * sizeof(BlockQ4_0), out);
+        case Type::Q8_0:
+            return dequantize_blocks<Q8_0Block>(n, row + begin / QK * sizeof(BlockQ8_0), out);
+        case Type::I32:
+            return;  // never a matrix
+    }
+}
+
+// max|x| as an integer: ordered as the floats are, with Inf and NaN above all.
+__m256i max_bits(__m256i a, __m256i b) { return _mm256_max_epi32(a, b); }
+
+float max_magnitude(const __m256 x[4]) {
+    const __m256i bits = _mm256_set1_epi32(0x7fffffff);
+    __m256i max = _mm256_setzero_si256();
+    for (size_t e = 0; e < 4; e++) max = max_bits(max, _mm256_and_si256(_mm256_castps_si256(x[e]), bits));
+    max = max_bits(max, _mm256_permute2x128_si256(max, max, 1));
+    max = max_bits(max, _mm256_shuffle_epi32(max, 0x4e));
+    max = max_bits(max, _mm256_shuffle_epi32(max, 0xb1));
+    return _mm256_cvtss_f32(_mm256_castsi256_ps(max));
+}
+
+int sum_bytes(__m256i q) {
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q);
+    const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+    return _mm_cvtsi128_si32(s);
+}
+
+void quantize_x8(size_t n, const float* x, BlockX8* out) {
+    for (size_t b = 0; b < n / QK; b++, x += QK, out++) {
+        __m256 v[4];
+        for (size_t e = 0; e < 4; e++) v[e] = _mm256_loadu_ps(x + e * LANES);
+        const float max = max_magnitude(v);
+        const bool finite = max < INFINITY;
+        const float inverse = finite && max >= X8_TINY ? 127 / max : 0;
+        __m256i q[4];
+        for (size_t e = 0; e < 4; e++) {
+            const __m256 scaled = _mm256_mul_ps(finite ? v[e] : _mm256_setzero_ps(), _mm256_set1_ps(inverse));
+            q[e] = _mm256_cvtps_epi32(scaled);
+        }
+        // packing works within halves, so that groups of four bytes come out as 0 2 4 6 | 1 3 5 7
+        const __m256i first = _mm256_packs_epi32(q[0], q[1]), last = _mm256_packs_epi32(q[2], q[3]);
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(first, last), order);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out->q), bytes);
+        out->d = !finite ? NAN : inverse > 0 ? max / 127 : 0;
+        out->sum = out->d * float(sum_bytes(bytes));
+    }
+}
+
+void to_f16(size_t n, const float* x, uint16_t* out) {
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const __m128i h = _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), h);
+    }
+    for (; i < n; i++) out[i] = _cvtss_sh(x[i], _MM_FROUND_TO_NEAREST_INT);
+}
+
+// ---- matrix-matrix
+
+// R rows of x against one packed tile: 2 R sums in registers, each a chain over k.
+template <size_t R>
+void gemm_rows(size_t n_k, const float* x, size_t ldx, const float* packed, float* c, size_t ldc, bool accumulate) {
+    __m256 low[R], high[R];
+    for (size_t r = 0; r < R; r++) {
+        low[r] = accumulate ? _mm256_loadu_ps(c + r * ldc) : _mm256_setzero_ps();
+        high[r] = accumulate ? _mm256_loadu_ps(c + r * ldc + LANES) : _mm256_setzero_ps();
+    }
+    for (size_t k = 0; k < n_k; k++) {
+        const __m256 w0 = _mm256_loadu_ps(packed + k * TILE_ROWS), w1 = _mm256_loadu_ps(packed + k * TILE_ROWS + LANES);
+        for (size_t r = 0; r < R; r++) {
+            const __m256 xr = _mm256_broadcast_ss(x + r * ldx + k);
+            low[r] = _mm256_fmadd_ps(xr, w0, low[r]);
+            high[r] = _mm256_fmadd_ps(xr, w1, high[r]);
+        }
+    }
+    for (size_t r = 0; r < R; r++) {
+        _mm256_storeu_ps(c + r * ldc, low[r]);
+        _mm256_storeu_ps(c + r * ldc + LANES, high[r]);
+    }
+}
+
+void gemm_tile(size_t n_t, size_t n_k, const float* x, size_t ldx, const float* packed, float* c, size_t ldc,
+               bool accumulate) {
+    size_t t = 0;
+    for (; t + 6 <= n_t; t += 6) gemm_rows<6>(n_k, x + t * ldx, ldx, packed, c + t * ldc, ldc, accumulate);
+    x += t * ldx;
+    c += t * ldc;
+    switch (n_t - t) {
+        case 1:
+            return gemm_rows<1>(n_k, x, ldx, packed, c, ldc, accumulate);
+        case 2:
+            return gemm_rows<2>(n_k, x, ldx, packed, c, ldc, accumulate);
+        case 3:
+            return gemm_rows<3>(n_k, x, ldx, packed, c, ldc, accumulate);
+        case 4:
+            return gemm_rows<4>(n_k, x, ldx, packed, c, ldc, accumulate);
+        case 5:
+            return gemm_rows<5>(n_k, x, ldx, packed, c, ldc, accumulate);
+    }
+}
+
+// An 8 x 8 transpose: out + r * TILE_ROWS gets column r.
+void transpose(const __m256 in[LANES], float* out) {
+    __m256 pair[LANES], four[LANES];
+    for (size_t i = 0; i < LANES; i += 2) {
+        pair[i] = _mm256_unpacklo_ps(in[i], in[i + 1]);
+        pair[i + 1] = _mm256_unpackhi_ps(in[i], in[i + 1]);
+    }
+    for (size_t i = 0; i < LANES; i += 4) {
+        four[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
+        four[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xee);
+        four[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+        four[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
+    }
+    for (size_t i = 0; i < 4; i++) {
+        _mm256_storeu_ps(out + i * TILE_ROWS, _mm256_permute2f128_ps(four[i], four[i + 4], 0x20));
+        _mm256_storeu_ps(out + (i + 4) * TILE_ROWS, _mm256_permute2f128_ps(four[i], four[i + 4], 0x31));
+    }
+}
+
+// Columns [k, k + n) of the tile, n <= QK, from rows as floats.
+void pack_columns(const float rows[TILE_ROWS][QK], size_t n, float* packed) {
+    size_t k = 0;
+    for (; k + LANES <= n; k += LANES) {
+        for (size_t j = 0; j < TILE_ROWS; j += LANES) {
+            __m256 in[LANES];
+            for (size_t r = 0; r < LANES; r++) in[r] = _mm256_loadu_ps(&rows[j + r][k]);
+            transpose(in, packed + k * TILE_ROWS + j);
+        }
+    }
+    for (; k < n; k++) {
+        for (size_t j = 0; j < TILE_ROWS; j++) packed[k * TILE_ROWS + j] = rows[j][k];
+    }
+}
+
+void pack_rows(Type type, size_t n, const uint8_t* rows, size_t stride, size_t n_rows, float* packed) {
+    float columns[TILE_ROWS][QK] = {};
+    for (size_t k = 0; k < n; k += QK) {
+        const size_t count = n - k < QK ? n - k : QK;
+        for (size_t j = 0; j < n_rows; j++) dequantize(type, k, count, rows + j * stride, columns[j]);
+        pack_columns(columns, count, packed + k * TILE_ROWS);
+    }
+}
+
+// ---- norms, softmax, rotation, activation
+
+// The sum over i < n of what term(x[i..], acc) adds to acc, 8 at a time.
+template <class Term>
+float sum_terms(size_t n, const float* x, Term term) {
+    __m256 acc[4];
+    for (__m256& a : acc) a = _mm256_setzero_ps();
+    size_t i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES) {
+        for (size_t e = 0; e < 4; e++) acc[e] = term(_mm256_loadu_ps(x + i + e * LANES), acc[e]);
+    }
+    for (size_t e = 0; i + LANES <= n; i += LANES, e++) acc[e] = term(_mm256_loadu_ps(x + i), acc[e]);
+    float tail = 0;
+    if (i < n) {
+        float lanes[LANES];
+        _mm256_storeu_ps(lanes, term(load_tail(x + i, n - i), _mm256_setzero_ps()));
+        for (size_t l = 0; l < n - i; l++) tail += lanes[l];
+    }
+    return sum(_mm256_add_ps(_mm256_add_ps(acc[0], acc[1]), _mm256_add_ps(acc[2], acc[3]))) + tail;
+}
+
+float sum_squares(size_t n, const float* x, float mean) {
+    const __m256 m = _mm256_set1_ps(mean);
+    return sum_terms(n, x, [m](__m256 v, __m256 acc) {
+        const __m256 centred = _mm256_sub_ps(v, m);
+        return _mm256_fmadd_ps(centred, centred, acc);
+    });
+}
+
+// out[i] = change(x[i], i), 8 at a time; change sees zeros beyond the end.
+template <class Change>
+void map(size_t n, const float* x, float* out, Change change) {
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES) _mm256_storeu_ps(out + i, change(_mm256_loadu_ps(x + i), i, LANES));
+    if (i < n) store_tail(out + i, n - i, change(load_tail(x + i, n - i), i, n - i));
+}
+
+__m256 load_some(const float* x, size_t n) { return n == LANES ? _mm256_loadu_ps(x) : load_tail(x, n); }
+
+void rms_norm(size_t n, const float* x, const float* weight, float eps, float* out) {
+    const __m256 scale = _mm256_set1_ps(1 / sqrtf(sum_squares(n, x, 0) / float(n) + eps));
+    map(n, x, out, [=](__m256 v, size_t i, size_t count) {
+        return _mm256_mul_ps(_mm256_mul_ps(v, scale), load_some(weight + i, count));
+    });
+}
+
+void layer_norm(size_t n, const float* x, const float* weight, const float* bias, float eps, float* out) {
+    const float mean = sum_terms(n, x, [](__m256 v, __m256 acc) { return _mm256_add_ps(v, acc); }) / float(n);
+    const __m256 scale = _mm256_set1_ps(1 / sqrtf(sum_squares(n, x, mean) / float(n) + eps));
+    const __m256 centre = _mm256_set1_ps(mean);
+    map(n, x, out, [=](__m256 v, size_t i, size_t count) {
+        const __m256 normal = _mm256_mul_ps(_mm256_sub_ps(v, centre), scale);
+        return _mm256_fmadd_ps(normal, load_some(weight + i, count), load_some(bias + i, count));
+    });
+}
+
+// exp(x) = 2^m exp(r), |r| <= ln(2) / 2, exp(r) by its Taylor series to r^7 / 7! (the rest is below 2^-27). 2^m goes in
+// as two factors, so that results may be denormal. NaN stays NaN: min and max return their second operand then.
+__m256 exp(__m256 x) {
+    x = _mm256_max_ps(_mm256_set1_ps(-104), _mm256_min_ps(_mm256_set1_ps(89), x));
+    const __m256 m = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+    __m256 r = _mm256_fnmadd_ps(m, _mm256_set1_ps(0x1.62ep-1f), x);  // ln(2) = 12 bits and the rest: the first
+    r = _mm256_fnmadd_ps(m, _mm256_set1_ps(0x1.0bfbe8p-15f), r);     // product is exact
+    constexpr float series[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+    __m256 p = _mm256_set1_ps(1.0f / 5040);
+    for (const float c : series) p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(c));
+    const __m256i whole = _mm256_cvtps_epi32(m), half = _mm256_srai_epi32(whole, 1);
+    const auto power = [](__m256i e) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
+    };
+    return _mm256_mul_ps(_mm256_mul_ps(p, power(half)), power(_mm256_sub_epi32(whole, half)));
+}
+
+void softmax(size_t n, float* x) {
+    float max = -INFINITY;
+    for (size_t i = 0; i < n; i++) max = x[i] > max ? x[i] : max;
+    const __m256 shift = _mm256_set1_ps(max);
+    map(n, x, x, [=](__m256 v, size_t, size_t) { return exp(_mm256_sub_ps(v, shift)); });
+    const __m256 total = _mm256_set1_ps(sum_terms(n, x, [](__m256 v, __m256 acc) { return _mm256_add_ps(v, acc); }));
+    map(n, x, x, [=](__m256 v, size_t, size_t) { return _mm256_div_ps(v, total); });
+}
+
+void silu(size_t n, float* a) {
+    const __m256 one = _mm256_set1_ps(1);
+    map(n, a, a, [=](__m256 v, size_t, size_t) {
+        return _mm256_div_ps(v, _mm256_add_ps(one, exp(_mm256_sub_ps(_mm256_setzero_ps(), v))));
+    });
+}
+
+void rope(size_t n, float* x, const float* cos, const float* sin) {
+    const size_t half = n / 2;
+    float* y = x + half;
+    for (size_t i = 0; i < half; i += LANES) {
+        const size_t count = half - i < LANES ? half - i : LANES;
+        const __m256 a = load_some(x + i, count), b = load_some(y + i, count);
+        const __m256 c = load_some(cos + i, count), s = load_some(sin + i, count);
+        store_tail(x + i, count, _mm256_sub_ps(_mm256_mul_ps(a, c), _mm256_mul_ps(b, s)));
+        store_tail(y + i, count, _mm256_add_ps(_mm256_mul_ps(a, s), _mm256_mul_ps(b, c)));
+    }
+}
+
+// ---- attention: the cache is a matrix of float16 rows
+
+void attention_scores(size_t head_dim, size_t n_pos, const float* q, const uint16_t* k, size_t stride, float scale,
+                      float* scores) {
+    matvec(Type::F16, head_dim, reinterpret_cast<const uint8_t*>(k), stride * 2, n_pos, {q, nullptr}, scores);
+    for (size_t p = 0; p < n_pos; p++) scores[p] *= scale;
+}
+
+void attention_mix(size_t head_dim, size_t n_pos, const float* weights, const uint16_t* v, size_t stride, float* out) {
+    for (size_t j = 0; j < head_dim; j++) out[j] = 0;
+    const uint8_t* group[GROUP];
+    for (size_t p = 0; p < n_pos; p += GROUP) {
+        const size_t count = n_pos - p < GROUP ? n_pos - p : GROUP;
+        for (size_t r = 0; r < count; r++) group[r] = reinterpret_cast<const uint8_t*>(v + (p + r) * stride);
+        add_group<AddFloats<F16>>(head_dim, group, weights + p, count, out);
+    }
+}
+
+constexpr Ops table = {"avx2",    quantize_x8,      matvec,        matvec_picked, add_rows, dequantize,
+                       gemm_tile, pack_rows,        rms_norm,      layer_norm,    softmax,  rope,
+                       silu,      attention_scores, attention_mix, to_f16};
+
+}  // namespace
+
+const Ops* const avx2_table = &table;
+
+}  // namespace pi
+
+#else
+
+namespace pi {
+const Ops* const avx2_table = nullptr;
+}
+
+#endif
