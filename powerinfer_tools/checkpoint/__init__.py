@@ -7,6 +7,6 @@ q and k rows are in the half-split rotary layout.
 """
 
 from powerinfer_tools.checkpoint.config import Config, Rope
-from powerinfer_tools.checkpoint.source import Checkpoint, open_checkpoint
+from powerinfer_tools.checkpoint.source import Checkpoint, check_finite, open_checkpoint
 
-__all__ = ["Checkpoint", "Config", "Rope", "open_checkpoint"]
+__all__ = ["Checkpoint", "Config", "Rope", "check_finite", "open_checkpoint"]

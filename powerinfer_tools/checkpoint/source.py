@@ -47,6 +47,25 @@ class Checkpoint(ABC):
         return frozenset(name for name in self.names() if name.endswith(".bias"))
 
 
+def check_rows(path: Path, shapes: dict[str, tuple[int, ...]], name: str, rows: slice | None) -> tuple[int, int]:
+    """The rows [begin, end) that `read` was asked for. Errors: no such tensor."""
+    if name not in shapes:
+        raise PowerinferError(f"{path}: expected the tensor {name}, found none", "mismatch")
+    begin, end, step = (rows or slice(None)).indices(shapes[name][0])
+    if step != 1:
+        raise ValueError(f"{name}: rows are read in order, one by one, not with step {step}")
+    return begin, max(begin, end)
+
+
+def check_finite(name: str, array: FloatArray) -> None:
+    """Errors: a weight that is not a finite number, named with its index."""
+    finite = np.isfinite(array)
+    if not finite.all():
+        index = [int(i) for i in np.unravel_index(int(np.argmin(finite)), array.shape)]
+        found = array[tuple(index)]
+        raise PowerinferError(f"{name}: expected finite weights, found {found} at {index}", "malformed")
+
+
 def open_checkpoint(path: Path, activation: str | None = None) -> Checkpoint:
     """Opens a Hugging Face folder or a GGUF file. `activation` answers for files that do not record it (GGUF)."""
     if path.is_dir():

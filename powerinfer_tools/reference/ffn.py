@@ -48,14 +48,13 @@ class Ffn:
 def activate(g: Tensor, activation: str, threshold: float = 0.0) -> Tensor:
     """a(g). fatrelu (ProSparse, Song et al. 2024): g where g > threshold, else 0.
 
-    Every other activation is cut where a threshold is set (CATS, Lee et al. 2024): 0 where |a(g)| < threshold.
+    Any other is cut where a threshold is set (CATS, Lee et al. 2024): 0 where |a(g)| < threshold.
     """
     if activation == "fatrelu":
         return torch.where(g > threshold, g, 0.0)
-    if activation == "silu":
-        a = silu(g)
-    else:  # relu, drelu, relu2
-        a = relu(g).square() if activation == "relu2" else relu(g)
+    a = silu(g) if activation == "silu" else relu(g)
+    if activation == "relu2":
+        a = a.square()
     return torch.where(a.abs() >= threshold, a, 0.0) if threshold > 0 else a
 
 

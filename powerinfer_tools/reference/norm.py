@@ -11,7 +11,7 @@ from powerinfer_tools.reference.weights import optional, tensor
 
 @dataclass
 class Norm:
-    """llama: RMSNorm (Zhang and Sennrich 2019, eq. 4); opt: LayerNorm (Ba et al. 2016). weight, bias: [n_embd]."""
+    """llama: RMSNorm (Zhang and Sennrich 2019, eq. 4); opt: LayerNorm (Ba et al. 2016). Sizes: [n_embd]."""
 
     arch: str
     weight: Tensor
