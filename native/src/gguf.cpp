@@ -99,7 +99,8 @@ class Utf8 {
 // Walks the header through a window; never steps past the end of the file or past MAX_HEADER.
 class Cursor {
    public:
-    explicit Cursor(const Source& source) : source_(source), window_(WINDOW) {}
+    explicit Cursor(const Source& source)
+        : source_(source), window_(static_cast<size_t>(std::min<uint64_t>(WINDOW, source.n_bytes))) {}
 
     uint64_t position() const { return position_; }
 
@@ -184,16 +185,16 @@ class Reader {
         return n;
     }
 
-    // A length and that many bytes of UTF-8; kept where `keep` is at least the length. Returns the length.
-    uint64_t string(std::string_view what, uint64_t limit, uint64_t keep, std::string* out) {
+    // A length and that many bytes of UTF-8, copied to `out` (may be NULL) up to MAX_TEXT. Returns the length.
+    uint64_t string(std::string_view what, uint64_t limit, std::string* out) {
         uint64_t n = count(what, limit);
         in_.require(n, what);
         uint64_t begin = in_.position();
-        if (n <= keep) out->reserve(static_cast<size_t>(n));
+        if (n > MAX_TEXT) out = nullptr;
         Utf8 utf8;
         in_.pieces(n, what, [&](const uint8_t* bytes, size_t size) {
             if (!utf8.feed(bytes, size)) malformed(what, "expected UTF-8, found other bytes after byte " + str(begin));
-            if (n <= keep) out->append(reinterpret_cast<const char*>(bytes), size);
+            if (out) out->append(reinterpret_cast<const char*>(bytes), size);
         });
         if (!utf8.whole()) malformed(what, "expected UTF-8, found a cut character before byte " + str(in_.position()));
         return n;
@@ -202,8 +203,7 @@ class Reader {
     std::string name(std::string_view kind, uint64_t limit) {
         std::string what = std::string(kind) + " at byte " + str(in_.position());
         std::string text;
-        if (string(what, limit, limit, &text) == 0)
-            malformed(what, "expected 1 to " + str(limit) + " bytes, found none");
+        if (string(what, limit, &text) == 0) malformed(what, "expected 1 to " + str(limit) + " bytes, found none");
         return text;
     }
 
@@ -229,7 +229,7 @@ class Reader {
 
     void read_value(const std::string& where, Value* value) {
         if (value->type == STRING)
-            value->n = string(where, MAX_STRING, MAX_TEXT, &value->text);
+            value->n = string(where, MAX_STRING, &value->text);
         else if (value->type == ARRAY)
             read_array(where, value);
         else if (scalar_bytes(value->type) != 0)
@@ -282,7 +282,7 @@ class Reader {
 
     void skip_strings(const std::string& where, uint64_t n) {
         in_.require(checked_mul(n, 8, where), where);  // the lengths alone
-        for (uint64_t i = 0; i < n; ++i) string(where, MAX_STRING, 0, nullptr);
+        for (uint64_t i = 0; i < n; ++i) string(where, MAX_STRING, nullptr);
     }
 
     static void append_numbers(uint32_t type, const uint8_t* bytes, size_t n, std::vector<double>* out) {
@@ -478,7 +478,7 @@ Gguf read_gguf_memory(const uint8_t* data, size_t n) {
 Gguf read_gguf_file(const char* path, int* fd_out) {
     // O_NONBLOCK: opening a pipe must not wait for a writer; files ignore it
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0) throw Error(PI_ERROR_IO, std::string(path) + ": cannot be opened: " + std::strerror(errno));
+    if (fd < 0) throw Error(PI_ERROR_IO, std::string("cannot be opened: ") + std::strerror(errno));
     try {
         struct stat info;
         if (fstat(fd, &info) != 0) throw Error(PI_ERROR_IO, std::string("cannot be read: ") + std::strerror(errno));
@@ -486,9 +486,6 @@ Gguf read_gguf_file(const char* path, int* fd_out) {
         Gguf gguf = read_gguf({&fd, static_cast<uint64_t>(info.st_size), read_fd});
         *fd_out = fd;
         return gguf;
-    } catch (const Error& error) {
-        close(fd);
-        throw Error(error.status, std::string(path) + ": " + error.what());
     } catch (...) {
         close(fd);
         throw;

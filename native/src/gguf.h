@@ -95,7 +95,8 @@ struct Gguf {
 };
 
 // Reads through a callback so that files, memory and the fuzzer share one parser.
-// read(user, offset, n, out): fills n bytes or throws; the parser never asks beyond n_bytes.
+// read(user, offset, n, out): fills n bytes or throws; the parser never asks beyond n_bytes. Messages name no file:
+// the caller knows it.
 struct Source {
     void* user;
     uint64_t n_bytes;
@@ -103,7 +104,7 @@ struct Source {
 };
 
 Gguf read_gguf(const Source& source);                // throws Error
-Gguf read_gguf_file(const char* path, int* fd_out);  // messages begin with the path; the caller closes *fd_out
+Gguf read_gguf_file(const char* path, int* fd_out);  // the caller closes *fd_out
 Gguf read_gguf_memory(const uint8_t* data, size_t n);
 
 }  // namespace pi
