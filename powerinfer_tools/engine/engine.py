@@ -81,16 +81,34 @@ class LayerScore:
     n_hit: int
 
 
-class Engine:
-    """A model and one context. Errors of the native engine come as PowerinferError.
+class Model:
+    """An artifact's weights in memory, read only: any number of engines may share them."""
 
-    mode: auto (what the artifact says, layer by layer), dense, gate or predictor; uncut ignores the activation
-    thresholds; kernels: 0 best, 1 scalar, 2 AVX2; ctx_size in positions; threads: default one a processor.
+    def __init__(self, path: Path | str) -> None:
+        self._lib = native.library()
+        self.handle = c.c_void_p()
+        self.path = Path(path)
+        native.check(self._lib.pi_model_open(os.fsencode(path), c.byref(self.handle)), str(path))
+        info = native.CModelInfo(struct_size=c.sizeof(native.CModelInfo))
+        native.check(self._lib.pi_model_get_info(self.handle, c.byref(info)))
+        self.info = ModelInfo(**{name: getattr(info, name) for name in ModelInfo.__dataclass_fields__})
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None):
+            self._lib.pi_model_close(self.handle)
+
+
+class Engine:
+    """One context of a model. Errors of the native engine come as PowerinferError.
+
+    model: an artifact's path, or weights that are already loaded. mode: auto (what the artifact says, layer by
+    layer), dense, gate or predictor; uncut ignores the activation thresholds; kernels: 0 best, 1 scalar, 2 AVX2;
+    ctx_size in positions; threads: default one a processor.
     """
 
     def __init__(
         self,
-        path: Path | str,
+        model: Model | Path | str,
         *,
         ctx_size: int | None = None,
         threads: int | None = None,
@@ -98,31 +116,16 @@ class Engine:
         uncut: bool = False,
         kernels: int = 0,
     ) -> None:
-        self._lib = native.library()
-        self._model, self._session = c.c_void_p(), c.c_void_p()
-        self.path = Path(path)
-        self.threads = threads or len(os.sched_getaffinity(0))
-        native.check(self._lib.pi_model_open(os.fsencode(path), c.byref(self._model)), str(path))
-        try:
-            self.info = self._read_info()
-            self.ctx_size = ctx_size or min(DEFAULT_CTX, self.info.n_ctx_train)
-            self._open_session(mode, uncut, kernels)
-        except BaseException:
-            self.close()
-            raise
-
-    def _read_info(self) -> ModelInfo:
-        info = native.CModelInfo(struct_size=c.sizeof(native.CModelInfo))
-        native.check(self._lib.pi_model_get_info(self._model, c.byref(info)))
-        return ModelInfo(**{name: getattr(info, name) for name in ModelInfo.__dataclass_fields__})
-
-    def _open_session(self, mode: str, uncut: bool, kernels: int) -> None:
+        self._lib, self._session = native.library(), c.c_void_p()
         if mode not in native.MODES:
             raise PowerinferError(f"mode: expected {', '.join(native.MODES)}, found {mode}", "usage")
+        self.model = model if isinstance(model, Model) else Model(model)
+        self.info = self.model.info
+        self.threads = threads or len(os.sched_getaffinity(0))
+        self.ctx_size = ctx_size or min(DEFAULT_CTX, self.info.n_ctx_train)
         if self.ctx_size > self.info.n_ctx_train:
             raise PowerinferError(
-                f"--ctx-size: expected at most the model's {self.info.n_ctx_train}, found {self.ctx_size}",
-                "usage",
+                f"--ctx-size: expected at most the model's {self.info.n_ctx_train}, found {self.ctx_size}", "usage"
             )
         params = native.CSessionParams(
             struct_size=c.sizeof(native.CSessionParams),
@@ -132,16 +135,13 @@ class Engine:
             uncut=uncut,
             kernels=kernels,
         )
-        native.check(self._lib.pi_session_open(self._model, c.byref(params), c.byref(self._session)))
+        native.check(self._lib.pi_session_open(self.model.handle, c.byref(params), c.byref(self._session)))
 
     def close(self) -> None:
-        """Frees the session and the weights; may be called twice."""
+        """Frees the context; may be called twice. The weights go with their last user."""
         if self._session:
             self._lib.pi_session_close(self._session)
             self._session = c.c_void_p()
-        if self._model:
-            self._lib.pi_model_close(self._model)
-            self._model = c.c_void_p()
 
     def __enter__(self) -> "Engine":
         return self

@@ -40,7 +40,7 @@ def generate(
     """Yields tokens that continue `prompt` until a stop id, max_tokens or the end of the context.
 
     `context` remembers what the engine holds: only the part of the prompt that differs is run. Without it the engine
-    starts anew. Leaving the loop early keeps the engine consistent. Errors: a prompt that is empty or fills the context.
+    starts anew. Leaving the loop early keeps the engine consistent. Errors: an empty prompt, or one that fills it.
     """
     if not prompt:
         raise PowerinferError("the prompt is empty: expected at least one token", "usage")

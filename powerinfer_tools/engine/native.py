@@ -150,3 +150,8 @@ def kernels(which: int = 0) -> str | None:
     """The name of the kernels that `which` selects on this processor (0 best, 1 scalar, 2 AVX2), or None."""
     name = library().pi_kernels(which)
     return name.decode() if name else None
+
+
+def describe() -> str:
+    """The library's ABI version and the kernels that this processor runs."""
+    return f"native ABI {library().pi_abi_version()}, kernels {kernels()}"

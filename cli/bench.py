@@ -1,0 +1,72 @@
+"""`powerinfer bench`: how fast an artifact runs here."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from powerinfer_tools.cli import console, options
+
+
+def bench(
+    artifact: options.Artifact,
+    mode: options.Mode = options.MODE,
+    threads: options.Threads = None,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of the prompt.")] = 128,
+    tokens: Annotated[int, typer.Option("--decode-tokens", min=1, help="Tokens to decode.")] = 64,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs; medians are shown.")] = 3,
+    file: Annotated[Path | None, typer.Option("-f", "--file", help="Text to use as the prompt.")] = None,
+    breakdown: Annotated[bool, typer.Option("--breakdown", help="Show where a token's time and bytes go.")] = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure speed: prompt, decoding, bytes a token, and the share of the memory's ceiling.
+
+    powerinfer bench model.gguf
+
+    powerinfer bench model.gguf --mode dense --breakdown
+
+    powerinfer bench model.gguf --json | jq .decode.tokens_per_s
+    """
+    from powerinfer_tools.bench import PROMPT
+    from powerinfer_tools.bench import bench as run
+
+    text = file.read_text(encoding="utf-8") if file else PROMPT
+    with console.progress() as progress:
+        result = run(
+            artifact,
+            mode="auto" if mode == "sparse" else mode,
+            prompt_tokens=prompt_tokens,
+            n_tokens=tokens,
+            repeats=repeats,
+            threads=threads,
+            text=text,
+            progress=progress,
+        )
+    if json:
+        console.print_json({**result, "mode": mode})
+    else:
+        _show({**result, "mode": mode}, breakdown)
+
+
+def _show(result: dict[str, Any], breakdown: bool) -> None:
+    decode, ms = result["decode"], result["decode"]["ms_per_token"]
+    prompt = result["prefill"]
+    how = f"{result['quant']}, {result['mode']}, {result['threads']} threads, median of {result['runs']}"
+    rows = [
+        (f"prompt, {prompt['tokens']} tokens", f"{prompt['tokens_per_s']:.1f} tokens/s"),
+        (f"decode, {decode['tokens']} tokens", f"{decode['tokens_per_s']:.1f} tokens/s"),
+        ("ms a token, p50 / p90 / p99", f"{ms['p50']:.2f} / {ms['p90']:.2f} / {ms['p99']:.2f}"),
+        ("bytes a token", f"{result['bytes_per_token'] / 1e6:.1f} MB"),
+        ("memory ceiling, sequential reads", f"{result['ceiling_gb_s']:.1f} GB/s"),
+        ("share of the ceiling", f"{result['ceiling_share']:.0%}"),
+        ("neurons that fired", f"{result['active_ratio']:.1%}"),
+        ("peak memory", console.size(result["peak_rss_bytes"])),
+        ("hash of the tokens", result["output_hash"]),
+    ]
+    if result["predicted_ms_per_token"] is not None:
+        rows.insert(3, ("predicted from bytes and bandwidths", f"{result['predicted_ms_per_token']:.2f} ms"))
+    console.table(f"{result['model']}, {how}", ["", ""], rows)
+    if breakdown:
+        parts = [(p["part"], f"{p['ms']:.3f}", f"{p['bytes'] / 1e6:.2f}") for p in result["breakdown"]]
+        console.table("where a token's time goes", ["part", "ms", "MB"], parts)

@@ -1,0 +1,178 @@
+"""How fast an artifact runs here, where the time goes, and what share of the memory's ceiling that is."""
+
+import hashlib
+import resource
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer_tools.artifact import Artifact, open_artifact
+from powerinfer_tools.engine import Engine, Model, Sampling, Stats
+from powerinfer_tools.engine.native import measure_memory
+from powerinfer_tools.placement.costs import artifact_costs
+from powerinfer_tools.placement.machine import Machine, Tier
+from powerinfer_tools.placement.problem import Plan, Problem
+from powerinfer_tools.progress import Progress, default_progress
+from powerinfer_tools.tokens import Tokenizer
+
+PROMPT = (
+    "The harbour town had two clocks, and they never agreed. The one on the church was wound every Sunday by the "
+    "sexton; the other, above the customs house, by whoever remembered. A visitor once asked which of them was right. "
+    "Both, said the innkeeper, but not at the same time. Please explain what he meant, and how one would find out. "
+)
+CEILING_BYTES = 1 << 30  # read to measure the ceiling: far beyond any cache
+ROW_BYTES = (1024, 2048, 4096, 8192, 16384)
+ROW_STRIDE = 10  # one row in ten, as sparse decoding picks them
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of a prompt, seconds of each decoded token, the ids, and the engine's counters of decoding."""
+
+    prefill_s: float
+    decode_s: list[float]
+    ids: list[int]
+    stats: Stats
+
+
+def bench(
+    path: Path,
+    *,
+    mode: str = "auto",
+    prompt_tokens: int = 128,
+    n_tokens: int = 64,
+    repeats: int = 3,
+    threads: int | None = None,
+    text: str = PROMPT,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The document of `bench --json`: medians over `repeats` runs of the same tokens (drawn with one seed).
+
+    The prompt is `text`, repeated to prompt_tokens; decoding continues it at temperature 0.8. bytes_per_token counts
+    weights and KV cache that decoding read; ceiling_gb_s is this machine's sequential read with as many threads.
+    """
+    artifact = open_artifact(path)
+    ids = _prompt(artifact, text, prompt_tokens)
+    runs: list[Timed] = []
+    model = Model(path)
+    with default_progress(progress) as report:
+        for i in range(repeats):
+            with Engine(model, ctx_size=len(ids) + n_tokens, threads=threads, mode=mode) as engine:
+                threads = engine.threads
+                runs.append(_run(engine, ids, n_tokens))
+            report("bench, runs", i + 1, repeats)
+    machine = _measure(threads or 1)
+    return _document(artifact, mode, machine, len(ids), runs)
+
+
+def _prompt(artifact: Artifact, text: str, n: int) -> list[int]:
+    ids = Tokenizer(artifact.tokenizer_json, artifact.special).encode(text, add_bos=False, parse_special=False)
+    return [ids[i % len(ids)] for i in range(n)]
+
+
+def _run(engine: Engine, prompt: list[int], n_tokens: int) -> Timed:
+    """One run; the first tokens of a session warm it up and are not timed."""
+    engine.prefill(prompt[:8])
+    engine.decode(prompt[0])
+    engine.truncate(0)
+    engine.seed(0)
+    start = time.perf_counter()
+    engine.prefill(prompt)
+    prefill_s = time.perf_counter() - start
+    engine.reset_stats()
+    ids: list[int] = []
+    seconds: list[float] = []
+    for _ in range(n_tokens):
+        start = time.perf_counter()
+        ids.append(engine.sample(Sampling()))
+        engine.decode(ids[-1])
+        seconds.append(time.perf_counter() - start)
+    return Timed(prefill_s, seconds, ids, engine.stats())
+
+
+def _measure(threads: int) -> Machine:
+    rows = tuple((size, measure_memory(threads, CEILING_BYTES, size, ROW_STRIDE)) for size in ROW_BYTES)
+    return Machine("this machine", threads, Tier(0, measure_memory(threads, CEILING_BYTES), rows))
+
+
+def _document(artifact: Artifact, mode: str, machine: Machine, n_prompt: int, runs: list[Timed]) -> dict[str, Any]:
+    stats = runs[0].stats
+    decode_s = statistics.median(sum(run.decode_s) for run in runs)
+    per_token = np.sort(np.concatenate([run.decode_s for run in runs])) * 1e3
+    prefill_s = statistics.median(run.prefill_s for run in runs)
+    n = len(runs[0].ids)
+    bytes_per_token = stats.bytes_decode / n
+    ceiling = machine.ram.sequential
+    return {
+        "model": artifact.config.name,
+        "quant": artifact.quant,
+        "mode": mode,
+        "threads": machine.threads,
+        "runs": len(runs),
+        "prefill": {"tokens": n_prompt, "tokens_per_s": n_prompt / prefill_s},
+        "decode": {
+            "tokens": n,
+            "tokens_per_s": n / decode_s,
+            "ms_per_token": {f"p{q}": float(np.percentile(per_token, q)) for q in (50, 90, 99)},
+        },
+        "bytes_per_token": bytes_per_token,
+        "ceiling_gb_s": ceiling / 1e9,
+        "ceiling_share": bytes_per_token * n / decode_s / ceiling,
+        "active_ratio": stats.active_ratio,
+        "predicted_ms_per_token": predicted_seconds(artifact, machine, n_prompt + n) * 1e3 if mode == "auto" else None,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "tiers": [{"name": "ram", "bytes": artifact.tensor_bytes, "neurons_share": 1.0, "hits_share": 1.0}],
+        "breakdown": breakdown(runs),
+        "output_hash": hashlib.sha256(np.asarray(runs[0].ids, "<i4").tobytes()).hexdigest()[:16],
+    }
+
+
+def breakdown(runs: list[Timed]) -> list[dict[str, Any]]:
+    """Milliseconds and bytes a token of each part of decoding, which sum to the whole; medians over runs."""
+    n = len(runs[0].ids)
+
+    def part(name: str, seconds: str, *counters: str) -> dict[str, Any]:
+        ms = statistics.median(getattr(run.stats, seconds) for run in runs) / n * 1e3
+        return {"part": name, "ms": ms, "bytes": sum(getattr(runs[0].stats, counter) for counter in counters) / n}
+
+    parts = [
+        part("attention", "seconds_attention", "bytes_attention"),
+        part("ffn", "seconds_ffn", "bytes_predictor", "bytes_gate", "bytes_updown"),
+        part("head", "seconds_head", "bytes_head"),
+    ]
+    whole = statistics.median(sum(run.decode_s) for run in runs) / n * 1e3
+    parts.append({"part": "other", "ms": whole - sum(p["ms"] for p in parts), "bytes": 0.0})
+    return parts
+
+
+class _StoredFiring:
+    """The firing frequencies that an artifact carries, as placement asks for them."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact, self.digest = artifact, artifact.data_sha256
+        self.n_layer, self.n_ff = artifact.config.n_layer, artifact.config.n_ff
+
+    def frequency(self, i: int, /) -> npt.NDArray[np.float64]:
+        return self.artifact.frequency(i).astype(np.float64)
+
+
+def predicted_seconds(artifact: Artifact, machine: Machine, ctx_size: int) -> float:
+    """What placement's model expects of a token with everything in RAM, from the frequencies of the calibration."""
+    biases = frozenset(name for name in artifact.file.tensors if name.endswith(".bias"))
+    plans, config = artifact.plans, artifact.config
+    costs = artifact_costs(config, plans, quant=artifact.quant, biases=biases, ctx_size=ctx_size)
+    problem = Problem(costs, _StoredFiring(artifact), machine)
+    none = np.zeros(config.n_layer, np.int64)
+    return problem.seconds(Plan(none.astype(bool), False, none, none + config.n_ff))
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
