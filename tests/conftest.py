@@ -1,0 +1,52 @@
+"""What all tests share: a home of their own, no network, and the sparse model."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CACHE = Path(__file__).parent.parent / ".cache"
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test reads or writes the user's files, meets the user's settings or leaves this machine."""
+    home = tmp_path_factory.getbasetemp() / "home"
+    home.mkdir(exist_ok=True)
+    monkeypatch.setenv("HOME", str(home))
+    for name in [n for n in os.environ if n.startswith("POWERINFER_")]:
+        monkeypatch.delenv(name)
+    connect = socket.socket.connect
+
+    def refuse(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise AssertionError(f"a test connects to {address}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="session")
+def sparse_model() -> Path:
+    """Folder of the really sparse ReLU model; trained in a minute or two when it is first needed, then cached."""
+    from tests.sparse_model import cached
+
+    CACHE.mkdir(exist_ok=True)
+    with exclusive(CACHE / "sparse-model.lock"):
+        return cached(CACHE)
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Waits until no other process holds the file `path`."""
+    import fcntl
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
