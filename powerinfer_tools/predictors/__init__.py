@@ -1,0 +1,6 @@
+"""Predictors: small networks that foresee which neurons fire, where that saves bytes."""
+
+from powerinfer_tools.predictors.file import Predictors, read_predictors
+from powerinfer_tools.predictors.training import train
+
+__all__ = ["Predictors", "read_predictors", "train"]

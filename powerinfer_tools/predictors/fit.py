@@ -1,0 +1,163 @@
+"""The predictors themselves: a start from the select matrix, fine-tuning, rounding."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from powerinfer_tools.artifact.layout import matrix_type
+
+RIDGE = 1e-3  # of the mean variance of an input dimension
+CALIBRATION_STEPS, CALIBRATION_TOKENS = 6, 1024
+STEPS, BATCH, ROUND_EVERY = 300, 512, 25
+LEARNING_RATE = 0.02  # of a weight matrix's mean size
+POSITIVE_WEIGHT = 4.0  # a missed neuron costs more than one computed in vain
+PATIENCE = 3  # looks without a gain
+
+
+@dataclass(frozen=True)
+class Network:
+    """logits = w_out . a(w_in . x) + bias, a = relu or nothing; w_in [rank, n_embd], w_out [n_ff, rank]."""
+
+    w_in: Tensor
+    w_out: Tensor
+    bias: Tensor
+    relu: bool
+
+    @property
+    def rank(self) -> int:
+        return len(self.w_in)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[n, n_embd] -> [n, n_ff]."""
+        return self.hidden(x) @ self.w_out.T + self.bias
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """[n, n_embd] -> [n, rank]."""
+        z = x @ self.w_in.T
+        return z.relu_() if self.relu else z
+
+    def rounded(self, quant: str) -> "Network":
+        """The same with its weights as an artifact of type `quant` stores them."""
+        return replace(self, w_in=rounded(self.w_in, quant), w_out=rounded(self.w_out, quant))
+
+
+def rounded(weights: Tensor, quant: str) -> Tensor:
+    """A matrix as it is after being stored in the type that its rows get."""
+    from gguf import GGMLQuantizationType, quants
+
+    type = GGMLQuantizationType[matrix_type(quant, weights.shape[1]).upper()]
+    stored = quants.dequantize(quants.quantize(weights.detach().cpu().numpy(), type), type)
+    return torch.from_numpy(np.ascontiguousarray(stored, dtype=np.float32)).to(weights.device)
+
+
+class Start:
+    """The best low-rank forecast of the select rows on the sampled inputs, for any rank.
+
+    The truncated SVD of G C^1/2 minimises E |G (x - mean) - W_out W_in (x - mean)|^2, C the inputs' covariance plus
+    a ridge (data-aware SVD, as in SVD-LLM, arXiv 2403.07378, section 3). Rows of G count equally: each is scaled to
+    unit variance, since only the sign of (pre-activation - threshold) matters.
+    """
+
+    def __init__(self, select: Tensor, x: Tensor) -> None:
+        self._mean = x.mean(0)
+        centred = x - self._mean
+        covariance = centred.T @ centred / len(x)
+        covariance += RIDGE * covariance.diagonal().mean() * torch.eye(x.shape[1], device=x.device)
+        values, vectors = torch.linalg.eigh(covariance.double())
+        root = (vectors * values.sqrt()) @ vectors.T
+        self._inverse_root = ((vectors / values.sqrt()) @ vectors.T).float()
+        weighted = select.double() @ root
+        weighted /= weighted.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        _, directions = torch.linalg.eigh(weighted.T @ weighted)
+        self._directions = directions.flip(1).float()  # [n_embd, n_embd], strongest first
+        self._weighted = weighted.float()
+
+    def network(self, rank: int, relu: bool, x: Tensor, fired: Tensor) -> Network:
+        """A predictor of this rank. relu: half as many directions, each with both signs: z = relu(z) - relu(-z).
+
+        Each neuron's logit is a * forecast + b, fitted to whether it fired.
+        """
+        directions = self._directions[:, : rank // 2 if relu else rank]
+        w_in = directions.T @ self._inverse_root
+        w_out = self._weighted @ directions
+        scale, shift = _calibrate((x - self._mean) @ w_in.T @ w_out.T, fired)
+        w_out *= scale[:, None]
+        bias = shift - w_out @ (w_in @ self._mean)
+        if relu:
+            w_in, w_out = torch.cat([w_in, -w_in]), torch.cat([w_out, -w_out], dim=1)
+        return Network(w_in, w_out, bias, relu)
+
+
+def _calibrate(forecast: Tensor, fired: Tensor) -> tuple[Tensor, Tensor]:
+    """Logistic regression of each neuron's firing on its own forecast, by Newton's method: scale and shift [n_ff]."""
+    step = max(1, len(forecast) // CALIBRATION_TOKENS)
+    f, y = forecast[::step], fired[::step].float()
+    frequency = (y.mean(0) + 1 / len(f)) / (1 + 2 / len(f))
+    scale, shift = torch.ones_like(frequency), frequency.logit()
+    for _ in range(CALIBRATION_STEPS):
+        p = torch.sigmoid(f * scale + shift)
+        w = p * (1 - p)
+        error = y - p
+        wf = w * f
+        # a prior of one observation keeps neurons that always or never fired finite
+        a, b, c = (wf * f).sum(0) + 1, wf.sum(0), w.sum(0) + 1
+        gradient_scale = (error * f).sum(0) - (scale - 1)
+        gradient_shift = error.sum(0) - (shift - frequency.logit())
+        determinant = a * c - b * b
+        scale = scale + ((c * gradient_scale - b * gradient_shift) / determinant).clamp(-2, 2)
+        shift = shift + ((a * gradient_shift - b * gradient_scale) / determinant).clamp(-2, 2)
+    return scale, shift
+
+
+def fine_tune(
+    network: Network,
+    x: Tensor,
+    fired: Tensor,
+    quant: str,
+    judge: Callable[[Network], float],
+    generator: torch.Generator,
+) -> Network:
+    """The rounded network after a few hundred Adam steps on recall-weighted cross-entropy; the best that was seen.
+
+    The weights see their rounding error, refreshed every ROUND_EVERY steps; `judge` then says what the
+    rounded network costs, and training stops when that has not improved PATIENCE times.
+    """
+    weights = [network.w_in.clone(), network.w_out.clone(), network.bias.clone()]
+    sizes = [w.abs().mean() for w in weights[:2]] + [torch.ones((), device=x.device)]
+    groups = [{"params": [w], "lr": LEARNING_RATE * float(s)} for w, s in zip(weights, sizes, strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), foreach=False)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (STEPS + 1))
+    best, lowest, waited = network.rounded(quant), float("inf"), 0
+    for step in range(STEPS + 1):
+        if step % ROUND_EVERY == 0:
+            current = Network(weights[0], weights[1], weights[2], network.relu).rounded(quant)
+            cost = judge(current)
+            waited = 0 if cost < lowest else waited + 1
+            if cost < lowest:
+                best, lowest = replace(current, bias=current.bias.clone()), cost
+            if waited > PATIENCE or step == STEPS:
+                return best
+            errors = current.w_in - weights[0], current.w_out - weights[1]
+        chosen = torch.randint(len(x), (min(BATCH, len(x)),), generator=generator).to(x.device)
+        seen = Network(weights[0] + errors[0], weights[1] + errors[1], weights[2], network.relu)
+        for w, gradient in zip(weights, _gradients(seen, x[chosen], fired[chosen]), strict=True):
+            w.grad = gradient
+        optimizer.step()
+        schedule.step()
+    raise AssertionError
+
+
+def _gradients(network: Network, x: Tensor, fired: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the recall-weighted cross-entropy to w_in, w_out and bias, written out: the loss itself is never needed."""
+    z = network.hidden(x)
+    pull = torch.sigmoid(torch.addmm(network.bias, z, network.w_out.T))
+    pull -= fired
+    pull *= 1 + (POSITIVE_WEIGHT - 1) * fired
+    pull /= len(x)
+    to_hidden = pull @ network.w_out
+    if network.relu:
+        to_hidden *= z > 0
+    return to_hidden.T @ x, pull.T @ z, pull.sum(0)

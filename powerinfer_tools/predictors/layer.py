@@ -1,0 +1,158 @@
+"""One layer's choice: gate or predictor, of which rank, by bytes per token on held-out samples."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from powerinfer_tools import reference
+from powerinfer_tools.activations.file import Activations
+from powerinfer_tools.artifact.layout import MODE_GATE, MODE_NAMES, MODE_PREDICTOR, LayerPlan
+from powerinfer_tools.checkpoint.source import Checkpoint
+from powerinfer_tools.predictors.choose import Choice, HeldOut, choose
+from powerinfer_tools.predictors.fit import Network, Start, fine_tune
+from powerinfer_tools.predictors.select import FfnCosts
+
+MARGIN = 0.03  # a predictor must save this share of the gate mode's bytes
+HELD_OUT = 5  # every fifth window
+REACH = 0.5  # of the neurons that the SVD start computes in vain, fine-tuning spares at best this share
+RANK_STEP = 32  # a block of the quantised types
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What is asked of every predictor: least recall, largest relative output error, the type it is stored in."""
+
+    recall: float
+    error: float
+    quant: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class FittedLayer:
+    """A layer's plan and figures; network is None in mode gate, threshold already off its bias else."""
+
+    plan: LayerPlan
+    figures: dict[str, Any]
+    network: Network | None
+
+    @property
+    def bytes(self) -> float:
+        """Bytes a token reads in this layer's FFN by the plan."""
+        key = "bytes_predictor" if self.plan.mode == MODE_PREDICTOR else "bytes_gate"
+        return float(self.figures[key])
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A layer's profile, split into windows to fit to and windows to judge by."""
+
+    x: Tensor  # [n, n_embd]
+    fired: Tensor  # bool [n, n_ff]
+    held: HeldOut
+    select: Tensor  # [n_ff, n_embd]
+
+
+def fit_layer(
+    checkpoint: Checkpoint, activations: Activations, i: int, relu: bool, bounds: Bounds, device: str
+) -> FittedLayer:
+    """The cheaper of gate mode and the best predictor found for layer i."""
+    samples = _samples(checkpoint, activations, i, device)
+    costs = FfnCosts.of(checkpoint.config, bounds.quant)
+    gate_bytes = costs.gate(samples.held.n_fired / len(samples.held.x))
+    network, choice = _best_start(samples, relu, bounds, costs, gate_bytes)
+    if _can_pay(network.rank, choice, costs, gate_bytes):
+        network, choice = _tuned(network, choice, samples, bounds, costs, i)
+    pays = choice.bytes <= (1 - MARGIN) * gate_bytes
+    plan = LayerPlan(MODE_PREDICTOR, network.rank, choice.always) if pays else LayerPlan(MODE_GATE)
+    figures = _figures(i, plan, network.rank, choice, samples.held, gate_bytes)
+    if not pays:
+        return FittedLayer(plan, figures, None)
+    biased = Network(network.w_in, network.w_out, network.bias - choice.threshold, relu)
+    return FittedLayer(plan, figures, biased)
+
+
+def _samples(checkpoint: Checkpoint, activations: Activations, i: int, device: str) -> Samples:
+    ffn = reference.load_ffn(checkpoint, i, device)
+    x = torch.from_numpy(activations.inputs(i)).to(device).float()
+    fired = torch.from_numpy(activations.active(i)).to(device)
+    held = _held_out(activations).to(device)
+    with torch.inference_mode():
+        h = ffn.neurons(x[held])
+    order = torch.from_numpy(activations.order(i)).to(device)
+    select = ffn.up if ffn.gate is None else ffn.gate
+    return Samples(x[~held], fired[~held], HeldOut(x[held], fired[held], h, ffn.down.T, order), select)
+
+
+def _held_out(activations: Activations) -> Tensor:
+    """Which samples are judged by, bool [n_samples]: those of every fifth window, as neighbours are alike."""
+    windows = torch.from_numpy(activations.positions()) // activations.window
+    if int(windows[-1]) < HELD_OUT:
+        windows = torch.arange(len(windows))  # too few windows: every fifth sample
+    return windows % HELD_OUT == HELD_OUT - 1
+
+
+def _ranks(n_embd: int) -> Iterator[int]:
+    """32, 64, 96, 128, then steps of about a third."""
+    rank = RANK_STEP
+    while rank <= max(RANK_STEP, n_embd // 2):
+        yield rank
+        rank += max(RANK_STEP, rank // 3 // RANK_STEP * RANK_STEP)
+
+
+def _best_start(
+    samples: Samples, relu: bool, bounds: Bounds, costs: FfnCosts, gate_bytes: float
+) -> tuple[Network, Choice]:
+    """The SVD start that reads the fewest bytes; ranks rise until bytes do."""
+    start = Start(samples.select, samples.x)
+    best: tuple[Network, Choice] | None = None
+    for rank in _ranks(costs.n_embd):
+        network = start.network(rank, relu, samples.x, samples.fired)
+        choice = choose(network.rounded(bounds.quant), samples.held, costs, bounds.recall, bounds.error)
+        if best is not None and choice.bytes >= best[1].bytes:
+            break
+        best = network, choice
+    assert best is not None
+    return best
+
+
+def _can_pay(rank: int, choice: Choice, costs: FfnCosts, gate_bytes: float) -> bool:
+    """Whether fine-tuning could make the predictor pay: fewer neurons in vain, as far as it reaches."""
+    in_vain = choice.computed - choice.found
+    hoped = choice.bytes - REACH * in_vain * costs.neuron_row
+    return hoped <= (1 - MARGIN) * gate_bytes
+
+
+def _tuned(
+    network: Network, choice: Choice, samples: Samples, bounds: Bounds, costs: FfnCosts, i: int
+) -> tuple[Network, Choice]:
+    held = samples.held
+
+    def judge(candidate: Network) -> float:
+        return choose(candidate, held, costs, bounds.recall, bounds.error).bytes
+
+    generator = torch.Generator().manual_seed(bounds.seed * 100_003 + i)
+    tuned = fine_tune(network, samples.x, samples.fired.float(), bounds.quant, judge, generator)
+    return tuned, choose(tuned, held, costs, bounds.recall, bounds.error)
+
+
+def _figures(i: int, plan: LayerPlan, rank: int, choice: Choice, held: HeldOut, gate_bytes: float) -> dict[str, Any]:
+    """Of the predictor, whether the plan takes it or not."""
+    n_ff = held.fired.shape[1]
+    return {
+        "layer": i,
+        "mode": MODE_NAMES[plan.mode],
+        "recall": choice.recall,
+        "precision": choice.found / choice.computed if choice.computed else 1.0,
+        "active": held.n_fired / held.fired.numel(),
+        "predicted": choice.computed / n_ff,
+        "rank": rank,
+        "always": choice.always,
+        "threshold": choice.threshold,
+        "output_error": choice.error,
+        "bytes_gate": gate_bytes,
+        "bytes_predictor": choice.bytes,
+    }

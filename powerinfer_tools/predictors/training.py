@@ -1,0 +1,155 @@
+"""train(): predictors for the layers where they save bytes, one layer at a time, to a .predictors file."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from powerinfer_tools.activations.file import Activations, apply
+from powerinfer_tools.artifact.layout import MODE_PREDICTOR, QUANTS
+from powerinfer_tools.checkpoint.source import Checkpoint
+from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.files import Array, read_table, write_table
+from powerinfer_tools.predictors.file import KIND, Predictors, read_predictors
+from powerinfer_tools.progress import Progress, default_progress
+from powerinfer_tools.work import resumable
+
+if TYPE_CHECKING:
+    from powerinfer_tools.predictors.layer import Bounds, FittedLayer
+
+LAYER_KIND = "trained layer"
+PILOTS = 3  # layers on which both kinds of predictor are tried
+
+
+def train(
+    checkpoint: Checkpoint,
+    activations: Activations,
+    output: Path,
+    *,
+    recall: float = 0.98,
+    error: float = 0.02,
+    quant: str = "q4_0",
+    seed: int = 0,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Predictors:
+    """Decides for each layer whether a predictor chooses its neurons or its gate rows do, and trains the predictors.
+
+    On samples that were held out, a predictor finds at least `recall` of the neurons that fire, and those it misses
+    change the layer's output by a relative squared error of at most `error`; within that it reads the fewest bytes a
+    token. Weights are rounded to `quant`. figures[i]: recall, precision, active (share that fires), predicted (share
+    whose deciding row is read), rank, always, threshold, output_error, bytes_gate, bytes_predictor, mode; in mode gate
+    they tell of the best predictor that was found. A killed run goes on at its last layer.
+    Errors: the model is not exactly sparse; the profile is another checkpoint's; output exists without `force`.
+    """
+    from powerinfer_tools.predictors.layer import Bounds
+
+    _check(checkpoint, activations, recall, error, quant)
+    fingerprint = {
+        "checkpoint": activations.checkpoint_digest,
+        "activations": activations.digest,
+        "recall": recall,
+        "error": error,
+        "quant": quant,
+        "seed": seed,
+        "device": _device(),
+    }
+    bounds = Bounds(recall, error, quant, seed)
+    with resumable(output, fingerprint, force) as folder, default_progress(progress) as show:
+        relu = _choose_kind(checkpoint, activations, bounds, folder, show)
+        for i in range(activations.n_layer):
+            _fitted(checkpoint, activations, i, relu, bounds, folder)
+            show("train, layers", i + 1, activations.n_layer)
+        layers = [read_table(_record(folder, i, relu), LAYER_KIND).header for i in range(activations.n_layer)]
+        plans = [layer["plan"] for layer in layers]
+        header = {
+            "inputs": {"checkpoint": activations.checkpoint_digest, "activations": activations.digest},
+            **{key: fingerprint[key] for key in ("recall", "error", "quant", "seed")},
+            "relu": relu,
+            "plans": plans,
+            "figures": [layer["figures"] for layer in layers],
+        }
+        write_table(output, KIND, header, _Weights(folder, relu, plans), force)
+    return read_predictors(output)
+
+
+def _check(checkpoint: Checkpoint, activations: Activations, recall: float, error: float, quant: str) -> None:
+    apply(activations, checkpoint)
+    if not checkpoint.config.exactly_sparse:
+        raise PowerinferError(
+            f"{checkpoint.path}: {checkpoint.config.activation} is never exactly zero, so there is nothing to predict; "
+            f"cut it: powerinfer profile {checkpoint.path} --sparsity 0.5 --corpus FILE",
+            "unsupported",
+        )
+    if not 0 < recall <= 1:
+        raise PowerinferError(f"recall: expected a share above 0 and up to 1, found {recall}", "usage")
+    if not error >= 0:
+        raise PowerinferError(f"error: expected at least 0, found {error}", "usage")
+    if quant not in QUANTS:
+        raise PowerinferError(f"quant: expected one of {', '.join(QUANTS)}, found {quant}", "usage")
+
+
+def _device() -> str:
+    from torch import cuda
+
+    return "cuda" if cuda.is_available() else "cpu"
+
+
+def _choose_kind(
+    checkpoint: Checkpoint, activations: Activations, bounds: "Bounds", folder: Path, show: Progress
+) -> bool:
+    """Whether predictors have a relu: the kind that reads fewer bytes over a few evenly spread layers."""
+    n = activations.n_layer
+    pilots = sorted({k * n // PILOTS + n // (2 * PILOTS) for k in range(min(n, PILOTS))})
+    total = {False: 0.0, True: 0.0}
+    for done, (i, relu) in enumerate((i, relu) for i in pilots for relu in total):
+        total[relu] += _fitted(checkpoint, activations, i, relu, bounds, folder)
+        show("train, kinds tried", done + 1, 2 * len(pilots))
+    return total[True] < total[False]
+
+
+def _record(folder: Path, i: int, relu: bool) -> Path:
+    return folder / f"{'relu' if relu else 'linear'}.{i}"
+
+
+def _fitted(
+    checkpoint: Checkpoint, activations: Activations, i: int, relu: bool, bounds: "Bounds", folder: Path
+) -> float:
+    """Fits layer i unless `folder` has it; returns the bytes a token reads."""
+    from powerinfer_tools.predictors.layer import fit_layer
+
+    record = _record(folder, i, relu)
+    if not record.exists():
+        fitted = fit_layer(checkpoint, activations, i, relu, bounds, _device())
+        header = {"plan": asdict(fitted.plan), "figures": fitted.figures, "bytes": fitted.bytes}
+        write_table(record, LAYER_KIND, header, _arrays(fitted), force=True)
+    return float(read_table(record, LAYER_KIND).header["bytes"])
+
+
+def _arrays(fitted: "FittedLayer") -> dict[str, Array]:
+    if fitted.network is None:
+        return {}
+    network = fitted.network
+    tensors = {"in": network.w_in, "out": network.w_out, "bias": network.bias}
+    return {name: tensor.cpu().numpy().astype(np.float32) for name, tensor in tensors.items()}
+
+
+class _Weights(Mapping[str, Array]):
+    """The weights of all layers' records, read one at a time."""
+
+    def __init__(self, folder: Path, relu: bool, plans: list[dict[str, Any]]) -> None:
+        self._folder, self._relu = folder, relu
+        self._layers = [i for i, plan in enumerate(plans) if plan["mode"] == MODE_PREDICTOR]
+
+    def __getitem__(self, name: str) -> Array:
+        what, layer = name.split(".")
+        return read_table(_record(self._folder, int(layer), self._relu), LAYER_KIND).arrays[what]
+
+    def __iter__(self) -> Iterator[str]:
+        for i in self._layers:
+            yield from (f"in.{i}", f"out.{i}", f"bias.{i}")
+
+    def __len__(self) -> int:
+        return 3 * len(self._layers)
