@@ -1,0 +1,142 @@
+"""What the artifact's tensors hold: the checkpoint's weights in stored order, bundled and quantised, block by block."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer_tools.artifact.layout import BLOCK, MODE_GATE, TYPE_ID, LayerPlan, TensorPlan
+from powerinfer_tools.checkpoint.config import Config
+from powerinfer_tools.checkpoint.source import Checkpoint
+from powerinfer_tools.errors import PowerinferError
+
+if TYPE_CHECKING:
+    from powerinfer_tools.activations import Activations
+    from powerinfer_tools.predictors import Predictors
+
+Array = npt.NDArray[Any]
+FloatArray = npt.NDArray[np.float32]
+
+BLOCK_ELEMENTS = 1 << 22  # numbers quantised at a time: 16 MiB of float32
+_MAX_FLOAT16 = 65504.0  # also bounds the scales of quantised blocks
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The sources of one artifact. Holds no weights: each tensor is read when its blocks are asked for."""
+
+    checkpoint: Checkpoint
+    activations: "Activations"
+    predictors: "Predictors | None"
+    plans: list[LayerPlan]
+
+    def blocks(self, plan: TensorPlan) -> Iterator[Array]:
+        """The tensor's bytes, in parts. Errors: a number that is not finite, or beyond float16 where that is used."""
+        if plan.name == "rope_inv_freq.weight":
+            assert self.checkpoint.config.rope is not None
+            yield self.checkpoint.config.rope.inv_freq.astype(np.float32)
+        elif not plan.name.startswith("blk."):
+            yield from self._rows(plan)
+        else:
+            _, layer, part = plan.name.split(".", 2)
+            yield from self._layer_blocks(int(layer), part, plan)
+
+    def _layer_blocks(self, i: int, part: str, plan: TensorPlan) -> Iterator[Array]:
+        config, order = self.checkpoint.config, self.activations.order(i)
+        if part == "ffn_neurons.weight":
+            yield self._bundles(i, bundle_rows(config, self.plans[i].mode), plan)
+        elif part == "ffn_select.weight":
+            yield self._bundles(i, (deciding_row(config),), plan)
+        elif part in ("ffn_gate.bias", "ffn_up.bias"):
+            yield quantise(plan, self.checkpoint.read(plan.name)[order])
+        elif part == "ffn_order.weight":
+            yield order.astype(np.int32)
+        elif part == "ffn_frequency.weight":
+            yield self.activations.frequency(i)[order].astype(np.float32)
+        elif part.startswith("predictor_"):
+            yield from self._predictor(i, part, plan)
+        else:
+            yield from self._rows(plan)
+
+    def _rows(self, plan: TensorPlan) -> Iterator[Array]:
+        """A tensor as the checkpoint has it."""
+        if len(plan.shape) == 1:
+            yield quantise(plan, self.checkpoint.read(plan.name))
+            return
+        for rows in row_slices(plan.shape[1], plan.shape[0]):
+            yield quantise(plan, self.checkpoint.read(plan.name, rows), rows.start)
+
+    def _bundles(self, i: int, parts: tuple[str, ...], plan: TensorPlan) -> Array:
+        """The rows of all neurons in stored order, quantised: uint8 [n_ff, len(parts), bytes of a row].
+
+        Quantised before they are sorted: the float32 form of only one matrix is held at a time.
+        """
+        order = self.activations.order(i)
+        stored_at = np.empty_like(order)
+        stored_at[order] = np.arange(len(order))
+        elements, size = BLOCK[plan.type]
+        bundles = np.empty((len(order), len(parts), plan.shape[0] // elements * size), np.uint8)
+        for r, part in enumerate(parts):
+            name = f"blk.{i}.{part}.weight"
+            for neurons, rows in self._neuron_rows(name):
+                bundles[stored_at[neurons], r] = quantise(plan, rows, neurons.start, name)
+        return bundles
+
+    def _neuron_rows(self, name: str) -> Iterator[tuple[slice, FloatArray]]:
+        """One row a neuron, in the checkpoint's order: rows of gate and up, columns of down."""
+        config = self.checkpoint.config
+        down = self.checkpoint.read(name) if name.endswith("ffn_down.weight") else None
+        for neurons in row_slices(config.n_ff, config.n_embd):
+            if down is None:
+                yield neurons, self.checkpoint.read(name, neurons)
+            else:
+                yield neurons, np.ascontiguousarray(down[:, neurons].T)
+
+    def _predictor(self, i: int, part: str, plan: TensorPlan) -> Iterator[Array]:
+        assert self.predictors is not None
+        w_in, w_out, bias = self.predictors.weights(i)
+        asked = self.activations.order(i)[self.plans[i].always :]
+        parts = {"predictor_in.weight": w_in, "predictor_out.weight": w_out, "predictor_out.bias": bias}
+        yield quantise(plan, parts[part] if part == "predictor_in.weight" else parts[part][asked])
+
+
+def deciding_row(config: Config) -> str:
+    """The matrix whose row says whether a neuron fires."""
+    return "ffn_gate" if config.gated else "ffn_up"
+
+
+def bundle_rows(config: Config, mode: int) -> tuple[str, ...]:
+    """The matrices that make a bundle, in order; in mode gate the deciding row lies apart."""
+    rows = ("ffn_gate", "ffn_up", "ffn_down") if config.gated else ("ffn_up", "ffn_down")
+    return rows[1:] if mode == MODE_GATE else rows
+
+
+def row_slices(n_rows: int, row: int) -> Iterator[slice]:
+    """Slices of rows of `row` elements, BLOCK_ELEMENTS at a time."""
+    step = max(1, BLOCK_ELEMENTS // row)
+    for start in range(0, n_rows, step):
+        yield slice(start, min(start + step, n_rows))
+
+
+def quantise(plan: TensorPlan, rows: FloatArray, first_row: int = 0, source: str | None = None) -> Array:
+    """Rows of float32 as plan.type's bytes, uint8 [..., bytes of a row], bit for bit as the gguf package does it."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    rows = np.ascontiguousarray(rows, np.float32)
+    _check_range(plan, rows, first_row, source or plan.name)
+    return quantize(rows, GGMLQuantizationType(TYPE_ID[plan.type])).view(np.uint8)
+
+
+def _check_range(plan: TensorPlan, rows: FloatArray, first_row: int, source: str) -> None:
+    limit = np.finfo(np.float32).max if plan.type == "f32" else _MAX_FLOAT16
+    low, high = rows.min(), rows.max()  # either is NaN where any number is
+    if low >= -limit and high <= limit:
+        return
+    index = [int(k) for k in np.argwhere(~(np.abs(rows) <= limit))[0]]
+    found = rows[tuple(index)]
+    index[0] += first_row
+    expected = "a finite number" if not np.isfinite(found) else f"a number within ±{limit:g} for {plan.type}"
+    raise PowerinferError(f"{source} {index}: expected {expected}, found {found:g}", "malformed")
