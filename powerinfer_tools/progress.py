@@ -22,8 +22,9 @@ def default_progress(progress: Progress | None) -> Iterator[Progress]:
     bars: dict[str, tqdm] = {}
 
     def draw(what: str, done: int, total: int) -> None:
-        bar = bars.setdefault(what, tqdm(total=total, desc=what, leave=False))
-        bar.update(done - bar.n)
+        if what not in bars:
+            bars[what] = tqdm(total=total, desc=what, leave=False)
+        bars[what].update(done - bars[what].n)
 
     try:
         yield draw
