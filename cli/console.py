@@ -7,11 +7,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from powerinfer_tools.progress import Progress
+
+if TYPE_CHECKING:
+    from powerinfer_tools.assistant import Answer
 
 console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 """stderr; `-q` makes it quiet."""
@@ -44,6 +47,16 @@ def size(n_bytes: float) -> str:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
         n_bytes /= 1024
     raise AssertionError
+
+
+def timings(answer: "Answer") -> str:
+    """One line about speed and sparsity."""
+    n, m = len(answer.prompt), len(answer.tokens) - 1
+    rate = f" ({m / answer.decode_s:.1f} tok/s)" if m > 0 and answer.decode_s > 0 else ""
+    return (
+        f"prompt {n} tokens, first token after {answer.first_token_s:.2f} s; answer {m + 1} tokens{rate}; "
+        f"active neurons {100 * answer.active_ratio:.1f} %; ended by {answer.finish_reason or 'interruption'}"
+    )
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

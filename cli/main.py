@@ -14,7 +14,10 @@ from powerinfer_tools import __version__
 from powerinfer_tools.cli import console
 from powerinfer_tools.errors import PowerinferError
 
-COMMANDS: dict[str, str] = {}
+COMMANDS = {
+    "chat": "Talk with a model",
+    "generate": "Answer a prompt, a file, stdin or a batch of requests",
+}
 """Command: its line of help. The command is the function of that name in cli/<name>.py. The order is the pipeline's:
 profile, train, place, split, build, chat, generate, bench, eval, inspect, machine."""
 
@@ -102,9 +105,12 @@ def _root(
 
 
 def _native_version() -> str:
-    from powerinfer_tools.engine.native import describe
+    from powerinfer_tools.engine import native
 
-    return f", {describe()}"
+    try:
+        return f", native kernels {native.kernels()}"
+    except PowerinferError as error:
+        return f", {error}"
 
 
 def main() -> None:

@@ -3,13 +3,18 @@
 A command writes `temp: options.Temp = options.TEMP`. Flags of one command only live in that command's file.
 """
 
+import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from powerinfer_tools.cli import console
+
+if TYPE_CHECKING:
+    from powerinfer_tools.assistant import Settings
+    from powerinfer_tools.engine import Sampling
 
 BUILD, SAMPLING, RUN, TEXT, OUTPUT = "Build", "Sampling", "Run", "Prompt", "Output"
 
@@ -31,6 +36,19 @@ def _quieten(quiet: bool) -> bool:
     return quiet
 
 
+def settings(
+    sampling: "Sampling", seed: int | None, max_tokens: int | None, stop: list[str] | None, verbose: bool
+) -> "Settings":
+    """The flags of chat and generate as the library takes them; without --seed one is drawn."""
+    from powerinfer_tools.assistant import Settings
+
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4), "little")
+        if verbose and sampling.temperature > 0:
+            console.say(f"seed {seed}", style="dim")
+    return Settings(sampling, seed, max_tokens, tuple(stop or ()))
+
+
 # what commands read
 Artifact = Annotated[
     Path,
@@ -50,20 +68,12 @@ Checkpoint = Annotated[
 Corpus = Annotated[
     list[Path], typer.Option("--corpus", metavar="FILE", help="Text to read; may be given more than once.")
 ]
-Activations = Annotated[
-    Path, typer.Option("--activations", metavar="FILE", help="What `powerinfer profile` wrote.")
-]
-Predictors = Annotated[
-    Path | None, typer.Option("--predictors", metavar="FILE", help="What `powerinfer train` wrote.")
-]
-Placement = Annotated[
-    Path | None, typer.Option("--placement", metavar="FILE", help="What `powerinfer place` wrote.")
-]
+Activations = Annotated[Path, typer.Option("--activations", metavar="FILE", help="What `powerinfer profile` wrote.")]
+Predictors = Annotated[Path | None, typer.Option("--predictors", metavar="FILE", help="What `powerinfer train` wrote.")]
+Placement = Annotated[Path | None, typer.Option("--placement", metavar="FILE", help="What `powerinfer place` wrote.")]
 Machine = Annotated[
     Path | None,
-    typer.Option(
-        "--machine", metavar="FILE", help="What `powerinfer machine` wrote; without it, measured now."
-    ),
+    typer.Option("--machine", metavar="FILE", help="What `powerinfer machine` wrote; without it, measured now."),
 ]
 
 # how things are built
@@ -109,9 +119,7 @@ Recall = Annotated[
 RECALL = 0.98
 Error = Annotated[
     float,
-    typer.Option(
-        "--error", min=0.0, rich_help_panel=BUILD, help="Largest relative error of a layer's FFN output."
-    ),
+    typer.Option("--error", min=0.0, rich_help_panel=BUILD, help="Largest relative error of a layer's FFN output."),
 ]
 ERROR = 0.02
 Quant = Annotated[
@@ -161,9 +169,7 @@ Threads = Annotated[
 ]
 CtxSize = Annotated[
     int | None,
-    typer.Option(
-        "-c", "--ctx-size", min=1, rich_help_panel=RUN, help="Tokens of context; without it, the model's."
-    ),
+    typer.Option("-c", "--ctx-size", min=1, rich_help_panel=RUN, help="Tokens of context; without it, the model's."),
 ]
 Mode = Annotated[
     Literal["sparse", "dense"],
@@ -256,9 +262,7 @@ RepeatPenalty = Annotated[
 REPEAT_PENALTY = 1.0
 RepeatLastN = Annotated[
     int,
-    typer.Option(
-        "--repeat-last-n", min=0, rich_help_panel=SAMPLING, help="Tokens that the penalty looks at."
-    ),
+    typer.Option("--repeat-last-n", min=0, rich_help_panel=SAMPLING, help="Tokens that the penalty looks at."),
 ]
 REPEAT_LAST_N = 64
 SamplingSeed = Annotated[
@@ -292,17 +296,11 @@ OptionalOutput = Annotated[
     Path | None,
     typer.Option("-o", "--output", metavar="FILE", rich_help_panel=OUTPUT, help="The file to write."),
 ]
-Force = Annotated[
-    bool, typer.Option("--force", rich_help_panel=OUTPUT, help="Replace what the output holds.")
-]
-Json = Annotated[
-    bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print one JSON document on stdout.")
-]
+Force = Annotated[bool, typer.Option("--force", rich_help_panel=OUTPUT, help="Replace what the output holds.")]
+Json = Annotated[bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print one JSON document on stdout.")]
 Quiet = Annotated[
     bool,
-    typer.Option(
-        "-q", "--quiet", callback=_quieten, rich_help_panel=OUTPUT, help="No progress and no notes."
-    ),
+    typer.Option("-q", "--quiet", callback=_quieten, rich_help_panel=OUTPUT, help="No progress and no notes."),
 ]
 Verbose = Annotated[
     bool, typer.Option("-v", "--verbose", rich_help_panel=OUTPUT, help="More on stderr, timings among it.")
