@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from powerinfer_tools.artifact.gguf_writer import header_bytes, offsets, write_gguf
 from powerinfer_tools.artifact.layout import MODE_GATE, QUANTS, LayerPlan, TensorPlan, tensor_table
@@ -30,12 +30,14 @@ def split(
     predictors: "Predictors | None" = None,
     placement: "Placement | None" = None,
     quant: str = "q4_0",
+    arguments: dict[str, Any] | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
     """Writes the artifact to `output` and returns it, opened. Without predictors all layers run in mode gate.
 
-    Same inputs, same bytes. Holds one matrix in float32 and one layer's quantised neurons at a time.
+    Same inputs, same bytes. Holds one matrix in float32 and one layer's quantised neurons at a time. arguments: what
+    the provenance records beside the digests.
     Errors: inputs that were not made from each other; a weight that is not finite; `output` exists and not `force`;
     no space.
     """
@@ -55,7 +57,7 @@ def split(
         quant,
         predictors.relu if predictors is not None else False,
         (placement.vram, placement.ram) if placement is not None else None,
-        describe(checkpoint, activations, predictors, placement, plans, {"quant": quant}),
+        describe(checkpoint, activations, predictors, placement, plans, {"quant": quant, **(arguments or {})}),
     )
     check_space(output, header_bytes(metadata, table) + offsets(table)[-1])
     weights = Weights(checkpoint, activations, predictors, plans)

@@ -50,7 +50,7 @@ class Weights:
         elif part == "ffn_select.weight":
             yield self._bundles(i, (deciding_row(config),), plan)
         elif part in ("ffn_gate.bias", "ffn_up.bias"):
-            yield quantise(plan, self.checkpoint.read(plan.name)[order])
+            yield quantise(plan, self._read(plan, plan.name)[order])
         elif part == "ffn_order.weight":
             yield order.astype(np.int32)
         elif part == "ffn_frequency.weight":
@@ -60,13 +60,19 @@ class Weights:
         else:
             yield from self._rows(plan)
 
+    def _read(self, plan: TensorPlan, name: str, rows: slice | None = None) -> FloatArray:
+        """Rows of the checkpoint's tensor `name`, or all of it, checked to fit into plan.type."""
+        numbers = self.checkpoint.read(name, rows)
+        check_range(plan, name, numbers, rows.start if rows is not None else 0)
+        return numbers
+
     def _rows(self, plan: TensorPlan) -> Iterator[Array]:
         """A tensor as the checkpoint has it."""
         if len(plan.shape) == 1:
-            yield quantise(plan, self.checkpoint.read(plan.name))
+            yield quantise(plan, self._read(plan, plan.name))
             return
         for rows in row_slices(plan.shape[1], plan.shape[0]):
-            yield quantise(plan, self.checkpoint.read(plan.name, rows), rows.start)
+            yield quantise(plan, self._read(plan, plan.name, rows))
 
     def _bundles(self, i: int, parts: tuple[str, ...], plan: TensorPlan) -> Array:
         """The rows of all neurons in stored order, quantised: uint8 [n_ff, len(parts), bytes of a row].
@@ -79,18 +85,17 @@ class Weights:
         elements, size = BLOCK[plan.type]
         bundles = np.empty((len(order), len(parts), plan.shape[0] // elements * size), np.uint8)
         for r, part in enumerate(parts):
-            name = f"blk.{i}.{part}.weight"
-            for neurons, rows in self._neuron_rows(name):
-                bundles[stored_at[neurons], r] = quantise(plan, rows, neurons.start, name)
+            for neurons, rows in self._neuron_rows(plan, f"blk.{i}.{part}.weight"):
+                bundles[stored_at[neurons], r] = quantise(plan, rows)
         return bundles
 
-    def _neuron_rows(self, name: str) -> Iterator[tuple[slice, FloatArray]]:
+    def _neuron_rows(self, plan: TensorPlan, name: str) -> Iterator[tuple[slice, FloatArray]]:
         """One row a neuron, in the checkpoint's order: rows of gate and up, columns of down."""
         config = self.checkpoint.config
-        down = self.checkpoint.read(name) if name.endswith("ffn_down.weight") else None
+        down = self._read(plan, name) if name.endswith("ffn_down.weight") else None
         for neurons in row_slices(config.n_ff, config.n_embd):
             if down is None:
-                yield neurons, self.checkpoint.read(name, neurons)
+                yield neurons, self._read(plan, name, neurons)
             else:
                 yield neurons, np.ascontiguousarray(down[:, neurons].T)
 
@@ -99,7 +104,9 @@ class Weights:
         w_in, w_out, bias = self.predictors.weights(i)
         asked = self.activations.order(i)[self.plans[i].always :]
         parts = {"predictor_in.weight": w_in, "predictor_out.weight": w_out, "predictor_out.bias": bias}
-        yield quantise(plan, parts[part] if part == "predictor_in.weight" else parts[part][asked])
+        numbers = parts[part] if part == "predictor_in.weight" else parts[part][asked]
+        check_range(plan, plan.name, numbers)
+        yield quantise(plan, numbers)
 
 
 def deciding_row(config: Config) -> str:
@@ -120,23 +127,22 @@ def row_slices(n_rows: int, row: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n_rows))
 
 
-def quantise(plan: TensorPlan, rows: FloatArray, first_row: int = 0, source: str | None = None) -> Array:
+def quantise(plan: TensorPlan, rows: FloatArray) -> Array:
     """Rows of float32 as plan.type's bytes, uint8 [..., bytes of a row], bit for bit as the gguf package does it."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
     rows = np.ascontiguousarray(rows, np.float32)
-    _check_range(plan, rows, first_row, source or plan.name)
     return quantize(rows, GGMLQuantizationType(TYPE_ID[plan.type])).view(np.uint8)
 
 
-def _check_range(plan: TensorPlan, rows: FloatArray, first_row: int, source: str) -> None:
+def check_range(plan: TensorPlan, name: str, numbers: FloatArray, first_row: int = 0) -> None:
+    """Refuses what plan.type cannot hold, naming the first such number's place in the checkpoint's tensor."""
     limit = np.finfo(np.float32).max if plan.type == "f32" else _MAX_FLOAT16
-    low, high = rows.min(), rows.max()  # either is NaN where any number is
-    if low >= -limit and high <= limit:
+    if numbers.min() >= -limit and numbers.max() <= limit:  # both are NaN where any number is
         return
-    index = [int(k) for k in np.argwhere(~(np.abs(rows) <= limit))[0]]
-    found = rows[tuple(index)]
+    index = [int(k) for k in np.argwhere(~(np.abs(numbers) <= limit))[0]]
+    found = numbers[tuple(index)]
     index[0] += first_row
-    expected = "a finite number" if not np.isfinite(found) else f"a number within ±{limit:g} for {plan.type}"
-    raise PowerinferError(f"{source} {index}: expected {expected}, found {found:g}", "malformed")
+    expected = f"a number within ±{limit:g} for {plan.type}" if np.isfinite(found) else "a finite number"
+    raise PowerinferError(f"{name} {index}: expected {expected}, found {found:g}", "malformed")

@@ -1,0 +1,57 @@
+"""`powerinfer split`: checkpoint, activations and predictors → the artifact."""
+
+from powerinfer_tools.cli import console, options
+
+
+def split(
+    model: options.Checkpoint,
+    activations: options.Activations,
+    output: options.Output,
+    predictors: options.Predictors = None,
+    placement: options.Placement = None,
+    quant: options.Quant = options.QUANT,
+    activation: options.Activation = None,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write the artifact that the engine runs: neurons sorted by firing frequency, bundled and quantised.
+
+    powerinfer split model/ --activations m.activations --predictors m.predictors -o model-Q4_0.gguf
+
+    powerinfer split model/ --activations m.activations --quant q8_0 -o model-Q8_0.gguf --json
+    """
+    from powerinfer_tools.activations import read_activations
+    from powerinfer_tools.artifact import split as split_checkpoint
+    from powerinfer_tools.artifact.layout import MODE_NAMES
+    from powerinfer_tools.checkpoint import open_checkpoint
+    from powerinfer_tools.placement import read_placement
+    from powerinfer_tools.predictors import read_predictors
+
+    checkpoint = open_checkpoint(model, activation)
+    with console.progress() as progress:
+        artifact = split_checkpoint(
+            checkpoint,
+            read_activations(activations),
+            output,
+            predictors=read_predictors(predictors) if predictors else None,
+            placement=read_placement(placement) if placement else None,
+            quant=quant,
+            force=force,
+            progress=progress,
+        )
+    for note in checkpoint.notes:
+        console.say(f"note: {note}")
+    modes = [MODE_NAMES[mode] for mode in artifact.modes]
+    if not artifact.config.exactly_sparse:
+        console.say(
+            f"note: {artifact.config.activation} is never exactly zero: all layers run in mode gate and skip nothing; "
+            "profile with --sparsity to cut it"
+        )
+    else:
+        console.say(f"{modes.count('predictor')} layers with a predictor, {modes.count('gate')} in mode gate")
+    console.wrote(output, f'powerinfer generate {output} -p "Once upon a time"')
+    if json:
+        inputs = artifact.provenance["inputs"]
+        document = {"path": str(output), "bytes": artifact.n_bytes, "quant": quant, "modes": modes, "inputs": inputs}
+        console.print_json(document | {"data_sha256": artifact.data_sha256})

@@ -1,0 +1,316 @@
+"""build(): profile, train, place and split in one call; resumes, and skips what is up to date."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from powerinfer_tools.activations import Activations, apply, profile, read_activations
+from powerinfer_tools.artifact import Artifact, open_artifact, split
+from powerinfer_tools.artifact.layout import MODE_GATE, MODE_PREDICTOR, LayerPlan, tensor_table
+from powerinfer_tools.checkpoint import Checkpoint, Config, open_checkpoint
+from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.files import check_writable, locked, sha256_file
+from powerinfer_tools.placement import (
+    Machine,
+    Placement,
+    measure_machine,
+    place,
+    read_placement,
+    write_placement,
+)
+from powerinfer_tools.predictors import Predictors, read_predictors, train
+from powerinfer_tools.progress import Progress
+
+SMALL_MODEL = 10**9  # parameters below which q4_0 costs more quality than its bytes are worth
+WINDOW = 512  # tokens of a calibration window
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One finished stage: its file, its seconds, whether the file was there already, and the result in words."""
+
+    name: str
+    path: Path
+    seconds: float
+    up_to_date: bool
+    summary: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The arguments that decide what a build makes."""
+
+    quant: str
+    sparsity: float | None
+    n_tokens: int
+    recall: float
+    error: float
+    ram: int | None
+    ctx_size: int
+    seed: int
+
+
+def build(
+    model: Path,
+    corpus: list[Path],
+    output: Path,
+    *,
+    activation: str | None = None,
+    quant: str = "auto",
+    sparsity: float | None = None,
+    n_tokens: int = 32768,
+    recall: float = 0.98,
+    error: float = 0.02,
+    ram: int | None = None,
+    ctx_size: int | None = None,
+    machine: Machine | None = None,
+    seed: int = 0,
+    keep: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    report: Callable[[Stage], None] = lambda stage: None,
+) -> Artifact:
+    """Makes the artifact `output` from the checkpoint `model`, and returns it.
+
+    A killed build goes on where it stopped; an artifact of the same recipe is left as it is. The files between the
+    stages lie in a hidden folder until the artifact is done; with `keep`, beside it, as output.activations, .predictors
+    and .placement. quant auto: q8_0 below 10^9 parameters, else q4_0. report is called after each stage.
+    Errors: those of the stages; `output`, or with `keep` a file of a stage, is of another recipe and not `force`.
+    """
+    checkpoint = open_checkpoint(model, activation)
+    if quant == "auto":
+        quant = default_quant(checkpoint.config)
+    ctx_size = min(ctx_size or checkpoint.config.n_ctx, checkpoint.config.n_ctx)
+    recipe = Recipe(quant, sparsity, n_tokens, recall, error, ram, ctx_size, seed)
+    arguments = _arguments(recipe, corpus)
+    if output.exists() and not force:
+        return _built_before(checkpoint, output, arguments, report)
+    check_writable(output, force)
+    with locked(output), _stage_files(output, keep) as base:
+        stages = _Stages(checkpoint, corpus, recipe, base, force or not keep, progress, report)
+        return stages.split(output, arguments, force, machine)
+
+
+def default_quant(config: Config) -> str:
+    """What `auto` stands for."""
+    return "q8_0" if n_parameters(config) < SMALL_MODEL else "q4_0"
+
+
+def n_parameters(config: Config) -> int:
+    """The model's weights, biases left out."""
+    table = tensor_table(config, [LayerPlan(MODE_GATE)] * config.n_layer, "f32", frozenset())
+    return sum(plan.n_bytes // 4 for plan in table if len(plan.shape) > 1)
+
+
+def _arguments(recipe: Recipe, corpus: list[Path]) -> dict[str, Any]:
+    for path in corpus:
+        if not path.is_file():
+            raise PowerinferError(f"{path}: no such file", "usage")
+    return {**vars(recipe), "corpus": [sha256_file(path) for path in corpus]}
+
+
+def _built_before(
+    checkpoint: Checkpoint, output: Path, arguments: dict[str, Any], report: Callable[[Stage], None]
+) -> Artifact:
+    """The artifact that is there already, if it is the one that this build would make."""
+    artifact = open_artifact(output)
+    found = artifact.provenance.get("arguments", {})
+    differing = [key for key in arguments if key not in found or found[key] != arguments[key]]
+    if artifact.provenance.get("inputs", {}).get("checkpoint") != checkpoint.digest():
+        differing.insert(0, "checkpoint")
+    if differing:
+        raise PowerinferError(
+            f"{output} exists, built with another {', '.join(differing)}: use --force to replace it", "exists"
+        )
+    report(Stage("split", output, 0.0, True, _describe_artifact(artifact)))
+    return artifact
+
+
+@contextmanager
+def _stage_files(output: Path, keep: bool) -> Iterator[Path]:
+    """Yields the path to which stages append their suffix; without `keep` it lies in a folder that goes at the end."""
+    if keep:
+        yield output.with_suffix("")
+        return
+    folder = output.with_name(f".{output.name}.build")
+    folder.mkdir(exist_ok=True)
+    yield folder / output.stem
+    shutil.rmtree(folder)
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """The stages of one build, each asking for the one before."""
+
+    checkpoint: Checkpoint
+    corpus: list[Path]
+    recipe: Recipe
+    base: Path
+    replace: bool
+    progress: Progress | None
+    report: Callable[[Stage], None]
+
+    def split(self, output: Path, arguments: dict[str, Any], force: bool, machine: Machine | None) -> Artifact:
+        """Runs all stages."""
+        activations = self.profile()
+        apply(activations, self.checkpoint)
+        predictors = self.train(activations)
+        placement = self.place(activations, predictors, machine)
+        started = time.monotonic()
+        artifact = split(
+            self.checkpoint,
+            activations,
+            output,
+            predictors=predictors,
+            placement=placement,
+            quant=self.recipe.quant,
+            arguments=arguments,
+            force=force,
+            progress=self.progress,
+        )
+        self.report(Stage("split", output, time.monotonic() - started, False, _describe_artifact(artifact)))
+        return artifact
+
+    def profile(self) -> Activations:
+        from powerinfer_tools.activations.corpus import calibration_windows
+
+        recipe, config = self.recipe, self.checkpoint.config
+        window = min(WINDOW, config.n_ctx)
+        wanted = {
+            "inputs": {"checkpoint": self.checkpoint.digest()},
+            "corpus": [sha256_file(path) for path in self.corpus],
+            "n_tokens": calibration_windows(self.checkpoint, self.corpus, recipe.n_tokens, window).size,
+            "window": window,
+            "sparsity": recipe.sparsity,
+            "seed": recipe.seed,
+        }
+
+        def found(activations: Activations) -> dict[str, Any]:
+            return activations.header | {"corpus": [text["sha256"] for text in activations.header["corpus"]]}
+
+        def make(path: Path) -> Activations:
+            return profile(
+                self.checkpoint,
+                self.corpus,
+                path,
+                n_tokens=recipe.n_tokens,
+                sparsity=recipe.sparsity,
+                window=window,
+                seed=recipe.seed,
+                force=self.replace,
+                progress=self.progress,
+            )
+
+        return self.stage("profile", ".activations", read_activations, wanted, found, make, _describe_activations)
+
+    def train(self, activations: Activations) -> Predictors | None:
+        """None for a model that is never exactly sparse: all its layers run in mode gate."""
+        if not self.checkpoint.config.exactly_sparse:
+            return None
+        recipe = self.recipe
+        options = {key: getattr(recipe, key) for key in ("recall", "error", "quant", "seed")}
+        inputs = {"checkpoint": activations.checkpoint_digest, "activations": activations.digest}
+
+        def make(path: Path) -> Predictors:
+            return train(self.checkpoint, activations, path, **options, force=self.replace, progress=self.progress)
+
+        def found(predictors: Predictors) -> dict[str, Any]:
+            return predictors.header
+
+        wanted = {"inputs": inputs, **options}
+        return self.stage("train", ".predictors", read_predictors, wanted, found, make, _describe_predictors)
+
+    def place(self, activations: Activations, predictors: Predictors | None, machine: Machine | None) -> Placement:
+        recipe, config = self.recipe, self.checkpoint.config
+        inputs = {"checkpoint": activations.checkpoint_digest}
+        if predictors is not None:
+            inputs["predictors"] = predictors.digest
+        wanted: dict[str, Any] = {
+            "inputs": inputs | {"activations": activations.digest} | ({"machine": machine.digest} if machine else {}),
+            "quant": recipe.quant,
+            "ctx_size": recipe.ctx_size,
+        }
+        if recipe.ram is not None:
+            wanted["ram"] = recipe.ram
+
+        def found(placement: Placement) -> dict[str, Any]:
+            kept = {key: placement.inputs[key] for key in wanted["inputs"] if key in placement.inputs}
+            return vars(placement) | {"inputs": kept, "ram": placement.budgets.get("ram")}
+
+        def make(path: Path) -> Placement:
+            placement = place(
+                config,
+                activations,
+                predictors.plans if predictors is not None else [LayerPlan(MODE_GATE)] * config.n_layer,
+                quant=recipe.quant,
+                biases=self.checkpoint.biases,
+                ctx_size=recipe.ctx_size,
+                machine=machine or measure_machine(),
+                ram=recipe.ram,
+                let_through=_let_through(predictors),
+                inputs=inputs,
+            )
+            write_placement(placement, path, self.replace)
+            return placement
+
+        return self.stage("place", ".placement", read_placement, wanted, found, make, _describe_placement)
+
+    def stage(
+        self,
+        name: str,
+        suffix: str,
+        read: Callable[[Path], T],
+        wanted: dict[str, Any],
+        found: Callable[[T], dict[str, Any]],
+        make: Callable[[Path], T],
+        describe: Callable[[T], str],
+    ) -> T:
+        """The stage's file, made where there is none that holds what is `wanted`; reported either way."""
+        path, started = self.base.with_name(self.base.name + suffix), time.monotonic()
+        if path.exists():
+            value = read(path)
+            differing = [key for key in wanted if found(value).get(key) != wanted[key]]
+            if not differing:
+                self.report(Stage(name, path, time.monotonic() - started, True, describe(value)))
+                return value
+            if not self.replace:
+                raise PowerinferError(
+                    f"{path} exists, made with another {', '.join(differing)}: use --force to replace it", "exists"
+                )
+        value = make(path)
+        self.report(Stage(name, path, time.monotonic() - started, False, describe(value)))
+        return value
+
+
+def _let_through(predictors: Predictors | None) -> list[float] | None:
+    """Neurons let through for one that fires, by layer."""
+    if predictors is None:
+        return None
+    return [
+        figure["predicted"] / figure["active"] if plan.mode == MODE_PREDICTOR and figure["active"] > 0 else 1.0
+        for plan, figure in zip(predictors.plans, predictors.figures, strict=True)
+    ]
+
+
+def _describe_activations(activations: Activations) -> str:
+    share = sum(float(activations.frequency(i).mean()) for i in range(activations.n_layer)) / activations.n_layer
+    return f"{share:.1%} of the neurons fire for a token, over {activations.n_tokens} tokens"
+
+
+def _describe_predictors(predictors: Predictors) -> str:
+    n = sum(plan.mode == MODE_PREDICTOR for plan in predictors.plans)
+    return f"{n} layers with a predictor, {len(predictors.plans) - n} cheaper in mode gate"
+
+
+def _describe_placement(placement: Placement) -> str:
+    return f"{placement.expected_ms:.2f} ms a token expected"
+
+
+def _describe_artifact(artifact: Artifact) -> str:
+    return f"{artifact.quant}, {sum(mode == MODE_PREDICTOR for mode in artifact.modes)} layers with a predictor"
