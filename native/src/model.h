@@ -90,7 +90,7 @@ class Model {
 
     void load();  // reads the tensor data into huge pages and binds `weights`
 
-    Config config;
+    Config config{};
     Weights weights;
     uint64_t weight_bytes = 0;
 
