@@ -57,7 +57,7 @@ def every_value() -> list[bytes]:
     pairs = [scalar(f"scalar.{t}".encode(), t, 1) for t in CODES]
     pairs += [array(f"array.{t}".encode(), t, [0, 1, 1]) for t in CODES]
     pairs += [text(b"text", "größer".encode()), array(b"texts", STRING, [b"", b"a", "日本".encode()])]
-    return [*pairs, array(b"none", 4, []), text(b"general.architecture", b"llama")]
+    return [*pairs, array(b"none", 4, []), scalar(b"general.alignment", 4, 32)]
 
 
 def every_tensor() -> tuple[list[bytes], bytes]:

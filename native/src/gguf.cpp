@@ -179,15 +179,16 @@ class Reader {
         if (version != 3) throw Error(PI_ERROR_UNSUPPORTED, "version: expected 3, found " + str(version));
     }
 
-    uint64_t count(std::string_view what, uint64_t limit) {
+    // `of` says of the thing `what` which number it is.
+    uint64_t count(std::string_view what, uint64_t limit, const char* of = "") {
         uint64_t n = in_.number<uint64_t>(what);
-        if (n > limit) malformed(what, "expected at most " + str(limit) + ", found " + str(n));
+        if (n > limit) malformed(std::string(what) + of, "expected at most " + str(limit) + ", found " + str(n));
         return n;
     }
 
     // A length and that many bytes of UTF-8, copied to `out` (may be NULL) up to MAX_TEXT. Returns the length.
     uint64_t string(std::string_view what, uint64_t limit, std::string* out) {
-        uint64_t n = count(what, limit);
+        uint64_t n = count(what, limit, ": length");
         in_.require(n, what);
         uint64_t begin = in_.position();
         if (n > MAX_TEXT) out = nullptr;
@@ -268,7 +269,7 @@ class Reader {
         uint64_t size = scalar_bytes(type);
         if (type != STRING && size == 0)
             malformed(where, "expected an array of scalars or strings, found elements of type " + str(type));
-        value->n = count(where + ": number of elements", MAX_ARRAY);
+        value->n = count(where, MAX_ARRAY, ": number of elements");
         if (type == STRING) return skip_strings(where, value->n);
         uint64_t bytes = checked_mul(value->n, size, where);
         in_.require(bytes, where);
@@ -282,7 +283,7 @@ class Reader {
 
     void skip_strings(const std::string& where, uint64_t n) {
         in_.require(checked_mul(n, 8, where), where);  // the lengths alone
-        for (uint64_t i = 0; i < n; ++i) string(where, MAX_STRING, nullptr);
+        for (uint64_t i = 0; i < n; ++i) string(where + "[" + str(i) + "]", MAX_STRING, nullptr);
     }
 
     static void append_numbers(uint32_t type, const uint8_t* bytes, size_t n, std::vector<double>* out) {

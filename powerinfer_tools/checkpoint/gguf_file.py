@@ -91,7 +91,7 @@ def read_gguf(path: Path, strict: bool) -> GgufFile:
         with path.open("rb") as file:
             n_bytes = file.seek(0, 2)
             if n_bytes == 0:  # cannot be mapped
-                raise PowerinferError(f"{path}: expected a GGUF file, found an empty one", "truncated")
+                raise PowerinferError(f"{path}: expected a GGUF file, found the end at byte 0", "truncated")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Reader(path, data, strict).read()
     except OSError as error:
