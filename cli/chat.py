@@ -153,11 +153,10 @@ class Chat:
             try:
                 for piece in pieces:
                     if not self.silent:
-                        sys.stdout.write(piece)
-                        sys.stdout.flush()
+                        console.write(piece)
             finally:
                 if not self.silent and not answer.text.endswith("\n"):
-                    print(flush=True)
+                    console.write("\n")
 
     def conversation(self) -> list[dict[str, Any]]:
         """All messages, the system message first."""

@@ -27,6 +27,16 @@ def say(text: str = "", style: str | None = None) -> None:
     console.print(text, style=style, soft_wrap=True)
 
 
+# what a terminal would obey rather than show: all control characters but tab, newline and carriage return
+_OBEYED = {c: "\ufffd" for c in [*range(32), 127, *range(128, 160)] if chr(c) not in "\t\n\r"}
+
+
+def write(text: str) -> None:
+    """Text on stdout at once; on a terminal without control characters, which a model or a file may hold."""
+    sys.stdout.write(text.translate(_OBEYED) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
 def print_json(document: dict[str, Any]) -> None:
     """The one JSON document of a `--json` command, on stdout: one line, or indented on a terminal."""
     indent = 2 if sys.stdout.isatty() else None
@@ -60,15 +70,18 @@ def timings(answer: "Answer") -> str:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on stdout: the first column to the left, the others to the right."""
+    """A table on stdout: the first column to the left, the others to the right; without column names all to the left."""
     from rich.table import Table
     from rich.text import Text
 
     width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 160
     out = Console(highlight=False, markup=False, emoji=False, width=width)
     view = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    view.show_header = any(columns)
     for i, column in enumerate(columns):
-        view.add_column(column, justify="left" if i == 0 else "right", header_style="bold", overflow="fold")
+        view.add_column(
+            column, justify="left" if i == 0 or not any(columns) else "right", header_style="bold", overflow="fold"
+        )
     for row in rows:
         view.add_row(*(Text(str(cell)) for cell in row))
     out.print(view)

@@ -143,10 +143,9 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 def stream(answer: "Answer") -> None:
     """Writes the answer to stdout as it comes, and a newline if it has none at its end."""
     for piece in answer:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+        console.write(piece)
     if not answer.text.endswith("\n"):
-        print(flush=True)
+        console.write("\n")
 
 
 def run_batch(

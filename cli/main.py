@@ -17,6 +17,7 @@ from powerinfer_tools.errors import PowerinferError
 COMMANDS = {
     "chat": "Talk with a model",
     "generate": "Answer a prompt, a file, stdin or a batch of requests",
+    "inspect": "Show what a file holds, and whether it is whole",
 }
 """Command: its line of help. The command is the function of that name in cli/<name>.py. The order is the pipeline's:
 profile, train, place, split, build, chat, generate, bench, eval, inspect, machine."""
