@@ -20,7 +20,7 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathF
     home = tmp_path_factory.getbasetemp() / "home"
     home.mkdir(exist_ok=True)
     monkeypatch.setenv("HOME", str(home))
-    for name in [n for n in os.environ if n.startswith("POWERINFER_")]:
+    for name in [n for n in os.environ if n.startswith("POWERINFER_") and n != "POWERINFER_LIB"]:
         monkeypatch.delenv(name)
     connect = socket.socket.connect
 
