@@ -1,0 +1,118 @@
+"""A small Hugging Face folder as llama.cpp would write it: a GGUF file of the llama architecture."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf.quants import quantize
+from safetensors.numpy import load_file
+
+LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def make_gguf(
+    path: Path,
+    folder: Path,
+    quant: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    *,
+    keys: dict[str, Any] | None = None,
+    rope_factors: np.ndarray | None = None,
+) -> Path:
+    """Writes the (F32, one file) llama folder as GGUF. keys: more metadata, or other values (None: left out)."""
+    config = json.loads((folder / "config.json").read_text())
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in (_metadata(config, folder) | (keys or {})).items():
+        if value is not None:
+            _add(writer, key, value)
+    for name, array in _tensors(config, load_file(folder / "model.safetensors")).items():
+        kind = quant if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, quantize(array, kind), raw_dtype=kind)
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def permute(array: np.ndarray, n_head: int) -> np.ndarray:
+    """llama.cpp's order of q and k rows: the two halves of a head interleaved."""
+    halves = array.reshape(n_head, 2, array.shape[0] // n_head // 2, *array.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(array.shape))
+
+
+def _metadata(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    return {
+        "general.name": "tiny",
+        "general.license": "apache-2.0",
+        "llama.block_count": config["num_hidden_layers"],
+        "llama.context_length": config["max_position_embeddings"],
+        "llama.embedding_length": config["hidden_size"],
+        "llama.feed_forward_length": config["intermediate_size"],
+        "llama.attention.head_count": config["num_attention_heads"],
+        "llama.attention.head_count_kv": config["num_key_value_heads"],
+        "llama.attention.key_length": config["head_dim"],
+        "llama.attention.value_length": config["head_dim"],
+        "llama.rope.dimension_count": config["head_dim"],
+        "llama.rope.freq_base": float(config["rope_theta"]),
+        "llama.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "llama.vocab_size": config["vocab_size"],
+        **tokenizer_keys(json.loads((folder / "tokenizer.json").read_text()), "gpt-2"),
+        "tokenizer.ggml.bos_token_id": config["bos_token_id"],
+        "tokenizer.ggml.eos_token_id": config["eos_token_id"],
+    }
+
+
+def tokenizer_keys(tokenizer: dict[str, Any], pre: str) -> dict[str, Any]:
+    """tokenizer.ggml.* of a byte-level tokenizer.json."""
+    vocab = tokenizer["model"]["vocab"]
+    special = {token["content"] for token in tokenizer["added_tokens"] if token["special"]}
+    tokens = sorted(vocab, key=lambda token: vocab[token])
+    merges = [m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3 if token in special else 1 for token in tokens],
+        "tokenizer.ggml.merges": merges,
+    }
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_string(key, value)
+
+
+def _tensors(config: dict[str, Any], theirs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    for i in range(config["num_hidden_layers"]):
+        names |= {f"blk.{i}.{ours}": f"model.layers.{i}.{name}" for ours, name in LAYER.items()}
+    tensors = {}
+    for ours, name in names.items():
+        for end in ("weight", "bias"):
+            if (array := theirs.get(f"{name}.{end}")) is not None:
+                n_head = heads.get(ours.split(".")[-1])
+                tensors[f"{ours}.{end}"] = permute(array, n_head) if n_head else array
+    return tensors
