@@ -84,6 +84,12 @@ def open_artifact(path: Path) -> Artifact:
     """
     file = read_gguf(path, strict=True)
     keys = _Keys(file)
+    if layout.KEY_VERSION not in file.metadata:
+        raise PowerinferError(
+            f"{path}: expected an artifact of powerinfer, found a GGUF file of another program; make one with: "
+            f"powerinfer build {path} --corpus FILE -o ARTIFACT.gguf",
+            "mismatch",
+        )
     version = keys.integer(layout.KEY_VERSION, 1)
     if version > layout.FORMAT_VERSION:
         newest = layout.FORMAT_VERSION
@@ -289,7 +295,7 @@ def _check_tensor(file: GgufFile, plan: TensorPlan) -> None:
 
 
 def _check_order(artifact: Artifact, i: int) -> None:
-    """Each neuron of the checkpoint is stored once."""
+    """Each neuron of the checkpoint is stored once, the frequent ones first."""
     order, n_ff = artifact.order(i), artifact.config.n_ff
     where = f"{artifact.path}: blk.{i}.ffn_order.weight"
     outside = np.flatnonzero((order < 0) | (order >= n_ff))
@@ -299,6 +305,12 @@ def _check_order(artifact: Artifact, i: int) -> None:
     repeated = np.flatnonzero(np.bincount(order, minlength=n_ff) > 1)
     if len(repeated):
         raise PowerinferError(f"{where}: expected each neuron once, found {repeated[0]} more often", "mismatch")
+    frequency = artifact.frequency(i)
+    if not (frequency[0] <= 1 and frequency[-1] >= 0 and (np.diff(frequency) <= 0).all()):
+        name = f"blk.{i}.ffn_frequency.weight"
+        raise PowerinferError(
+            f"{artifact.path}: {name}: expected shares that fall from 1 to 0, found others", "mismatch"
+        )
 
 
 def _vector(file: GgufFile, name: str, dtype: Any) -> npt.NDArray[Any]:
