@@ -1,0 +1,301 @@
+"""The native engine against the reference, and against itself: modes, kernels, threads, batches."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from powerinfer_tools import reference
+from powerinfer_tools.checkpoint import Checkpoint, open_checkpoint
+from powerinfer_tools.engine import Engine, Sampling
+from powerinfer_tools.errors import PowerinferError
+from tests.artifacts import make_artifact, write_artifact
+from tests.tiny import make_llama, make_opt
+
+FloatArray = npt.NDArray[np.float32]
+GREEDY = Sampling(temperature=0)
+N_VOCAB = 300
+
+FAMILIES: dict[str, Any] = {
+    "llama": lambda folder: make_llama(folder, n_layer=3, n_embd=96, n_head=3, n_head_kv=1, head_dim=32),
+    "odd": lambda folder: make_llama(
+        folder, n_layer=12, n_embd=120, n_ff=333, n_head=6, n_head_kv=2, head_dim=40, tied=True, bias=True
+    ),
+    "drelu": lambda folder: make_llama(folder, activation="drelu"),
+    "fatrelu": lambda folder: make_llama(folder, activation="fatrelu"),
+    "relu2": lambda folder: make_llama(folder, activation="relu2"),
+    "silu": lambda folder: make_llama(folder, activation="silu"),
+    "opt": lambda folder: make_opt(folder, n_layer=12, n_embd=96, n_head=3, n_ff=224),
+}
+
+
+def ids(n: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, N_VOCAB, n).tolist()
+
+
+def nmse(found: FloatArray, expected: FloatArray) -> float:
+    assert np.isfinite(found).all()
+    return float(((found - expected) ** 2).sum() / (expected**2).sum())
+
+
+def decode_all(path: Path, tokens: list[int], **how: Any) -> FloatArray:
+    with Engine(path, **how) as engine:
+        rows = [engine.decode(token, logits=True) for token in tokens]
+    return np.array(rows, np.float32)
+
+
+def greedy_tokens(path: Path, prompt: list[int], n: int, **how: Any) -> list[int]:
+    found = []
+    with Engine(path, **how) as engine:
+        engine.prefill(prompt)
+        for _ in range(n):
+            found.append(engine.sample(GREEDY))
+            engine.decode(found[-1])
+    return found
+
+
+def reference_logits(checkpoint: Checkpoint, tokens: list[int]) -> FloatArray:
+    with torch.no_grad():
+        logits: FloatArray = reference.forward(checkpoint, torch.tensor([tokens]))[0].numpy()
+    return logits
+
+
+class Rounded(Checkpoint):
+    """A checkpoint whose matrices hold what `quant` can hold: rounding them again changes nothing."""
+
+    def __init__(self, folder: Path, quant: str) -> None:
+        self.inner = open_checkpoint(folder)
+        self.kind = {"f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0"}[quant]
+        for name, value in vars(self.inner).items():
+            if name in Checkpoint.__annotations__:
+                setattr(self, name, value)
+
+    def names(self) -> frozenset[str]:
+        return self.inner.names()
+
+    def digest(self) -> str:
+        return self.inner.digest()
+
+    def read(self, name: str, rows: slice | None = None) -> FloatArray:
+        weight = self.inner.read(name)
+        if weight.ndim == 2:
+            weight = self.rounded(weight.T).T if "ffn_down" in name else self.rounded(weight)
+        return weight if rows is None else weight[rows]
+
+    def rounded(self, weight: FloatArray) -> FloatArray:
+        kind = gguf.GGMLQuantizationType[self.kind if weight.shape[1] % 32 == 0 else "F16"]
+        weight = np.ascontiguousarray(weight)
+        return gguf.quants.dequantize(gguf.quants.quantize(weight, kind), kind).reshape(weight.shape)
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    FAMILIES[request.param](folder / "model")
+    make_artifact(folder / "model", folder / "gate.gguf")
+    make_artifact(folder / "model", folder / "predictor.gguf", predictor=True, slack=1e6)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    make_llama(folder / "model")
+    make_artifact(folder / "model", folder / "a.gguf", quant="q8_0")
+    return folder / "a.gguf"
+
+
+def test_dense_equals_reference(family: Path) -> None:
+    tokens = ids(40)
+    expected = reference_logits(open_checkpoint(family / "model"), tokens)
+    with Engine(family / "gate.gguf", mode="dense") as engine:
+        assert nmse(engine.score(tokens)[0], expected) <= 1e-6
+    assert nmse(decode_all(family / "gate.gguf", tokens, mode="dense"), expected) <= 1e-6
+
+
+def test_same_greedy_tokens_as_reference(family: Path) -> None:
+    prompt, checkpoint = ids(8), open_checkpoint(family / "model")
+    found = greedy_tokens(family / "gate.gguf", prompt, 64)
+    expected = reference_logits(checkpoint, prompt + found[:-1])[len(prompt) - 1 :]
+    assert found == expected.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("quant", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("make", [make_llama, make_opt])
+def test_quantised_equals_reference_on_the_same_weights(make: Any, quant: str, tmp_path: Path) -> None:
+    make(tmp_path / "model", n_embd=128, n_ff=192)
+    checkpoint, tokens = Rounded(tmp_path / "model", quant), ids(40)
+    write_artifact(checkpoint, tmp_path / "a.gguf", quant=quant)
+    expected = reference_logits(checkpoint, tokens)
+    with Engine(tmp_path / "a.gguf") as engine:
+        assert nmse(engine.score(tokens)[0], expected) <= 1e-6  # dequantised weights, float32 activations
+    # decoding rounds activations to 8 bits a block, as ggml does: about 0.4 % of a block's largest value each
+    bound = 1e-6 if quant == "f16" else 1e-3
+    assert nmse(decode_all(tmp_path / "a.gguf", tokens), expected) <= bound
+
+
+@pytest.mark.parametrize("kernels", [1, 2])
+def test_modes_are_equal_bit_for_bit(family: Path, kernels: int) -> None:
+    tokens = ids(24)
+    dense = decode_all(family / "gate.gguf", tokens, mode="dense", kernels=kernels)
+    for artifact, mode in (("gate", "gate"), ("gate", "auto"), ("predictor", "auto"), ("predictor", "gate")):
+        found = decode_all(family / f"{artifact}.gguf", tokens, mode=mode, kernels=kernels)
+        assert np.array_equal(found, dense), (artifact, mode)
+
+
+@pytest.mark.parametrize("quant", ["f32", "f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("predictor", [False, True])
+def test_threads_change_nothing(quant: str, predictor: bool, tmp_path: Path) -> None:
+    make_llama(tmp_path / "model", n_embd=96, n_ff=320)
+    path = tmp_path / "a.gguf"
+    make_artifact(tmp_path / "model", path, quant=quant, predictor=predictor, rank=32)
+    runs = [decode_all(path, ids(16), threads=n) for n in (1, 2, 3)]
+    assert np.array_equal(runs[0], runs[1])
+    assert np.array_equal(runs[0], runs[2])
+    tokens = [greedy_tokens(path, ids(150), 24, threads=n) for n in (1, 2, 3)]
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
+def test_kernels_agree(family: Path) -> None:
+    tokens = ids(16)
+    scalar = decode_all(family / "gate.gguf", tokens, kernels=1)
+    assert (
+        nmse(decode_all(family / "gate.gguf", tokens, kernels=2), scalar) <= 1e-6
+    )  # sums in another order, rounded to the float16 cache
+
+
+def test_prompt_may_be_cut_anywhere(llama: Path) -> None:
+    prompt = ids(200)
+    with Engine(llama) as engine:
+        whole = engine.prefill(prompt, logits=True)
+        engine.truncate(0)
+        engine.prefill(prompt[:1])
+        engine.prefill(prompt[1:131])
+        assert np.array_equal(engine.prefill(prompt[131:], logits=True), whole)
+        assert engine.position == 200
+
+
+def test_truncated_context_continues_as_if_never_longer(llama: Path) -> None:
+    with Engine(llama) as engine:
+        for token in ids(10):
+            engine.decode(token)
+        expected = engine.decode(7, logits=True)
+        for token in ids(5, seed=1):
+            engine.decode(token)
+        engine.truncate(10)
+        assert np.array_equal(engine.decode(7, logits=True), expected)
+
+
+def test_sparse_prompt_scores_like_decoding(tmp_path: Path) -> None:
+    make_llama(tmp_path / "model")
+    make_artifact(tmp_path / "model", tmp_path / "a.gguf", predictor=True, slack=-0.2)
+    tokens = ids(32)
+    with Engine(tmp_path / "a.gguf") as engine:
+        scored, layers = engine.score(tokens)
+        engine.truncate(0)
+        decoded = np.array([engine.decode(token, logits=True) for token in tokens])
+    assert nmse(decoded, scored) <= 1e-4  # a logit at the threshold may fall on either side
+    assert all(0 < layer.n_hit < layer.n_true for layer in layers), "the slack should cost some recall"
+
+
+def test_predictor_lets_through_what_its_numbers_say(tmp_path: Path) -> None:
+    make_llama(tmp_path / "model", n_layer=1)
+    slack, always, tokens = -0.1, 5, ids(32)
+    make_artifact(tmp_path / "model", tmp_path / "a.gguf", predictor=True, slack=slack, always=always)
+    checkpoint = open_checkpoint(tmp_path / "model")
+    with Engine(tmp_path / "a.gguf") as engine:
+        score = engine.score(tokens)[1][0]
+    with torch.no_grad():
+        layer = reference.load_layer(checkpoint, 0)
+        x = layer.ffn_input(layer.attention(reference.embed(checkpoint, torch.tensor([tokens]))))[0]
+        order = write_order(tmp_path / "a.gguf")
+        logit = (layer.ffn.select(x) + slack).numpy()[:, order]  # of full rank, it is the gate itself
+        fires = (layer.ffn.neurons(x) != 0).numpy()[:, order]
+    asked = logit >= 0
+    asked[:, :always] = True
+    close = int((np.abs(logit) < 1e-4).sum())
+    assert abs(score.n_predicted - int(asked.sum())) <= close
+    assert abs(score.n_hit - int((asked & fires).sum())) <= close
+    assert abs(score.n_true - int(fires.sum())) <= close
+
+
+def write_order(path: Path) -> npt.NDArray[np.int32]:
+    from powerinfer_tools.artifact import open_artifact
+
+    return open_artifact(path).order(0)
+
+
+def test_cut_silu_skips_and_uncut_does_not(tmp_path: Path) -> None:
+    make_llama(tmp_path / "model", activation="silu")
+    make_artifact(tmp_path / "model", tmp_path / "cut.gguf", thresholds=(0.1, 0.2))
+    make_artifact(tmp_path / "model", tmp_path / "whole.gguf")
+    checkpoint, tokens = open_checkpoint(tmp_path / "model"), ids(32)
+    whole = reference_logits(checkpoint, tokens)
+    checkpoint.config = checkpoint.config.with_thresholds((0.1, 0.2))
+    cut = reference_logits(checkpoint, tokens)
+    with Engine(tmp_path / "cut.gguf") as engine:
+        found = np.array([engine.decode(token, logits=True) for token in tokens])
+        assert nmse(found, cut) <= 1e-4  # a value at the threshold may fall on either side
+        assert 0.05 < engine.stats().active_ratio < 0.95
+    uncut = decode_all(tmp_path / "cut.gguf", tokens, uncut=True)
+    assert nmse(uncut, whole) <= 1e-6
+    assert nmse(cut, whole) > 1e-3
+    assert np.array_equal(uncut, decode_all(tmp_path / "whole.gguf", tokens))
+
+
+def test_counters(tmp_path: Path) -> None:
+    make_llama(tmp_path / "model")
+    artifact = make_artifact(tmp_path / "model", tmp_path / "a.gguf", quant="f16")
+    config = artifact.config
+    with Engine(tmp_path / "a.gguf", mode="dense") as engine:
+        engine.decode(1)
+        dense = engine.stats()
+    with Engine(tmp_path / "a.gguf") as engine:
+        engine.decode(1)
+        sparse = engine.stats()
+        assert engine.memory()[0] == 4 * config.n_layer * engine.ctx_size * config.n_head_kv * config.head_dim
+    row = 2 * config.n_embd
+    neurons = config.n_layer * config.n_ff
+    assert dense.bytes_gate == sparse.bytes_gate == neurons * row
+    assert dense.bytes_updown == 2 * neurons * row
+    assert sparse.bytes_updown == 2 * sparse.neurons_active * row
+    assert dense.neurons_active == sparse.neurons_active < sparse.neurons_total == neurons
+    assert dense.bytes_head == config.n_vocab * row
+    assert dense.bytes_decode == dense.bytes_attention + dense.bytes_gate + dense.bytes_updown + dense.bytes_head
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda e: e.decode(N_VOCAB), "token ids from 0 to 299, found 300"),
+        (lambda e: e.decode(-1), "token ids from 0 to 299, found -1"),
+        (lambda e: e.prefill(ids(17)), "at most 16 more tokens in a context of 16, found 17"),
+        (lambda e: e.prefill([]), "at least one token"),
+        (lambda e: e.truncate(1), "position of at most 0, found 1"),
+        (lambda e: e.sample(GREEDY), "nothing to sample from"),
+    ],
+)
+def test_bad_calls_say_what_was_expected(llama: Path, call: Any, message: str) -> None:
+    with Engine(llama, ctx_size=16) as engine, pytest.raises(PowerinferError, match=message):
+        call(engine)
+
+
+def test_bad_settings_say_what_was_expected(llama: Path) -> None:
+    with pytest.raises(PowerinferError, match="--ctx-size: expected at most the model's 256, found 257"):
+        Engine(llama, ctx_size=257)
+    with pytest.raises(PowerinferError, match="mode: expected auto, dense, gate, predictor, found fast"):
+        Engine(llama, mode="fast")
+    with pytest.raises(PowerinferError, match="n_threads: expected 1 to 256"):
+        Engine(llama, threads=257)
+
+
+def test_context_may_be_filled_to_the_last_position(llama: Path) -> None:
+    with Engine(llama, ctx_size=16) as engine:
+        engine.prefill(ids(15))
+        engine.decode(3)
+        with pytest.raises(PowerinferError, match="at most 0 more tokens"):
+            engine.decode(3)
