@@ -195,7 +195,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rope type": ({"llama.rope.scaling.type": "longrope"}, "expected none, linear or yarn, found 'longrope'"),
     "layers that are not there": ({"llama.block_count": 3}, r"expected blk\.2\.\S+ .*found none"),
     "fewer layers than tensors": ({"llama.block_count": 1}, r"blk\.1\.\S+: expected no such tensor"),
-    "another width": ({"llama.feed_forward_length": 168}, r"expected \[(168, 64|64, 168)\], found \[(160, 64|64, 160)\]"),
+    "another width": (
+        {"llama.feed_forward_length": 168},
+        r"expected \[(168, 64|64, 168)\], found \[(160, 64|64, 160)\]",
+    ),
     "widths that differ": ({"llama.feed_forward_length": [160, 96]}, "feed_forward_length: expected an integer"),
     "size missing": ({"llama.embedding_length": None}, "embedding_length: expected an integer.*found nothing"),
     "huge size": ({"llama.block_count": 2**31}, "block_count: expected an integer in 1..4096"),
