@@ -70,7 +70,7 @@ def timings(answer: "Answer") -> str:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on stdout: the first column to the left, the others to the right; without column names all to the left."""
+    """A table on stdout: the first column left, the others right; all left where no column has a name."""
     from rich.table import Table
     from rich.text import Text
 

@@ -14,7 +14,7 @@ from powerinfer_tools.errors import PowerinferError
 TEMPLATE = 256 << 10  # bytes of a template
 REQUEST = 8 << 20  # bytes of a request
 ANSWER = 32 << 20  # bytes of an answer: template_child.OUTPUT characters, escaped
-SECONDS = 2.5  # by the wall clock, for one rendering
+SECONDS, START_SECONDS = 2.5, 30.0  # by the wall clock, for one rendering and for the child's start
 
 Message = dict[str, Any]
 
@@ -55,18 +55,7 @@ class _Child:
     def ask(self, request: bytes) -> dict[str, str]:
         """The child's answer, or an error if it gave none in time."""
         process = self._running()
-        clock = Timer(SECONDS, process.kill)
-        clock.start()
-        try:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write(request)
-            process.stdin.flush()
-            line = process.stdout.readline(ANSWER)
-        except BrokenPipeError:
-            line = b""
-        finally:
-            clock.cancel()
+        line = _exchange(process, request, SECONDS)
         if line.endswith(b"\n"):
             answer: dict[str, str] = json.loads(line)
             return answer
@@ -83,6 +72,9 @@ class _Child:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for the parent
             )
+            if _exchange(self._process, b"", START_SECONDS) != b"ready\n":
+                self.close()
+                raise PowerinferError("the process that renders chat templates does not start", "internal")
         return self._process
 
     def close(self) -> None:
@@ -91,6 +83,22 @@ class _Child:
             self._process.kill()
             self._process.communicate()
             self._process = None
+
+
+def _exchange(process: subprocess.Popen[bytes], request: bytes, seconds: float) -> bytes:
+    """The line that answers a request; incomplete or empty where the process ended or had to be ended."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    clock = Timer(seconds, process.kill)
+    clock.start()
+    try:
+        process.stdin.write(request)
+        process.stdin.flush()
+        return process.stdout.readline(ANSWER)
+    except BrokenPipeError:
+        return b""
+    finally:
+        clock.cancel()
 
 
 _child = _Child()

@@ -1,7 +1,7 @@
 """Renders chat templates in a process of its own, with limits on memory and time: a sandbox stops escapes, not abuse.
 
-Reads one request a line, {"template", "variables"}, and answers {"text"} or {"error"}, as JSON. Run as a script; it
-imports jinja2 and nothing of this package.
+Says "ready", then reads one request a line, {"template", "variables"}, and answers {"text"} or {"error"}, as JSON.
+Run as a script; it imports jinja2 and nothing of this package.
 """
 
 import json
@@ -102,6 +102,8 @@ def main() -> None:
     del sys.path[0]  # this folder: its modules are the parent's
     limit_memory()
     env = environment()
+    sys.stdout.buffer.write(b"ready\n")
+    sys.stdout.buffer.flush()
     for line in sys.stdin.buffer:
         limit_time()
         sys.stdout.buffer.write(json.dumps(answer(env, json.loads(line))).encode() + b"\n")

@@ -12,6 +12,7 @@ from powerinfer_tools.errors import PowerinferError
 BREAK, EDGE = "\ufdd0", "\ufdd1"
 """Noncharacters, not encoded. No token spans BREAK, so it takes the effect from a control token's text."""
 
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -46,7 +47,7 @@ class Tokenizer:
         parse_special: control tokens that the text spells become themselves, except where BREAK splits them;
         else they are text like any other.
         """
-        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        text = _SURROGATE.sub("\ufffd", text)  # what Python makes of bytes that are no UTF-8
         ids = [self.bos] if add_bos and self.add_bos and self.bos is not None else []
         for part in text.split(BREAK):
             ids += self._encode(part) if parse_special else self._encode_plain(part)
