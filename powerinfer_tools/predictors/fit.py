@@ -1,7 +1,7 @@
 """The predictors themselves: a start from the select matrix, fine-tuning, rounding."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,10 +11,10 @@ from powerinfer_tools.artifact.layout import matrix_type
 
 RIDGE = 1e-3  # of the mean variance of an input dimension
 CALIBRATION_STEPS, CALIBRATION_TOKENS = 6, 1024
-STEPS, BATCH, ROUND_EVERY = 300, 512, 25
-LEARNING_RATE = 0.02  # of a weight matrix's mean size
-POSITIVE_WEIGHT = 4.0  # a missed neuron costs more than one computed in vain
-PATIENCE = 3  # looks without a gain
+STEPS, BATCH, ROUND_EVERY, LOOK_EVERY = 300, 512, 4, 50
+LEARNING_RATE = 0.01  # of a weight matrix's mean size
+POSITIVE_WEIGHT = 3.0  # a missed neuron costs more than one computed in vain
+PATIENCE = 2  # looks without a gain
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,15 @@ class Network:
         z = x @ self.w_in.T
         return z.relu_() if self.relu else z
 
-    def rounded(self, quant: str) -> "Network":
-        """The same with its weights as an artifact of type `quant` stores them."""
-        return replace(self, w_in=rounded(self.w_in, quant), w_out=rounded(self.w_out, quant))
+    def stored(self, quant: str, x: Tensor, fired: Tensor) -> "Network":
+        """The same as an artifact of type `quant` stores it: rounded, then each neuron's logit calibrated anew.
+
+        Rounding is blind to scale, so calibrating costs nothing and mends most of what rounding broke.
+        """
+        w_in, w_out = rounded(self.w_in, quant), rounded(self.w_out, quant)
+        forecast = Network(w_in, w_out, torch.zeros_like(self.bias), self.relu).logits(x)
+        scale, shift = _calibrate(forecast, fired)
+        return Network(w_in, rounded(w_out * scale[:, None], quant), shift, self.relu)
 
 
 def rounded(weights: Tensor, quant: str) -> Tensor:
@@ -86,77 +92,79 @@ class Start:
         scale, shift = _calibrate((x - self._mean) @ w_in.T @ w_out.T, fired)
         w_out *= scale[:, None]
         bias = shift - w_out @ (w_in @ self._mean)
+        sizes = w_out.norm(dim=0)  # columns of equal size lose least in a block's shared scale
+        w_in, w_out = w_in * sizes[:, None], w_out / sizes
         if relu:
             w_in, w_out = torch.cat([w_in, -w_in]), torch.cat([w_out, -w_out], dim=1)
         return Network(w_in, w_out, bias, relu)
 
 
 def _calibrate(forecast: Tensor, fired: Tensor) -> tuple[Tensor, Tensor]:
-    """Logistic regression of each neuron's firing on its own forecast, by Newton's method: scale and shift [n_ff]."""
+    """Logistic regression of each neuron's firing on its forecast, by Newton's method: scale and shift [n_ff]."""
+    mean, size = forecast.mean(0), forecast.std(0).clamp_min(1e-6)
     step = max(1, len(forecast) // CALIBRATION_TOKENS)
-    f, y = forecast[::step], fired[::step].float()
+    f, y = (forecast[::step] - mean) / size, fired[::step].float()
     frequency = (y.mean(0) + 1 / len(f)) / (1 + 2 / len(f))
     scale, shift = torch.ones_like(frequency), frequency.logit()
     for _ in range(CALIBRATION_STEPS):
         p = torch.sigmoid(f * scale + shift)
-        w = p * (1 - p)
-        error = y - p
+        w, error = p * (1 - p), y - p
         wf = w * f
         # a prior of one observation keeps neurons that always or never fired finite
         a, b, c = (wf * f).sum(0) + 1, wf.sum(0), w.sum(0) + 1
-        gradient_scale = (error * f).sum(0) - (scale - 1)
-        gradient_shift = error.sum(0) - (shift - frequency.logit())
+        of_scale = (error * f).sum(0) - (scale - 1)
+        of_shift = error.sum(0) - (shift - frequency.logit())
         determinant = a * c - b * b
-        scale = scale + ((c * gradient_scale - b * gradient_shift) / determinant).clamp(-2, 2)
-        shift = shift + ((a * gradient_shift - b * gradient_scale) / determinant).clamp(-2, 2)
-    return scale, shift
+        scale = scale + ((c * of_scale - b * of_shift) / determinant).clamp(-2, 2)
+        shift = shift + ((a * of_shift - b * of_scale) / determinant).clamp(-2, 2)
+    return scale / size, shift - scale / size * mean
 
 
 def fine_tune(
-    network: Network,
+    start: Network,
     x: Tensor,
     fired: Tensor,
     quant: str,
     judge: Callable[[Network], float],
     generator: torch.Generator,
 ) -> Network:
-    """The rounded network after a few hundred Adam steps on recall-weighted cross-entropy; the best that was seen.
+    """The best stored network of a few hundred Adam steps on recall-weighted cross-entropy, by what `judge` asks less.
 
-    The weights see their rounding error, refreshed every ROUND_EVERY steps; `judge` then says what the
-    rounded network costs, and training stops when that has not improved PATIENCE times.
+    The weights see their rounding error, refreshed every ROUND_EVERY steps. Every LOOK_EVERY steps `judge` says what
+    the stored network costs; training stops when that has not fallen PATIENCE times.
     """
-    weights = [network.w_in.clone(), network.w_out.clone(), network.bias.clone()]
-    sizes = [w.abs().mean() for w in weights[:2]] + [torch.ones((), device=x.device)]
-    groups = [{"params": [w], "lr": LEARNING_RATE * float(s)} for w, s in zip(weights, sizes, strict=True)]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), foreach=False)
+    weights = [start.w_in.clone(), start.w_out.clone(), start.bias.clone()]
+    sizes = [float(weights[0].abs().mean()), float(weights[1].abs().mean()), 1.0]
+    groups = [{"params": [w], "lr": LEARNING_RATE * s} for w, s in zip(weights, sizes, strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (STEPS + 1))
-    best, lowest, waited = network.rounded(quant), float("inf"), 0
+    labels = fired.float()
+    best, lowest, waited = start, float("inf"), 0
     for step in range(STEPS + 1):
-        if step % ROUND_EVERY == 0:
-            current = Network(weights[0], weights[1], weights[2], network.relu).rounded(quant)
-            cost = judge(current)
+        if step % LOOK_EVERY == 0:
+            network = Network(weights[0], weights[1], weights[2], start.relu).stored(quant, x, fired)
+            cost = judge(network)
             waited = 0 if cost < lowest else waited + 1
             if cost < lowest:
-                best, lowest = replace(current, bias=current.bias.clone()), cost
-            if waited > PATIENCE or step == STEPS:
-                return best
-            errors = current.w_in - weights[0], current.w_out - weights[1]
+                best, lowest = network, cost
+            if waited == PATIENCE or step == STEPS:
+                break
+        if step % ROUND_EVERY == 0:
+            errors = [rounded(w, quant) - w for w in weights[:2]]
         chosen = torch.randint(len(x), (min(BATCH, len(x)),), generator=generator).to(x.device)
-        seen = Network(weights[0] + errors[0], weights[1] + errors[1], weights[2], network.relu)
-        for w, gradient in zip(weights, _gradients(seen, x[chosen], fired[chosen]), strict=True):
+        seen = Network(weights[0] + errors[0], weights[1] + errors[1], weights[2], start.relu)
+        for w, gradient in zip(weights, _gradients(seen, x[chosen], labels[chosen]), strict=True):
             w.grad = gradient
         optimizer.step()
         schedule.step()
-    raise AssertionError
+    return best
 
 
 def _gradients(network: Network, x: Tensor, fired: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of the recall-weighted cross-entropy to w_in, w_out and bias, written out: the loss itself is never needed."""
     z = network.hidden(x)
-    pull = torch.sigmoid(torch.addmm(network.bias, z, network.w_out.T))
-    pull -= fired
-    pull *= 1 + (POSITIVE_WEIGHT - 1) * fired
-    pull /= len(x)
+    pull = torch.sigmoid(torch.addmm(network.bias, z, network.w_out.T)) - fired
+    pull.addcmul_(pull, fired, value=POSITIVE_WEIGHT - 1).div_(len(x))
     to_hidden = pull @ network.w_out
     if network.relu:
         to_hidden *= z > 0

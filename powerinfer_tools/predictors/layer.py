@@ -107,11 +107,12 @@ def _best_start(
     samples: Samples, relu: bool, bounds: Bounds, costs: FfnCosts, gate_bytes: float
 ) -> tuple[Network, Choice]:
     """The SVD start that reads the fewest bytes; ranks rise until bytes do."""
-    start = Start(samples.select, samples.x)
+    svd = Start(samples.select, samples.x)
     best: tuple[Network, Choice] | None = None
     for rank in _ranks(costs.n_embd):
-        network = start.network(rank, relu, samples.x, samples.fired)
-        choice = choose(network.rounded(bounds.quant), samples.held, costs, bounds.recall, bounds.error)
+        network = svd.network(rank, relu, samples.x, samples.fired)
+        network = network.stored(bounds.quant, samples.x, samples.fired)
+        choice = choose(network, samples.held, costs, bounds.recall, bounds.error)
         if best is not None and choice.bytes >= best[1].bytes:
             break
         best = network, choice
@@ -135,7 +136,7 @@ def _tuned(
         return choose(candidate, held, costs, bounds.recall, bounds.error).bytes
 
     generator = torch.Generator().manual_seed(bounds.seed * 100_003 + i)
-    tuned = fine_tune(network, samples.x, samples.fired.float(), bounds.quant, judge, generator)
+    tuned = fine_tune(network, samples.x, samples.fired, bounds.quant, judge, generator)
     return tuned, choose(tuned, held, costs, bounds.recall, bounds.error)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from powerinfer_tools.predictors.layer import Bounds, FittedLayer
 
 LAYER_KIND = "trained layer"
-PILOTS = 3  # layers on which both kinds of predictor are tried
+PILOTS = 2  # layers on which both kinds of predictor are tried
 
 
 def train(
