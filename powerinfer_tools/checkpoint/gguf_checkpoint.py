@@ -66,7 +66,7 @@ class GgufCheckpoint(Checkpoint):
         self._activation = self.config.activation
         self._shapes = _match(self._file, self.config)
         self.tokenizer_json = rebuild_tokenizer(fields)
-        self.special = read_special(fields, self.tokenizer_json)
+        self.special = read_special(fields)
         self.chat_template = _template(fields)
         described = {key: fields.values.get(f"general.{key}") for key in DESCRIPTIONS}
         self.metadata = {key: value for key, value in described.items() if isinstance(value, str)}
@@ -184,7 +184,8 @@ def _activation(fields: Fields, n_layer: int, asked: str | None, notes: list[str
     thresholds = fields.values.get(KEY_THRESHOLDS)
     if thresholds is None and name != "fatrelu":
         return name, (0.0,) * n_layer
-    if not isinstance(thresholds, list) or len(thresholds) != n_layer or not all(0 <= t < 1e6 for t in thresholds):
+    numbers = isinstance(thresholds, list) and all(isinstance(t, float) and 0 <= t < 1e6 for t in thresholds)
+    if thresholds is None or not numbers or len(thresholds) != n_layer:
         raise fields.error(KEY_THRESHOLDS, f"{n_layer} numbers, not negative", thresholds)
     return name, tuple(float(t) for t in thresholds)
 
@@ -220,9 +221,7 @@ def _rope(fields: Fields, file: GgufFile, head_dim: int) -> Rope:
     theta = fields.number("llama.rope.freq_base", 10000.0, low=1.0)
     freq = frequencies(theta, head_dim)
     if ROPE_FACTORS in file.tensors:
-        if file.tensors[ROPE_FACTORS].shape != (head_dim // 2,) or file.tensors[ROPE_FACTORS].type != 0:
-            raise fields.error(ROPE_FACTORS, f"F32 [{head_dim // 2}]", file.tensors[ROPE_FACTORS].shape)
-        freq = freq / raw_rows(file, ROPE_FACTORS)[0].view(np.float32)
+        freq = freq / _rope_factors(file, head_dim)
     key = "llama.rope.scaling.factor"
     factor = fields.number(key, fields.number("llama.rope.scale_linear", 1.0))
     kind = fields.text("llama.rope.scaling.type", "linear")
@@ -237,6 +236,18 @@ def _rope(fields: Fields, file: GgufFile, head_dim: int) -> Rope:
     slow = fields.number("llama.rope.scaling.yarn_beta_slow", 1.0)
     scale = fields.number("llama.rope.scaling.attn_factor", 1.0) * yarn_scale(factor)
     return finish(yarn(freq, theta, factor, n_original, fast, slow), scale)
+
+
+def _rope_factors(file: GgufFile, head_dim: int) -> FloatArray:
+    """Llama 3.1's scaling as llama.cpp keeps it: a divisor for each frequency."""
+    tensor = file.tensors[ROPE_FACTORS]
+    where = f"{file.path}: {ROPE_FACTORS}"
+    if tensor.shape != (head_dim // 2,) or tensor.type != 0:
+        raise PowerinferError(f"{where}: expected F32 [{head_dim // 2}], found {list(tensor.shape)}", "mismatch")
+    factors: FloatArray = raw_rows(file, ROPE_FACTORS)[0].view(np.float32)
+    if not (np.isfinite(factors) & (factors > 0)).all():
+        raise PowerinferError(f"{where}: expected positive numbers, found others", "malformed")
+    return factors
 
 
 def _match(file: GgufFile, config: Config) -> Shapes:

@@ -44,9 +44,10 @@ def rebuild_tokenizer(fields: Fields) -> str:
     return text
 
 
-def read_special(fields: Fields, tokenizer_json: str) -> Json:
+def read_special(fields: Fields) -> Json:
     """bos, eos, add_bos and their texts, as every Checkpoint gives them. Errors: an id outside the vocabulary."""
-    last = len(_tokens(fields)) - 1
+    tokens = _tokens(fields)
+    last = len(tokens) - 1
 
     def ids(*names: str) -> list[int]:
         keys = [f"{PREFIX}{name}_token_id" for name in names]
@@ -56,7 +57,7 @@ def read_special(fields: Fields, tokenizer_json: str) -> Json:
     add_bos = fields.flag(f"{PREFIX}add_bos_token", adds)
     bos = ids("bos")
     eos = list(dict.fromkeys(ids("eos", "eot", "eom")))
-    return special_tokens(parse_tokenizer(tokenizer_json, fields.where), bos[0] if bos else None, eos, add_bos)
+    return special_tokens(tokens.__getitem__, bos[0] if bos else None, eos, add_bos)
 
 
 def _tokens(fields: Fields) -> list[str]:
@@ -148,7 +149,7 @@ def _sentencepiece(fields: Fields, tokens: list[str], types: list[int]) -> Json:
 def _scores(fields: Fields, n: int) -> list[float]:
     key = f"{PREFIX}scores"
     scores = fields.values.get(key)
-    if not isinstance(scores, list) or len(scores) != n:
+    if not isinstance(scores, list) or len(scores) != n or not all(isinstance(s, (int, float)) for s in scores):
         raise fields.error(key, f"{n} numbers", scores)
     return scores
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from powerinfer_tools.checkpoint.fields import Fields, read_json
 from powerinfer_tools.checkpoint.huggingface_config import read_config
 from powerinfer_tools.checkpoint.huggingface_tokenizer import read_special, read_template, read_tokenizer
-from powerinfer_tools.checkpoint.safetensors_files import StoredTensor, stored_tensors, weight_files
+from powerinfer_tools.checkpoint.safetensors_files import DTYPES, StoredTensor, stored_tensors, weight_files
 from powerinfer_tools.checkpoint.source import Checkpoint, FloatArray, check_rows
 from powerinfer_tools.checkpoint.tensors import bias_shapes, required_shapes
 from powerinfer_tools.errors import PowerinferError
@@ -68,10 +68,12 @@ class HuggingFaceCheckpoint(Checkpoint):
             )
         self._shapes = required_shapes(self.config) | bias_shapes(self.config, biased)
         self._tensors = self._match(stored_tensors(path))
-        self.tokenizer_json = read_tokenizer(path)
+        self.tokenizer_json, tokenizer = read_tokenizer(path)
         self.chat_template = read_template(path)
-        self.special = read_special(path, values, self.tokenizer_json, self.config.n_vocab)
+        self.special = read_special(path, values, tokenizer, self.config.n_vocab)
         self.metadata = {"name": self.config.name}
+        if tokenizer.get_vocab_size() > self.config.n_vocab:
+            self.notes.append(f"the tokenizer has tokens beyond the model's {self.config.n_vocab}: refused in prompts")
         if not self.special["eos"]:
             self.notes.append("no end-of-text token is recorded: answers end at the token limit")
 
@@ -105,6 +107,11 @@ class HuggingFaceCheckpoint(Checkpoint):
             if stored[theirs].shape != expected:
                 shown = list(stored[theirs].shape)
                 raise PowerinferError(f"{self.path}: {theirs}: expected {list(expected)}, found {shown}", "mismatch")
+            if stored[theirs].dtype not in DTYPES:
+                known = ", ".join(DTYPES)
+                raise PowerinferError(
+                    f"{self.path}: {theirs}: expected type {known}, found {stored[theirs].dtype}", "unsupported"
+                )
             found[name] = stored.pop(theirs)
         for theirs in stored:
             if not (theirs.endswith("rotary_emb.inv_freq") or (self.config.tied and theirs == "lm_head.weight")):

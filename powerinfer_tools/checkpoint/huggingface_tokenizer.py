@@ -1,5 +1,6 @@
 """tokenizer.json, the chat template and the special tokens of a Hugging Face folder."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,11 @@ TEMPLATE_LIMIT = 256 << 10
 CONFIG_LIMIT = 4 << 20
 
 
-def read_tokenizer(folder: Path) -> str:
-    """The text of tokenizer.json. Errors: missing, too large, not what the tokenizers library reads."""
+def read_tokenizer(folder: Path) -> tuple[str, Any]:
+    """The text of tokenizer.json, and the library's tokenizer. Errors: missing, too large, not a tokenizer."""
     path = folder / "tokenizer.json"
     text = read_text(path, TOKENIZER_LIMIT)
-    parse_tokenizer(text, str(path))
-    return text
+    return text, parse_tokenizer(text, str(path))
 
 
 def parse_tokenizer(text: str, where: str) -> Any:
@@ -45,14 +45,13 @@ def read_template(folder: Path) -> str | None:
     return template
 
 
-def read_special(folder: Path, config: dict[str, Any], tokenizer_json: str, n_vocab: int) -> dict[str, Any]:
+def read_special(folder: Path, config: dict[str, Any], tokenizer: Any, n_vocab: int) -> dict[str, Any]:
     """bos, eos (all ids that end a text), add_bos, and the texts bos_token and eos_token that templates use.
 
     Errors: an id outside the vocabulary.
     """
     names = _optional_json(folder, "tokenizer_config.json")
     generation = _optional_json(folder, "generation_config.json")
-    tokenizer = parse_tokenizer(tokenizer_json, str(folder / "tokenizer.json"))
     named = {key: tokenizer.token_to_id(_content(names.get(f"{key}_token")) or "") for key in ("bos", "eos")}
     bos = _ids(named["bos"]) or _ids(config.get("bos_token_id")) or _ids(generation.get("bos_token_id"))
     eos = _ids(named["eos"]) + _ids(generation.get("eos_token_id")) + _ids(config.get("eos_token_id"))
@@ -63,17 +62,19 @@ def read_special(folder: Path, config: dict[str, Any], tokenizer_json: str, n_vo
     add_bos = names.get("add_bos_token")
     if not isinstance(add_bos, bool):  # then the tokenizer itself says
         add_bos = bool(bos) and tokenizer.encode("a").ids[:1] == bos[:1]
-    return special_tokens(tokenizer, bos[0] if bos else None, eos, add_bos)
+    return special_tokens(tokenizer.id_to_token, bos[0] if bos else None, eos, add_bos)
 
 
-def special_tokens(tokenizer: Any, bos: int | None, eos: list[int], add_bos: bool) -> dict[str, Any]:
-    """The form in which a Checkpoint gives its special tokens."""
+def special_tokens(
+    text_of: Callable[[int], str | None], bos: int | None, eos: list[int], add_bos: bool
+) -> dict[str, Any]:
+    """The form in which a Checkpoint gives its special tokens. text_of: a token's text by its id."""
     return {
         "bos": bos,
         "eos": eos,
         "add_bos": add_bos and bos is not None,
-        "bos_token": (tokenizer.id_to_token(bos) or "") if bos is not None else "",
-        "eos_token": (tokenizer.id_to_token(eos[0]) or "") if eos else "",
+        "bos_token": "" if bos is None else text_of(bos) or "",
+        "eos_token": "" if not eos else text_of(eos[0]) or "",
     }
 
 

@@ -17,7 +17,8 @@ class Checkpoint(ABC):
     """A model's weights, tokenizer and configuration; nothing is held but headers.
 
     path: the folder or file; config: sizes and choices; tokenizer_json: the text of a tokenizer.json;
-    chat_template: jinja text or None; special: {"bos": id, "eos": [ids], "add_bos": bool, ...};
+    chat_template: jinja text or None; special: {"bos": id or None, "eos": [ids], "add_bos": bool, "bos_token": text,
+    "eos_token": text}, the texts for templates;
     metadata: name, license and the like for the artifact; notes: what a user should know about how it was read.
     """
 
