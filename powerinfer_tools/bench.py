@@ -67,8 +67,8 @@ def bench(
                 threads = engine.threads
                 runs.append(_run(engine, ids, n_tokens))
             report("bench, runs", i + 1, repeats)
-    machine = _measure(threads or 1)
-    return _document(artifact, mode, machine, len(ids), runs)
+    peak = peak_rss_bytes()  # before memory is measured, which takes a large buffer
+    return {**_document(artifact, mode, _measure(threads or 1), len(ids), runs), "peak_rss_bytes": peak}
 
 
 def _prompt(artifact: Artifact, text: str, n: int) -> list[int]:
@@ -126,7 +126,6 @@ def _document(artifact: Artifact, mode: str, machine: Machine, n_prompt: int, ru
         "ceiling_share": bytes_per_token * n / decode_s / ceiling,
         "active_ratio": stats.active_ratio,
         "predicted_ms_per_token": predicted_seconds(artifact, machine, n_prompt + n) * 1e3 if mode == "auto" else None,
-        "peak_rss_bytes": peak_rss_bytes(),
         "tiers": [{"name": "ram", "bytes": artifact.tensor_bytes, "neurons_share": 1.0, "hits_share": 1.0}],
         "breakdown": breakdown(runs),
         "output_hash": hashlib.sha256(np.asarray(runs[0].ids, "<i4").tobytes()).hexdigest()[:16],
@@ -134,21 +133,17 @@ def _document(artifact: Artifact, mode: str, machine: Machine, n_prompt: int, ru
 
 
 def breakdown(runs: list[Timed]) -> list[dict[str, Any]]:
-    """Milliseconds and bytes a token of each part of decoding, which sum to the whole; medians over runs."""
-    n = len(runs[0].ids)
-
-    def part(name: str, seconds: str, *counters: str) -> dict[str, Any]:
-        ms = statistics.median(getattr(run.stats, seconds) for run in runs) / n * 1e3
-        return {"part": name, "ms": ms, "bytes": sum(getattr(runs[0].stats, counter) for counter in counters) / n}
-
-    parts = [
-        part("attention", "seconds_attention", "bytes_attention"),
-        part("ffn", "seconds_ffn", "bytes_predictor", "bytes_gate", "bytes_updown"),
-        part("head", "seconds_head", "bytes_head"),
-    ]
-    whole = statistics.median(sum(run.decode_s) for run in runs) / n * 1e3
-    parts.append({"part": "other", "ms": whole - sum(p["ms"] for p in parts), "bytes": 0.0})
-    return parts
+    """Milliseconds and bytes a token of each part of decoding, of the median run: they sum to its whole."""
+    run = sorted(runs, key=lambda r: sum(r.decode_s))[len(runs) // 2]
+    n, stats = len(run.ids), run.stats
+    parts = {
+        "attention": (stats.seconds_attention, stats.bytes_attention),
+        "ffn": (stats.seconds_ffn, stats.bytes_predictor + stats.bytes_gate + stats.bytes_updown),
+        "head": (stats.seconds_head, stats.bytes_head),
+    }
+    rest = sum(run.decode_s) - sum(seconds for seconds, _ in parts.values())
+    rows = [*((name, *values) for name, values in parts.items()), ("embedding, sampling, calls", rest, 0)]
+    return [{"part": name, "ms": seconds / n * 1e3, "bytes": size / n} for name, seconds, size in rows]
 
 
 class _StoredFiring:
