@@ -15,8 +15,12 @@ from powerinfer_tools.cli import console
 from powerinfer_tools.errors import PowerinferError
 
 COMMANDS = {
+    "split": "Write the artifact: sorted neurons, predictors, tokenizer",
+    "build": "All of these steps, resumed where they stopped",
     "chat": "Talk with a model",
     "generate": "Answer a prompt, a file, stdin or a batch of requests",
+    "bench": "Measure speed, bytes a token and share of the memory's ceiling",
+    "eval": "Compare sparse answers with dense ones on a text",
     "inspect": "Show what a file holds, and whether it is whole",
 }
 """Command: its line of help. The command is the function of that name in cli/<name>.py. The order is the pipeline's:

@@ -55,7 +55,11 @@ class _Child:
     def ask(self, request: bytes) -> dict[str, str]:
         """The child's answer, or an error if it gave none in time."""
         process = self._running()
-        line = _exchange(process, request, SECONDS)
+        try:
+            line = _exchange(process, request, SECONDS)
+        except BaseException:  # Ctrl-C: the answer must not be taken for the next request's
+            self.close()
+            raise
         if line.endswith(b"\n"):
             answer: dict[str, str] = json.loads(line)
             return answer
