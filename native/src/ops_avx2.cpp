@@ -13,6 +13,13 @@ namespace {
 
 constexpr size_t LANES = 8;
 
+// Arrays of vectors stay in registers only where the loops over them are unrolled.
+#if defined(__clang__)
+#define PI_UNROLL _Pragma("unroll")
+#else
+#define PI_UNROLL _Pragma("GCC unroll 8")
+#endif
+
 // (p0 + p1) + (p2 + p3) of each half.
 __m256 sum_halves(__m256 v) {
     v = _mm256_hadd_ps(v, v);
@@ -31,6 +38,15 @@ float half_to_float(const uint8_t* p) {
     uint16_t bits;
     memcpy(&bits, p, 2);
     return _cvtsh_ss(bits);
+}
+
+// Rows are read R at a time, which no hardware prefetcher follows: so while R rows are worked on, the same part of the
+// next R is asked for, each line of 64 bytes once. (GCC takes a function that only prefetches for one that does
+// nothing, and leaves out its calls, unless it is inlined before that.)
+template <size_t R>
+[[gnu::always_inline]] inline void prefetch(const uint8_t* const* next, size_t offset, size_t step) {
+    if (offset % 64 >= step) return;
+    PI_UNROLL for (size_t r = 0; r < R; r++) _mm_prefetch(reinterpret_cast<const char*>(next[r] + offset), _MM_HINT_T1);
 }
 
 // Up to 7 floats, the rest 0.
@@ -74,13 +90,14 @@ struct FloatRows {
     static constexpr size_t WIDE = 4;
 
     template <size_t R>
-    static void dot(size_t n, const uint8_t* const* rows, Vector x, float* out) {
+    static void dot(size_t n, const uint8_t* const* rows, const uint8_t* const* next, Vector x, float* out) {
         __m256 even[R], odd[R];
-        for (size_t r = 0; r < R; r++) even[r] = odd[r] = _mm256_setzero_ps();
+        PI_UNROLL for (size_t r = 0; r < R; r++) even[r] = odd[r] = _mm256_setzero_ps();
         size_t k = 0;
         for (; k + 2 * LANES <= n; k += 2 * LANES) {
             const __m256 x0 = _mm256_loadu_ps(x.f + k), x1 = _mm256_loadu_ps(x.f + k + LANES);
-            for (size_t r = 0; r < R; r++) {
+            prefetch<R>(next, k * Format::BYTES, 2 * LANES * Format::BYTES);
+            PI_UNROLL for (size_t r = 0; r < R; r++) {
                 const uint8_t* p = rows[r] + k * Format::BYTES;
                 even[r] = _mm256_fmadd_ps(Format::load(p), x0, even[r]);
                 odd[r] = _mm256_fmadd_ps(Format::load(p + LANES * Format::BYTES), x1, odd[r]);
@@ -88,16 +105,16 @@ struct FloatRows {
         }
         if (k + LANES <= n) {
             const __m256 x0 = _mm256_loadu_ps(x.f + k);
-            for (size_t r = 0; r < R; r++)
-                even[r] = _mm256_fmadd_ps(Format::load(rows[r] + k * Format::BYTES), x0, even[r]);
+            PI_UNROLL for (size_t r = 0; r < R; r++) even[r] =
+                _mm256_fmadd_ps(Format::load(rows[r] + k * Format::BYTES), x0, even[r]);
             k += LANES;
         }
         if (k < n) {
             const __m256 x1 = load_tail(x.f + k, n - k);
-            for (size_t r = 0; r < R; r++)
-                odd[r] = _mm256_fmadd_ps(load_tail<Format>(rows[r] + k * Format::BYTES, n - k), x1, odd[r]);
+            PI_UNROLL for (size_t r = 0; r < R; r++) odd[r] =
+                _mm256_fmadd_ps(load_tail<Format>(rows[r] + k * Format::BYTES, n - k), x1, odd[r]);
         }
-        for (size_t r = 0; r < R; r++) out[r] = sum(_mm256_add_ps(even[r], odd[r]));
+        PI_UNROLL for (size_t r = 0; r < R; r++) out[r] = sum(_mm256_add_ps(even[r], odd[r]));
     }
 };
 
@@ -107,7 +124,7 @@ struct FloatRows {
 template <size_t R>
 __m256 block_scales(const uint8_t* const* rows, size_t offset) {
     uint16_t d[LANES] = {};
-    for (size_t r = 0; r < R; r++) memcpy(&d[r], rows[r] + offset, 2);
+    PI_UNROLL for (size_t r = 0; r < R; r++) memcpy(&d[r], rows[r] + offset, 2);
     const uint64_t low = d[0] | uint64_t(d[1]) << 16 | uint64_t(d[2]) << 32 | uint64_t(d[3]) << 48;
     const uint64_t high = d[4] | uint64_t(d[5]) << 16 | uint64_t(d[6]) << 32 | uint64_t(d[7]) << 48;
     return _mm256_cvtph_ps(_mm_set_epi64x(int64_t(high), int64_t(low)));
@@ -157,26 +174,27 @@ struct Q4_0Rows {
     }
 
     template <size_t R>
-    static void dot(size_t n, const uint8_t* const* rows, Vector x, float* out) {
+    static void dot(size_t n, const uint8_t* const* rows, const uint8_t* const* next, Vector x, float* out) {
         constexpr size_t PAIRS = R / 2;
         __m256 acc[PAIRS], excess = _mm256_setzero_ps();
-        for (size_t p = 0; p < PAIRS; p++) acc[p] = _mm256_setzero_ps();
+        PI_UNROLL for (size_t p = 0; p < PAIRS; p++) acc[p] = _mm256_setzero_ps();
         for (size_t b = 0; b < n / QK; b++) {
             const BlockX8& xb = x.q8[b];
             const size_t offset = b * sizeof(BlockQ4_0);
+            prefetch<R>(next, offset, sizeof(BlockQ4_0));
             const __m256 d = scales<R>(rows, offset);
             const __m256 dd = _mm256_mul_ps(d, _mm256_set1_ps(xb.d));
             excess = _mm256_fmadd_ps(d, _mm256_set1_ps(xb.sum), excess);
             const __m256i x_low = _mm256_broadcastsi128_si256(load_16(xb.q));
             const __m256i x_high = _mm256_broadcastsi128_si256(load_16(xb.q + QK / 2));
-            for (size_t p = 0; p < PAIRS; p++) {
+            PI_UNROLL for (size_t p = 0; p < PAIRS; p++) {
                 const __m256i whole = pair_dot(rows[p] + offset + 2, rows[p + PAIRS] + offset + 2, x_low, x_high);
                 acc[p] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), spread(dd, p), acc[p]);
             }
         }
         float over[LANES];
         _mm256_storeu_ps(over, excess);
-        for (size_t p = 0; p < PAIRS; p++) {
+        PI_UNROLL for (size_t p = 0; p < PAIRS; p++) {
             const __m256 sums = sum_halves(acc[p]);
             out[p] = low_half(sums) - 8 * over[p];
             out[p + PAIRS] = high_half(sums) - 8 * over[p + 4];
@@ -188,15 +206,16 @@ struct Q8_0Rows {
     static constexpr size_t WIDE = 8;
 
     template <size_t R>
-    static void dot(size_t n, const uint8_t* const* rows, Vector x, float* out) {
+    static void dot(size_t n, const uint8_t* const* rows, const uint8_t* const* next, Vector x, float* out) {
         __m256 acc[R];
-        for (size_t r = 0; r < R; r++) acc[r] = _mm256_setzero_ps();
+        PI_UNROLL for (size_t r = 0; r < R; r++) acc[r] = _mm256_setzero_ps();
         for (size_t b = 0; b < n / QK; b++) {
             const size_t offset = b * sizeof(BlockQ8_0);
+            prefetch<R>(next, offset, sizeof(BlockQ8_0));
             const __m256i xq = load_32(x.q8[b].q);
             const __m256 d = _mm256_mul_ps(block_scales<R>(rows, offset), _mm256_set1_ps(x.q8[b].d));
             const __m256 d_low = _mm256_permute2f128_ps(d, d, 0x00), d_high = _mm256_permute2f128_ps(d, d, 0x11);
-            for (size_t r = 0; r < R; r++) {
+            PI_UNROLL for (size_t r = 0; r < R; r++) {
                 const __m256i w = load_32(rows[r] + offset + 2);
                 // |w| * (x with w's sign); -128 as a weight is 128 unsigned, and 2 * 128 * 127 still fits 16 bits
                 const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(xq, w));
@@ -204,7 +223,7 @@ struct Q8_0Rows {
                 acc[r] = _mm256_fmadd_ps(whole, spread(r < 4 ? d_low : d_high, r % 4), acc[r]);
             }
         }
-        for (size_t r = 0; r < R; r++) out[r] = sum(acc[r]);
+        PI_UNROLL for (size_t r = 0; r < R; r++) out[r] = sum(acc[r]);
     }
 };
 
@@ -213,20 +232,20 @@ struct Q8_0Rows {
 // Takes WIDE rows at a time and what is left in twos, an odd last row twice: each row's sums are the same either way.
 template <class Rows, class RowAt>
 void dot_rows(size_t n, size_t n_rows, RowAt row_at, Vector x, float* out) {
-    const uint8_t* rows[Rows::WIDE];
+    constexpr size_t WIDE = Rows::WIDE;
+    const auto row_or_last = [&](size_t i) { return row_at(i < n_rows ? i : n_rows - 1); };
+    const uint8_t *rows[WIDE], *next[WIDE];
     size_t i = 0;
-    for (; i + Rows::WIDE <= n_rows; i += Rows::WIDE) {
-        for (size_t r = 0; r < Rows::WIDE; r++) rows[r] = row_at(i + r);
-        Rows::template dot<Rows::WIDE>(n, rows, x, out + i);
+    for (; i + WIDE <= n_rows; i += WIDE) {
+        for (size_t r = 0; r < WIDE; r++) rows[r] = row_at(i + r), next[r] = row_or_last(i + r + WIDE);
+        Rows::template dot<WIDE>(n, rows, next, x, out + i);
     }
     for (; i < n_rows; i += 2) {
-        const bool both = i + 1 < n_rows;
         float two[2];
-        rows[0] = row_at(i);
-        rows[1] = row_at(both ? i + 1 : i);
-        Rows::template dot<2>(n, rows, x, two);
+        for (size_t r = 0; r < 2; r++) rows[r] = row_or_last(i + r), next[r] = row_or_last(i + r + 2);
+        Rows::template dot<2>(n, rows, next, x, two);
         out[i] = two[0];
-        if (both) out[i + 1] = two[1];
+        if (i + 1 < n_rows) out[i + 1] = two[1];
     }
 }
 
@@ -250,19 +269,9 @@ void matvec(Type type, size_t n, const uint8_t* rows, size_t stride, size_t n_ro
     dot_rows(type, n, n_rows, [=](size_t i) { return rows + i * stride; }, x, out);
 }
 
-void prefetch_row(const uint8_t* row) {
-    for (size_t line = 0; line < 4; line++) _mm_prefetch(reinterpret_cast<const char*>(row + line * 64), _MM_HINT_T0);
-}
-
-constexpr size_t AHEAD = 8;  // picked rows are asked for this many rows before their turn
-
 void matvec_picked(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, size_t n_ids, Vector x,
                    float* out) {
-    const auto row_at = [=](size_t i) {
-        if (i + AHEAD < n_ids) prefetch_row(rows + ids[i + AHEAD] * stride);
-        return rows + ids[i] * stride;
-    };
-    dot_rows(type, n, n_ids, row_at, x, out);
+    dot_rows(type, n, n_ids, [=](size_t i) { return rows + ids[i] * stride; }, x, out);
 }
 
 // ---- sums of rows
@@ -271,11 +280,12 @@ template <class Format>
 struct AddFloats {
     // R rows at once: acc is read and written once for them all; the sums run in the order of the rows.
     template <size_t R>
-    static void add(size_t n, const uint8_t* const* rows, const float* h, float* acc) {
+    static void add(size_t n, const uint8_t* const* rows, const uint8_t* const* next, const float* h, float* acc) {
         size_t j = 0;
         for (; j + 2 * LANES <= n; j += 2 * LANES) {
+            prefetch<R>(next, j * Format::BYTES, 2 * LANES * Format::BYTES);
             __m256 a0 = _mm256_loadu_ps(acc + j), a1 = _mm256_loadu_ps(acc + j + LANES);
-            for (size_t r = 0; r < R; r++) {
+            PI_UNROLL for (size_t r = 0; r < R; r++) {
                 const uint8_t* p = rows[r] + j * Format::BYTES;
                 const __m256 hr = _mm256_broadcast_ss(h + r);
                 a0 = _mm256_fmadd_ps(hr, Format::load(p), a0);
@@ -287,9 +297,8 @@ struct AddFloats {
         for (; j < n; j += LANES) {
             const size_t left = n - j < LANES ? n - j : LANES;
             __m256 a = load_tail(acc + j, left);
-            for (size_t r = 0; r < R; r++)
-                a = _mm256_fmadd_ps(_mm256_broadcast_ss(h + r), load_tail<Format>(rows[r] + j * Format::BYTES, left),
-                                    a);
+            PI_UNROLL for (size_t r = 0; r < R; r++) a =
+                _mm256_fmadd_ps(_mm256_broadcast_ss(h + r), load_tail<Format>(rows[r] + j * Format::BYTES, left), a);
             store_tail(acc + j, left, a);
         }
     }
@@ -297,25 +306,28 @@ struct AddFloats {
 
 struct Q4_0Block {
     static constexpr size_t BYTES = sizeof(BlockQ4_0);
-    // The 32 integers of a block, in order.
-    static __m256i integers(const uint8_t* q) {
-        const __m256i both = _mm256_broadcastsi128_si256(load_16(q));
-        const __m256i shift = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4);
-        const __m256i nibbles = _mm256_and_si256(_mm256_srlv_epi32(both, shift), _mm256_set1_epi8(15));
-        return _mm256_sub_epi8(nibbles, _mm256_set1_epi8(8));
-    }
-    static __m128i eighth(__m256i q, int e) {
-        const __m128i half = e < 2 ? _mm256_castsi256_si128(q) : _mm256_extracti128_si256(q, 1);
-        return e % 2 ? _mm_srli_si128(half, 8) : half;
-    }
+    static constexpr float UNIT = 0x1p-28f;  // what the unpacked 1 stands for
+    // A nibble with its top bit flipped is q - 8 in two's complement; at the top of a dword, above zeros, it is 2^28 as
+    // large, sign and all. (Fewer shifts than bringing it down: they and the conversions share ports.)
     static void unpack(const uint8_t* block, __m256 out[4]) {
-        const __m256i q = integers(block + 2);
-        for (int e = 0; e < 4; e++) out[e] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eighth(q, e)));
+        const __m256i first = _mm256_setr_epi8(-1, -1, -1, 0, -1, -1, -1, 1, -1, -1, -1, 2, -1, -1, -1, 3,  //
+                                               -1, -1, -1, 4, -1, -1, -1, 5, -1, -1, -1, 6, -1, -1, -1, 7);
+        const __m256i last = _mm256_setr_epi8(-1, -1, -1, 8, -1, -1, -1, 9, -1, -1, -1, 10, -1, -1, -1, 11,  //
+                                              -1, -1, -1, 12, -1, -1, -1, 13, -1, -1, -1, 14, -1, -1, -1, 15);
+        const __m256i high = _mm256_set1_epi32(int32_t(0xf0000000));
+        const __m256i flipped =
+            _mm256_xor_si256(_mm256_broadcastsi128_si256(load_16(block + 2)), _mm256_set1_epi8(-0x78));
+        const __m256i a = _mm256_shuffle_epi8(flipped, first), b = _mm256_shuffle_epi8(flipped, last);
+        out[0] = _mm256_cvtepi32_ps(_mm256_slli_epi32(a, 4));
+        out[1] = _mm256_cvtepi32_ps(_mm256_slli_epi32(b, 4));
+        out[2] = _mm256_cvtepi32_ps(_mm256_and_si256(a, high));
+        out[3] = _mm256_cvtepi32_ps(_mm256_and_si256(b, high));
     }
 };
 
 struct Q8_0Block {
     static constexpr size_t BYTES = sizeof(BlockQ8_0);
+    static constexpr float UNIT = 1;
     static void unpack(const uint8_t* block, __m256 out[4]) {
         for (int e = 0; e < 4; e++) {
             const __m128i q = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(block + 2 + e * 8));
@@ -327,15 +339,20 @@ struct Q8_0Block {
 template <class Block>
 struct AddBlocks {
     template <size_t R>
-    static void add(size_t n, const uint8_t* const* rows, const float* h, float* acc) {
+    static void add(size_t n, const uint8_t* const* rows, const uint8_t* const* next, const float* h, float* acc) {
+        // h * UNIT is exact but for |h| < 2^-98, so that the sums are those of h * d and q
+        const __m256 weights =
+            _mm256_mul_ps(R == LANES ? _mm256_loadu_ps(h) : load_tail(h, R), _mm256_set1_ps(Block::UNIT));
         for (size_t j = 0; j < n; j += QK) {
             const size_t offset = j / QK * Block::BYTES;
+            prefetch<R>(next, offset, Block::BYTES);
+            float hd[LANES];
+            _mm256_storeu_ps(hd, _mm256_mul_ps(weights, block_scales<R>(rows, offset)));
             __m256 a[4], w[4];
             for (size_t e = 0; e < 4; e++) a[e] = _mm256_loadu_ps(acc + j + e * LANES);
-            for (size_t r = 0; r < R; r++) {
-                const __m256 hd = _mm256_set1_ps(h[r] * half_to_float(rows[r] + offset));
+            PI_UNROLL for (size_t r = 0; r < R; r++) {
                 Block::unpack(rows[r] + offset, w);
-                for (size_t e = 0; e < 4; e++) a[e] = _mm256_fmadd_ps(hd, w[e], a[e]);
+                for (size_t e = 0; e < 4; e++) a[e] = _mm256_fmadd_ps(_mm256_broadcast_ss(hd + r), w[e], a[e]);
             }
             for (size_t e = 0; e < 4; e++) _mm256_storeu_ps(acc + j + e * LANES, a[e]);
         }
@@ -344,45 +361,56 @@ struct AddBlocks {
 
 constexpr size_t GROUP = 8;  // rows in one pass over acc
 
+struct Group {
+    const uint8_t* rows[GROUP];
+    float h[GROUP];
+    size_t n = 0;
+};
+
+// Adds a group's rows while the next group's are asked for. Only the last group may be less than full.
 template <class Add>
-void add_group(size_t n, const uint8_t* const* rows, const float* h, size_t n_rows, float* acc) {
+void add_group(size_t n, const Group& group, const Group& next, float* acc) {
+    if (group.n == GROUP) return Add::template add<GROUP>(n, group.rows, next.rows, group.h, acc);
     size_t r = 0;
-    if (n_rows == GROUP) return Add::template add<GROUP>(n, rows, h, acc);
-    for (; r + 4 <= n_rows; r += 4) Add::template add<4>(n, rows + r, h + r, acc);
-    for (; r + 2 <= n_rows; r += 2) Add::template add<2>(n, rows + r, h + r, acc);
-    if (r < n_rows) Add::template add<1>(n, rows + r, h + r, acc);
+    const auto part = [&](auto add, size_t count) {
+        for (; r + count <= group.n; r += count) add(n, group.rows + r, group.rows + r, group.h + r, acc);
+    };
+    part(Add::template add<4>, 4);
+    part(Add::template add<2>, 2);
+    part(Add::template add<1>, 1);
 }
 
-template <class Add>
-void add_rows(size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, const float* h, size_t n_ids,
-              float* acc) {
-    const uint8_t* group[GROUP];
-    float weights[GROUP];
-    size_t filled = 0;
-    for (size_t i = 0; i < n_ids; i++) {
-        if (i + AHEAD < n_ids) prefetch_row(rows + ids[i + AHEAD] * stride);
-        if (h[i] == 0) continue;
-        group[filled] = rows + ids[i] * stride;
-        weights[filled++] = h[i];
-        if (filled == GROUP) {
-            add_group<Add>(n, group, weights, GROUP, acc);
-            filled = 0;
+// acc += h[i] * row_at(i), i < n_rows, but for those where h is 0 if they are to be skipped.
+template <class Add, class RowAt>
+void add_rows(size_t n, size_t n_rows, RowAt row_at, const float* h, bool skip, float* acc) {
+    size_t i = 0;
+    const auto take = [&](const Group& before) {
+        Group group = before;  // where rows are missing, those before are asked for again
+        for (group.n = 0; i < n_rows && group.n < GROUP; i++) {
+            if (skip && h[i] == 0) continue;
+            group.rows[group.n] = row_at(i);
+            group.h[group.n++] = h[i];
         }
+        return group;
+    };
+    for (Group group = take({}), next; group.n > 0; group = next) {
+        next = take(group);
+        add_group<Add>(n, group, next, acc);
     }
-    add_group<Add>(n, group, weights, filled, acc);
 }
 
 void add_rows(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, const float* h,
               size_t n_ids, float* acc) {
+    const auto row_at = [=](size_t i) { return rows + ids[i] * stride; };
     switch (type) {
         case Type::F32:
-            return add_rows<AddFloats<F32>>(n, rows, stride, ids, h, n_ids, acc);
+            return add_rows<AddFloats<F32>>(n, n_ids, row_at, h, true, acc);
         case Type::F16:
-            return add_rows<AddFloats<F16>>(n, rows, stride, ids, h, n_ids, acc);
+            return add_rows<AddFloats<F16>>(n, n_ids, row_at, h, true, acc);
         case Type::Q4_0:
-            return add_rows<AddBlocks<Q4_0Block>>(n, rows, stride, ids, h, n_ids, acc);
+            return add_rows<AddBlocks<Q4_0Block>>(n, n_ids, row_at, h, true, acc);
         case Type::Q8_0:
-            return add_rows<AddBlocks<Q8_0Block>>(n, rows, stride, ids, h, n_ids, acc);
+            return add_rows<AddBlocks<Q8_0Block>>(n, n_ids, row_at, h, true, acc);
         case Type::I32:
             return;  // never a matrix
     }
@@ -400,7 +428,7 @@ void dequantize_floats(size_t n, const uint8_t* row, float* out) {
 template <class Block>
 void dequantize_blocks(size_t n, const uint8_t* row, float* out) {
     for (size_t k = 0; k < n; k += QK, row += Block::BYTES) {
-        const __m256 d = _mm256_set1_ps(half_to_float(row));
+        const __m256 d = _mm256_set1_ps(half_to_float(row) * Block::UNIT);
         __m256 w[4];
         Block::unpack(row, w);
         for (size_t e = 0; e < 4; e++) _mm256_storeu_ps(out + k + e * LANES, _mm256_mul_ps(d, w[e]));
@@ -481,19 +509,19 @@ void to_f16(size_t n, const float* x, uint16_t* out) {
 template <size_t R>
 void gemm_rows(size_t n_k, const float* x, size_t ldx, const float* packed, float* c, size_t ldc, bool accumulate) {
     __m256 low[R], high[R];
-    for (size_t r = 0; r < R; r++) {
+    PI_UNROLL for (size_t r = 0; r < R; r++) {
         low[r] = accumulate ? _mm256_loadu_ps(c + r * ldc) : _mm256_setzero_ps();
         high[r] = accumulate ? _mm256_loadu_ps(c + r * ldc + LANES) : _mm256_setzero_ps();
     }
     for (size_t k = 0; k < n_k; k++) {
         const __m256 w0 = _mm256_loadu_ps(packed + k * TILE_ROWS), w1 = _mm256_loadu_ps(packed + k * TILE_ROWS + LANES);
-        for (size_t r = 0; r < R; r++) {
+        PI_UNROLL for (size_t r = 0; r < R; r++) {
             const __m256 xr = _mm256_broadcast_ss(x + r * ldx + k);
             low[r] = _mm256_fmadd_ps(xr, w0, low[r]);
             high[r] = _mm256_fmadd_ps(xr, w1, high[r]);
         }
     }
-    for (size_t r = 0; r < R; r++) {
+    PI_UNROLL for (size_t r = 0; r < R; r++) {
         _mm256_storeu_ps(c + r * ldc, low[r]);
         _mm256_storeu_ps(c + r * ldc + LANES, high[r]);
     }
@@ -673,12 +701,8 @@ void attention_scores(size_t head_dim, size_t n_pos, const float* q, const uint1
 
 void attention_mix(size_t head_dim, size_t n_pos, const float* weights, const uint16_t* v, size_t stride, float* out) {
     for (size_t j = 0; j < head_dim; j++) out[j] = 0;
-    const uint8_t* group[GROUP];
-    for (size_t p = 0; p < n_pos; p += GROUP) {
-        const size_t count = n_pos - p < GROUP ? n_pos - p : GROUP;
-        for (size_t r = 0; r < count; r++) group[r] = reinterpret_cast<const uint8_t*>(v + (p + r) * stride);
-        add_group<AddFloats<F16>>(head_dim, group, weights + p, count, out);
-    }
+    const auto row_at = [=](size_t p) { return reinterpret_cast<const uint8_t*>(v + p * stride); };
+    add_rows<AddFloats<F16>>(head_dim, n_pos, row_at, weights, false, out);
 }
 
 constexpr Ops table = {"avx2",    quantize_x8,      matvec,        matvec_picked, add_rows, dequantize,
