@@ -58,12 +58,13 @@ def check_rows(path: Path, shapes: dict[str, tuple[int, ...]], name: str, rows: 
     return begin, max(begin, end)
 
 
-def check_finite(name: str, array: FloatArray) -> None:
-    """Errors: a weight that is not a finite number, named with its index."""
+def check_finite(name: str, array: FloatArray, first_row: int = 0) -> None:
+    """Errors: a weight that is not a finite number, named with its index; the array begins at row first_row."""
     finite = np.isfinite(array)
     if not finite.all():
         index = [int(i) for i in np.unravel_index(int(np.argmin(finite)), array.shape)]
         found = array[tuple(index)]
+        index[0] += first_row
         raise PowerinferError(f"{name}: expected finite weights, found {found} at {index}", "malformed")
 
 

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
-from powerinfer_tools.checkpoint import Checkpoint
+from powerinfer_tools.checkpoint import Checkpoint, check_finite
 
 
 def tensor(checkpoint: Checkpoint, name: str, device: str = "cpu", rows: slice | None = None) -> Tensor:
-    """The named tensor, or some of its rows, as float32 on `device`."""
-    return torch.from_numpy(checkpoint.read(name, rows)).to(device)
+    """The named tensor, or some of its rows, as float32 on `device`. Errors: weights that are not finite."""
+    array = checkpoint.read(name, rows)
+    check_finite(f"{checkpoint.path}: {name}", array, rows.start if rows is not None else 0)
+    return torch.from_numpy(array).to(device)
 
 
 def optional(checkpoint: Checkpoint, name: str, device: str = "cpu") -> Tensor | None:

@@ -66,6 +66,19 @@ def test_k_quantised_rows(tmp_path: Path, kind: Type) -> None:
     np.testing.assert_array_equal(found, expected[3:200])
 
 
+def test_unreadable_type_is_named(tmp_path: Path) -> None:
+    path = make_gguf(tmp_path / "m.gguf", make_llama(tmp_path / "hf"))
+    data = bytearray(path.read_bytes())
+    entry = b"output_norm.weight" + (1).to_bytes(4, "little") + (64).to_bytes(8, "little")
+    at = data.index(entry) + len(entry)
+    data[at : at + 4] = int(Type.I32).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(
+        PowerinferError, match=r"output_norm\.weight: expected a type that can be dequantised, found I32"
+    ):
+        open_checkpoint(path, "relu").read("output_norm.weight")
+
+
 def _with_random_blocks(path: Path, output: Path, name: str, kind: Type) -> np.ndarray:
     reader, writer = gguf.GGUFReader(path), gguf.GGUFWriter(output, "llama")
     for key, field in reader.fields.items():

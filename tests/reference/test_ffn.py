@@ -1,5 +1,6 @@
 """Activations against their definitions, neuron by neuron; transformers lacks fatrelu, drelu and the cut."""
 
+import json
 import math
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from powerinfer_tools.checkpoint import open_checkpoint
+from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.reference import Ffn, embed, forward, load_ffn, load_layer, logits
 from powerinfer_tools.reference.ffn import activate
 from tests.tiny import make_llama, make_opt
@@ -69,8 +71,6 @@ def test_plain_ffn_selects_by_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize("activation", ["drelu", "fatrelu"])
 def test_whole_model(tmp_path: Path, activation: str) -> None:
     """A transformers model whose MLP is replaced by the definition."""
-    import json
-
     from transformers import AutoModelForCausalLM
 
     folder = make_llama(tmp_path, activation=activation, n_layer=12)
@@ -107,13 +107,25 @@ def test_steps_make_the_whole(tmp_path: Path) -> None:
 
 
 def test_refuses_what_it_has_no_rows_for(tmp_path: Path) -> None:
-    from powerinfer_tools.errors import PowerinferError
-
     checkpoint = open_checkpoint(make_llama(tmp_path, n_ctx=16))
     with pytest.raises(PowerinferError, match="at most 16 positions, found 17"):
         forward(checkpoint, torch.zeros(1, 17, dtype=torch.int64))
     with pytest.raises(PowerinferError, match="token ids below 300"):
         forward(checkpoint, torch.tensor([[300]]))
+
+
+def test_refuses_weights_that_are_not_finite(tmp_path: Path) -> None:
+    """Named at the first pass over the model, not after hours."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = make_llama(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][7, 3] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(
+        PowerinferError, match=r"blk\.1\.ffn_up\.weight: expected finite weights, found nan at \[7, 3\]"
+    ):
+        forward(open_checkpoint(folder), torch.tensor([[1, 2]]))
 
 
 def test_ffn_is_a_plain_record() -> None:
