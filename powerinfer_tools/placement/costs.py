@@ -1,0 +1,136 @@
+"""Bytes of everything that an artifact holds and that decoding needs: the one place where sizes are computed.
+
+A layer falls into parts that can be placed apart:
+
+    dense    attention, norms, predictor_in, ffn_down.bias: one block, on vram or ram, with the layer's KV cache
+    beside   what is read for every token to choose a neuron: its ffn_select or predictor_out row and its biases. It
+             goes to vram with its neuron; a neuron on disk leaves it in ram
+    bundle   the neuron's rows in ffn_neurons: on vram, ram or disk
+    table    ffn_order and ffn_frequency: in ram, not read while decoding
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from powerinfer_tools.artifact.layout import MODE_PREDICTOR, LayerPlan, TensorPlan, tensor_table
+from powerinfer_tools.checkpoint.config import Config
+from powerinfer_tools.errors import PowerinferError
+
+KV_ELEMENT_BYTES = 2  # the cache is float16
+PROMPT_BLOCK = 64  # tokens of a prompt that are worked on at once
+
+BESIDE = ("ffn_select.weight", "ffn_gate.bias", "ffn_up.bias")
+PREDICTOR = ("predictor_out.weight", "predictor_out.bias")
+TABLE = ("ffn_order.weight", "ffn_frequency.weight")
+BUNDLE = "ffn_neurons.weight"
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """Bytes of one layer. `bundle`, `beside` and `predictor` are per neuron; `predictor` only from neuron `always` on.
+
+    first: the bundle's row that decides whether the neuron fires, read where the predictor lets it through (0 in
+    mode gate, whose deciding row lies beside); the rest of the bundle is read where it fires.
+    """
+
+    dense: int
+    kv: int
+    table: int
+    bundle: int
+    first: int
+    beside: int
+    predictor: int
+    always: int
+    n_ff: int
+
+    def stored_beside(self, n: int) -> int:
+        """Bytes beside the bundles of stored neurons [0, n)."""
+        return n * self.beside + max(0, n - self.always) * self.predictor
+
+    @property
+    def weights(self) -> int:
+        """All tensor bytes of the layer."""
+        return self.dense + self.table + self.n_ff * self.bundle + self.stored_beside(self.n_ff)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes of an artifact and of what runs it. head: output matrix and norm; host: embeddings and the like, in ram."""
+
+    layers: tuple[LayerCosts, ...]
+    head: int
+    host: int
+    scratch: int
+
+    @property
+    def weights(self) -> int:
+        """All tensor bytes of the artifact."""
+        return self.head + self.host + sum(layer.weights for layer in self.layers)
+
+    @property
+    def kv(self) -> int:
+        """Bytes of the KV cache."""
+        return sum(layer.kv for layer in self.layers)
+
+    @property
+    def needed(self) -> int:
+        """Bytes of memory with which nothing stays on disk and no card is used."""
+        return self.weights + self.kv + self.scratch
+
+
+def artifact_costs(
+    config: Config, plans: Sequence[LayerPlan], *, quant: str, biases: frozenset[str], ctx_size: int
+) -> Costs:
+    """The bytes of the artifact that `split` makes of these choices, run with `ctx_size` positions."""
+    if len(plans) != config.n_layer:
+        raise PowerinferError(f"expected one plan a layer ({config.n_layer}), found {len(plans)}", "mismatch")
+    if not 1 <= ctx_size <= config.n_ctx:
+        raise PowerinferError(f"--ctx-size: expected 1 to {config.n_ctx}, found {ctx_size}", "usage")
+    parts: list[dict[str, TensorPlan]] = [{} for _ in plans]
+    head = host = 0
+    for tensor in tensor_table(config, list(plans), quant, biases):
+        if tensor.name.startswith("blk."):
+            _, number, name = tensor.name.split(".", 2)
+            parts[int(number)][name] = tensor
+        elif tensor.name.startswith("output") or (config.tied and tensor.name == "token_embd.weight"):
+            head += tensor.n_bytes
+        else:
+            host += tensor.n_bytes
+    kv = kv_bytes(config, 1, ctx_size)
+    layers = tuple(_layer_costs(config, plan, part, kv) for plan, part in zip(plans, parts, strict=True))
+    return Costs(layers, head, host, scratch_bytes(config, ctx_size))
+
+
+def _layer_costs(config: Config, plan: LayerPlan, tensors: dict[str, TensorPlan], kv: int) -> LayerCosts:
+    def total(names: Sequence[str]) -> int:
+        return sum(tensors[name].n_bytes for name in names if name in tensors)
+
+    apart = (BUNDLE, *BESIDE, *PREDICTOR, *TABLE)
+    bundle = tensors[BUNDLE]
+    asked = config.n_ff - plan.always
+    return LayerCosts(
+        dense=total([name for name in tensors if name not in apart]),
+        kv=kv,
+        table=total(TABLE),
+        bundle=bundle.n_bytes // config.n_ff,
+        first=bundle.n_bytes // config.n_ff // bundle.shape[1] if plan.mode == MODE_PREDICTOR else 0,
+        beside=total(BESIDE) // config.n_ff,
+        predictor=total(PREDICTOR) // asked if asked else 0,
+        always=plan.always if plan.mode == MODE_PREDICTOR else config.n_ff,
+        n_ff=config.n_ff,
+    )
+
+
+def kv_bytes(config: Config, n_layer: int, n_positions: int) -> int:
+    """Bytes of keys and values of `n_positions` in `n_layer` layers: 2 * n_head_kv * head_dim float16 numbers each."""
+    return 2 * n_layer * n_positions * config.n_head_kv * config.head_dim * KV_ELEMENT_BYTES
+
+
+def scratch_bytes(config: Config, ctx_size: int) -> int:
+    """Working memory beside weights and cache: float32 vectors of one prompt block, attention scores and logits.
+
+    For each of PROMPT_BLOCK tokens: the residual, its normalised copy and the FFN's sum (3 n_embd), queries and mixed
+    values (2 n_head * head_dim), keys and values (2 n_head_kv * head_dim), gate and up (2 n_ff).
+    """
+    token = 3 * config.n_embd + 2 * (config.n_head + config.n_head_kv) * config.head_dim + 2 * config.n_ff
+    return 4 * (PROMPT_BLOCK * token + config.n_head * ctx_size + config.n_vocab)

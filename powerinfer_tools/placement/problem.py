@@ -1,0 +1,236 @@
+"""A placement as numbers, what it weighs in every tier and how long a token takes with it.
+
+Time (design: each device computes its whole share, one merge a layer). With k1 neurons in vram and k2 - k1 in ram
+
+    layer = dense block + KV   at the sequential bandwidth of the block's tier, the context half full
+          + max(vram share, ram share + disk share)
+          + hand-over          where both processors take part in the layer
+          + disk latency       where some of its neurons are on disk
+    token = sum of layers + output head + half a hand-over wherever the hidden state changes sides.
+
+What is read for every token (beside the bundles) moves at the sequential bandwidth, picked rows at that of their size.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.placement.costs import Costs
+from powerinfer_tools.placement.machine import Machine, Tier
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Index = Any  # an int or an array of ints
+
+
+class Firing(Protocol):
+    """What placement asks of activations: powerinfer_tools.activations.Activations has it."""
+
+    @property
+    def n_layer(self) -> int: ...
+    @property
+    def n_ff(self) -> int: ...
+    @property
+    def digest(self) -> str: ...
+    def frequency(self, i: int, /) -> npt.NDArray[np.float64]: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """dense[i]: layer i's dense block is in vram; head: the output head is; vram, ram: k1 and k2 of each layer."""
+
+    dense: npt.NDArray[np.bool_]
+    head: bool
+    vram: Ints
+    ram: Ints
+
+    def with_layer(self, i: int, k1: int, k2: int) -> "Plan":
+        """The same plan with other prefixes in layer i."""
+        vram, ram = self.vram.copy(), self.ram.copy()
+        vram[i], ram[i] = k1, k2
+        return replace(self, vram=vram, ram=ram)
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Bytes of vram and ram; ram None: no limit."""
+
+    vram: int
+    ram: int | None
+
+
+class Problem:
+    """Costs, firing frequencies and a machine: everything that judges a plan."""
+
+    def __init__(self, costs: Costs, firing: Firing, machine: Machine, let_through: Floats | None = None) -> None:
+        """let_through: neurons that each layer's predictor lets through per firing one (at least 1, the default)."""
+        self.costs, self.machine = costs, machine
+        self.n_layer, self.n_ff = firing.n_layer, firing.n_ff
+        self.fired = _cumulative(firing)
+        self.ratio = np.ones(self.n_layer) if let_through is None else np.maximum(let_through, 1.0)
+        layers = costs.layers
+        self.dense = np.array([layer.dense for layer in layers], np.int64)
+        self.kv = np.array([layer.kv for layer in layers], np.int64)
+        self.bundle = np.array([layer.bundle for layer in layers], np.int64)
+        self.first = np.array([layer.first for layer in layers], np.int64)
+        self.beside = np.array([layer.beside for layer in layers], np.int64)
+        self.predictor = np.array([layer.predictor for layer in layers], np.int64)
+        self.always = np.array([layer.always for layer in layers], np.int64)
+        self.each = np.arange(self.n_layer)
+        tiers = [tier for tier in (machine.vram, machine.ram, machine.disk) if tier is not None]
+        self._row_seconds = {tier: self._seconds_of_rows(tier) for tier in tiers}
+
+    # Bytes and reads of stored neurons [0, k) of layer i; i and k broadcast.
+
+    def beside_bytes(self, i: Index, k: Index) -> Any:
+        """Bytes beside the bundles."""
+        return k * self.beside[i] + np.maximum(0, k - self.always[i]) * self.predictor[i]
+
+    def asked(self, i: Index, k: Index) -> Any:
+        """Neurons whose first row (or bundle on disk) is expected to be read for a token."""
+        prefix = np.where(self.first[i] > 0, np.minimum(k, self.always[i]), 0)
+        forecast = np.minimum(k - prefix, self.ratio[i] * (self.fired[i, k] - self.fired[i, prefix]))
+        return prefix + forecast
+
+    def tier_seconds(self, tier: Tier, i: Index, k: Index) -> Any:
+        """Expected time of computing from vram or ram."""
+        first, rest, _ = self._row_seconds[tier]
+        return self.beside_bytes(i, k) / tier.sequential + self.asked(i, k) * first[i] + self.fired[i, k] * rest[i]
+
+    def disk_seconds(self, i: Index, k: Index) -> Any:
+        """Expected time of computing with the bundles on disk, one read each, and what lies beside them in ram."""
+        _, _, whole = self._row_seconds[self.disk]
+        return self.beside_bytes(i, k) / self.machine.ram.sequential + self.asked(i, k) * whole[i]
+
+    def firing_seconds(self, tier: Tier) -> Floats:
+        """The most time that one firing neuron of each layer can take on a tier."""
+        first, rest, whole = self._row_seconds[tier]
+        seconds: Floats = self.ratio * whole if tier is self.machine.disk else self.ratio * first + rest
+        return seconds
+
+    def _seconds_of_rows(self, tier: Tier) -> tuple[Floats, Floats, Floats]:
+        """Each layer's time for one picked first row, rest of a bundle, and whole bundle."""
+
+        def seconds(sizes: Ints) -> Floats:
+            return np.array([size / tier.row_bandwidth(size) for size in sizes.tolist()])
+
+        return seconds(self.first), seconds(self.bundle - self.first), seconds(self.bundle)
+
+    # Whole layers and plans.
+
+    @property
+    def disk(self) -> Tier:
+        """The disk. Errors: the machine has none."""
+        if self.machine.disk is None:
+            raise PowerinferError(f"the machine {self.machine.name!r} has no disk tier", "infeasible")
+        return self.machine.disk
+
+    @property
+    def vram(self) -> Tier:
+        """The card. Errors: the machine has none."""
+        if self.machine.vram is None:
+            raise PowerinferError(f"--vram: the machine {self.machine.name!r} has no card", "usage")
+        return self.machine.vram
+
+    @property
+    def hand_over_s(self) -> float:
+        """One merge: the FFN's input to the other processor and a partial sum back."""
+        return 2 * self.vram.latency_s if self.machine.vram else 0.0
+
+    def dense_seconds(self, tier: Tier) -> Floats:
+        """Time of each layer's dense block and KV reads, the context half full."""
+        seconds: Floats = (self.dense + self.kv / 2) / tier.sequential
+        return seconds
+
+    def ffn_seconds(self, i: Index, k1: Index, k2: Index) -> tuple[Any, Any]:
+        """(vram share, ram and disk share) of layer i."""
+        ram = self.machine.ram
+        shared = self.tier_seconds(ram, i, k2) - self.tier_seconds(ram, i, k1)
+        if np.any(k2 < self.n_ff):
+            full = np.full_like(k2, self.n_ff)
+            shared = shared + np.where(k2 < self.n_ff, self.disk_seconds(i, full) - self.disk_seconds(i, k2), 0.0)
+        card = self.tier_seconds(self.vram, i, k1) if np.any(k1 > 0) else np.zeros_like(shared)
+        return card, shared
+
+    def layer_seconds(self, i: Index, dense: Any, k1: Index, k2: Index) -> Any:
+        """Time of layer i of a token."""
+        card, processor = self.ffn_seconds(i, k1, k2)
+        seconds = np.maximum(card, processor) + self.dense_seconds(self.machine.ram)[i]
+        if self.machine.vram is not None:
+            saved = self.dense_seconds(self.machine.ram)[i] - self.dense_seconds(self.vram)[i]
+            both = (dense | (k1 > 0)) & (~dense | (k1 < self.n_ff))
+            seconds = seconds - np.where(dense, saved, 0.0) + np.where(both, self.hand_over_s, 0.0)
+        latency = self.machine.disk.latency_s if self.machine.disk else 0.0
+        return seconds + np.where(k2 < self.n_ff, latency, 0.0)
+
+    def seconds(self, plan: Plan) -> float:
+        """Expected time of a token."""
+        head = self.costs.head / (self.vram if plan.head else self.machine.ram).sequential
+        sides = np.concatenate([[False], plan.dense, [plan.head], [False]])
+        changes = int(np.count_nonzero(sides[1:] != sides[:-1]))
+        layers = self.layer_seconds(self.each, plan.dense, plan.vram, plan.ram)
+        return float(np.sum(layers)) + head + changes * self.hand_over_s / 2
+
+    def speed(self, plan: Plan) -> float:
+        """Expected tokens per second."""
+        return 1 / self.seconds(plan)
+
+    def impact(self, plan: Plan) -> float:
+        """The paper's objective: firing frequencies of the neurons in vram, summed (section 6, equations 1 and 2).
+
+        A dense block counts as the neurons that its bytes would hold, each of which would fire for every token.
+        """
+        neurons = self.fired[self.each, plan.vram].sum()
+        return float(neurons + self.block_impact[plan.dense].sum() + (self.head_impact if plan.head else 0.0))
+
+    @property
+    def block_impact(self) -> Floats:
+        """Impact of each dense block."""
+        value: Floats = self.dense / self.bundle
+        return value
+
+    @property
+    def head_impact(self) -> float:
+        return self.costs.head / float(self.bundle[0])
+
+    def least(self) -> Ints:
+        """C_l, the least neurons worth a hand-over: C T_gpu + T_sync <= C T_cpu (equations 4, 5); n_ff + 1: never."""
+        size = self.bundle + self.beside
+        gain = size / self.machine.ram.sequential - size / self.vram.sequential
+        with np.errstate(divide="ignore", invalid="ignore"):
+            least = np.where(gain > 0, np.ceil(self.hand_over_s / gain), np.inf)
+        return np.minimum(np.maximum(least, 1), self.n_ff + 1).astype(np.int64)
+
+    def bytes(self, plan: Plan) -> tuple[int, int, int]:
+        """Bytes in vram, ram and on disk, with KV cache and scratch."""
+        blocks = self.dense + self.kv
+        with_neurons = self.beside_bytes(self.each, plan.vram)
+        card = int(blocks[plan.dense].sum() + (plan.vram * self.bundle + with_neurons).sum())
+        card += self.costs.head if plan.head else 0
+        card += self.costs.scratch if card else 0
+        all_beside = self.beside_bytes(self.each, np.full(self.n_layer, self.n_ff))
+        ram = self.costs.host + self.costs.scratch + sum(layer.table for layer in self.costs.layers)
+        ram += int(blocks[~plan.dense].sum() + (all_beside - with_neurons).sum())
+        ram += int(((plan.ram - plan.vram) * self.bundle).sum()) + (0 if plan.head else self.costs.head)
+        return card, ram, int(((self.n_ff - plan.ram) * self.bundle).sum())
+
+    def fits(self, plan: Plan, budgets: Budgets) -> bool:
+        """Within both budgets, to the byte."""
+        card, ram, _ = self.bytes(plan)
+        return card <= budgets.vram and (budgets.ram is None or ram <= budgets.ram)
+
+
+def _cumulative(firing: Firing) -> Floats:
+    """fired[i, k]: expected number of firing neurons among the stored [0, k) of layer i."""
+    fired = np.zeros((firing.n_layer, firing.n_ff + 1))
+    for i in range(firing.n_layer):
+        frequency = np.asarray(firing.frequency(i), np.float64)
+        if frequency.shape != (firing.n_ff,) or not np.all((frequency >= 0) & (frequency <= 1)):
+            raise PowerinferError(
+                f"layer {i}: expected {firing.n_ff} firing frequencies in 0..1, found others", "malformed"
+            )
+        np.cumsum(np.sort(frequency)[::-1], out=fired[i, 1:])
+    return fired
