@@ -49,6 +49,8 @@ def _show(result: dict[str, Any]) -> None:
     ]
     rows.append(("same most likely token, sparse and dense", f"{result['top1_agreement']:.2%}", ""))
     rows.append(("KL divergence, sparse from dense (nats)", f"{result['kl_mean']:.2e}", ""))
+    decoding = result["decoding"]
+    rows.append((f"the same in decoding, first {decoding['tokens']} tokens", f"{decoding['top1_agreement']:.2%}", ""))
     console.table(f"{result['tokens']} tokens", ["", "", "change"], rows)
     layers = [
         (

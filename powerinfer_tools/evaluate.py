@@ -15,6 +15,7 @@ from powerinfer_tools.progress import Progress, default_progress
 from powerinfer_tools.tokens import Tokenizer
 
 FloatArray = npt.NDArray[np.float32]
+DECODED = 128  # tokens that are also run one by one
 
 
 @dataclass
@@ -22,7 +23,9 @@ class Evaluation:
     """Over `tokens` predicted tokens: perplexities by mode, and the sparse run against the dense one.
 
     perplexity: sparse (as the artifact runs), dense (all neurons) and, where thresholds cut the activation, uncut (the
-    model before the cut). top1_agreement and kl_mean (nats, KL(dense || sparse)) are over positions.
+    model before the cut). top1_agreement and kl_mean (nats, KL(dense || sparse)) are over positions. These score whole
+    windows at once with each layer's selection applied; `decoding` has the same two for the first tokens run one by
+    one through the kernels that generation uses, sparse against dense.
     """
 
     tokens: int = 0
@@ -30,6 +33,7 @@ class Evaluation:
     top1_agreement: float = 0.0
     kl_mean: float = 0.0
     layers: list[dict[str, float | int]] = field(default_factory=list)
+    decoding: dict[str, float | int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """The document of `eval --json`."""
@@ -68,7 +72,27 @@ def evaluate(
                     totals.add_layers(scores)
             totals.add_logits(logits, ids)
             report("eval, windows", i + 1, len(windows))
-    return totals.result()
+    result = totals.result()
+    result.decoding = _compare_decoding(engines["sparse"], engines["dense"], windows[0][:DECODED])
+    return result
+
+
+def _compare_decoding(sparse: Engine, dense: Engine, ids: list[int]) -> dict[str, float | int]:
+    """Agreement and divergence of the two engines, token by token from an empty context."""
+    agree, kl = 0, 0.0
+    for engine in (sparse, dense):
+        engine.truncate(0)
+    for token in ids:
+        log_p, log_q = (_log_softmax(_decode(engine, token)) for engine in (dense, sparse))
+        agree += int(log_p.argmax() == log_q.argmax())
+        kl += _divergence(log_p, log_q)
+    return {"tokens": len(ids), "top1_agreement": agree / len(ids), "kl_mean": kl / len(ids)}
+
+
+def _decode(engine: Engine, token: int) -> FloatArray:
+    logits = engine.decode(token, logits=True)
+    assert logits is not None
+    return logits
 
 
 def _windows(tokenizer: Tokenizer, corpus: list[Path], n_tokens: int, window: int) -> list[list[int]]:
@@ -112,7 +136,7 @@ class _Totals:
         self.n += len(targets)
         sparse, dense = log_p["sparse"], log_p["dense"]
         self.agree += int((sparse.argmax(-1) == dense.argmax(-1)).sum())
-        self.kl += float((np.exp(dense) * (dense - sparse)).sum(dtype=np.float64))
+        self.kl += _divergence(dense, sparse)
 
     def result(self) -> Evaluation:
         return Evaluation(
@@ -134,7 +158,12 @@ class _Totals:
         }
 
 
+def _divergence(log_p: FloatArray, log_q: FloatArray) -> float:
+    """KL(p || q) in nats, summed over positions."""
+    return float((np.exp(log_p) * (log_p - log_q)).sum(dtype=np.float64))
+
+
 def _log_softmax(x: FloatArray) -> FloatArray:
-    shifted = x - x.max(-1, keepdims=True)
+    shifted: FloatArray = x - x.max(-1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
     return shifted
