@@ -15,6 +15,8 @@ from powerinfer_tools.cli import console
 from powerinfer_tools.errors import PowerinferError
 
 COMMANDS = {
+    "profile": "Count how often each neuron fires on a text",
+    "train": "Train predictors that foresee which neurons fire",
     "split": "Write the artifact: sorted neurons, predictors, tokenizer",
     "build": "All of these steps, resumed where they stopped",
     "chat": "Talk with a model",

@@ -89,12 +89,17 @@ def parse_request(fields: dict[str, Any], settings: Settings, system: str | None
     fields = dict(fields)
     if ("prompt" in fields) == ("messages" in fields):
         raise PowerinferError('expected one of "prompt" and "messages"', "usage")
-    what = check_messages(fields.pop("messages")) if "messages" in fields else fields.pop("prompt")
-    system = fields.pop("system", system)
-    for name, value in (("prompt", what), ("system", system)):
-        if value is not None and not isinstance(value, str | list):
-            raise PowerinferError(f"{name}: expected a text, found {type(value).__name__}", "usage")
+    what = check_messages(fields.pop("messages")) if "messages" in fields else _text("prompt", fields.pop("prompt"))
+    if "system" in fields:
+        system = _text("system", fields.pop("system"))
     return Request(what, parse_settings(fields, settings), system)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        found = "an empty one" if value == "" else type(value).__name__
+        raise PowerinferError(f"{name}: expected a text, found {found}", "usage")
+    return value
 
 
 def parse_settings(fields: dict[str, Any], settings: Settings) -> Settings:
