@@ -2,6 +2,6 @@
 
 from powerinfer_tools.activations.file import Activations, apply, read_activations
 from powerinfer_tools.activations.profiling import profile
-from powerinfer_tools.activations.report import plot, report
+from powerinfer_tools.activations.report import check_plot, plot, report
 
-__all__ = ["Activations", "apply", "plot", "profile", "read_activations", "report"]
+__all__ = ["Activations", "apply", "check_plot", "plot", "profile", "read_activations", "report"]

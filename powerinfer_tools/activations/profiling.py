@@ -10,7 +10,7 @@ from powerinfer_tools.activations.corpus import calibration_windows
 from powerinfer_tools.activations.file import KIND, Activations, read_activations
 from powerinfer_tools.checkpoint.source import Checkpoint
 from powerinfer_tools.errors import PowerinferError
-from powerinfer_tools.files import Array, read_table, sha256_bytes, sha256_file, write_table
+from powerinfer_tools.files import Array, Table, read_table, sha256_bytes, sha256_file, write_table
 from powerinfer_tools.progress import Progress, default_progress
 from powerinfer_tools.work import resumable
 
@@ -53,10 +53,10 @@ def profile(
     }
     positions = np.sort(np.random.default_rng(seed).permutation(tokens.size)[: fingerprint["samples"]])
     with resumable(output, fingerprint, force) as folder, default_progress(progress) as show:
-        thresholds = _run_layers(checkpoint, tokens, positions, sparsity, folder, show)
-        arrays = _Layers(folder, checkpoint.config.n_layer, positions)
+        layers = _run_layers(checkpoint, tokens, positions, sparsity, folder, show)
+        thresholds = [layer.header["threshold"] for layer in layers]
         header = _header(checkpoint, digest, corpus, tokens, positions, sparsity, seed, thresholds)
-        write_table(output, KIND, header, arrays, force)
+        write_table(output, KIND, header, _Arrays(layers, positions), force)
     return read_activations(output)
 
 
@@ -79,50 +79,51 @@ def _device() -> str:
 
 
 def _run_layers(
-    checkpoint: Checkpoint, tokens: Array, positions: Array, sparsity: float | None, folder: Path, show: Progress
-) -> tuple[float, ...]:
-    """Profiles the layers that `folder` lacks; returns the thresholds of all. The config is as before afterwards."""
+    checkpoint: Checkpoint,
+    tokens: Array,
+    positions: Array,
+    sparsity: float | None,
+    folder: Path,
+    show: Progress,
+) -> list[Table]:
+    """The records of all layers, those that `folder` lacks made now."""
     from powerinfer_tools.activations.firing import embed_tokens, profile_layer
 
-    config = checkpoint.config
-    thresholds = list(config.thresholds)
-    try:
-        for i in range(config.n_layer):
-            record, following = folder / f"layer.{i}", folder / f"hidden.{i + 1}"
-            if not record.exists():
-                if i == 0:
-                    embed_tokens(checkpoint, tokens, folder / "hidden.0")
-                states = (folder / f"hidden.{i}", following)
-                threshold, arrays = profile_layer(checkpoint, i, tokens.shape, states, positions, sparsity, _device())
-                write_table(record, LAYER_KIND, {"threshold": threshold}, arrays, force=True)
-            thresholds[i] = read_table(record, LAYER_KIND).header["threshold"]
-            checkpoint.config = config.with_thresholds(tuple(thresholds))
-            (folder / f"hidden.{i}").unlink(missing_ok=True)
-            show("profile, layers", i + 1, config.n_layer)
-    finally:
-        checkpoint.config = config
-    return tuple(thresholds)
+    layers: list[Table] = []
+    for i in range(checkpoint.config.n_layer):
+        record, hidden, following = folder / f"layer.{i}", folder / f"hidden.{i}", folder / f"hidden.{i + 1}"
+        if not record.exists():
+            if i == 0:
+                embed_tokens(checkpoint, tokens, hidden)
+            threshold, arrays = profile_layer(
+                checkpoint, i, tokens.shape, (hidden, following), positions, sparsity, _device()
+            )
+            write_table(record, LAYER_KIND, {"threshold": threshold}, arrays, force=True)
+        hidden.unlink(missing_ok=True)
+        layers.append(read_table(record, LAYER_KIND))
+        show("profile, layers", i + 1, checkpoint.config.n_layer)
+    return layers
 
 
-class _Layers(Mapping[str, Array]):
-    """The arrays of all layers' records, read one at a time, and the sampled positions."""
+class _Arrays(Mapping[str, Array]):
+    """The arrays of all layers, read one at a time, and the sampled positions."""
 
-    def __init__(self, folder: Path, n_layer: int, positions: Array) -> None:
-        self._folder, self._n_layer, self._positions = folder, n_layer, positions
+    def __init__(self, layers: list[Table], positions: Array) -> None:
+        self._layers, self._positions = layers, positions
 
     def __getitem__(self, name: str) -> Array:
         if name == "positions":
             return self._positions
         what, layer = name.split(".")
-        return read_table(self._folder / f"layer.{layer}", LAYER_KIND).arrays[what]
+        return self._layers[int(layer)].arrays[what]
 
     def __iter__(self) -> Iterator[str]:
         yield "positions"
-        for i in range(self._n_layer):
+        for i in range(len(self._layers)):
             yield from (f"counts.{i}", f"inputs.{i}", f"active.{i}")
 
     def __len__(self) -> int:
-        return 1 + 3 * self._n_layer
+        return 1 + 3 * len(self._layers)
 
 
 def _header(
@@ -133,7 +134,7 @@ def _header(
     positions: Array,
     sparsity: float | None,
     seed: int,
-    thresholds: tuple[float, ...],
+    thresholds: list[float],
 ) -> dict[str, Any]:
     config = checkpoint.config
     return {
@@ -149,5 +150,5 @@ def _header(
         "window": int(tokens.shape[1]),
         "sparsity": sparsity,
         "seed": seed,
-        "thresholds": list(thresholds),
+        "thresholds": thresholds,
     }

@@ -1,5 +1,6 @@
 """What the literature plots of a profile: active shares, and how few neurons make most activations."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +44,28 @@ def report(activations: Activations) -> dict[str, Any]:
     }
 
 
+def check_plot() -> None:
+    """Error: matplotlib, which `plot` needs, is not installed."""
+    if find_spec("matplotlib") is None:
+        message = "--plot needs matplotlib, which is not installed: pip install 'powerinfer[plots]'"
+        raise PowerinferError(message, "unsupported")
+
+
 def plot(activations: Activations, path: Path, force: bool = False) -> None:
     """Draws the cumulative share of activations against the share of neurons, one curve a layer, as a PNG.
 
-    After PowerInfer, figure 4. Error: matplotlib is not installed.
+    After PowerInfer (arXiv 2312.12456), figure 4. Error: matplotlib is not installed.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-    except ImportError:
-        message = "--plot needs matplotlib, which is not installed: pip install 'powerinfer[plots]'"
-        raise PowerinferError(message, "unsupported") from None
+    check_plot()
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
-    colours = colormaps["viridis"]
     counts = [activations.counts(i) for i in range(activations.n_layer)]
     for i, c in enumerate(counts):
-        axes.plot(*_curve(c), color=colours(i / max(1, activations.n_layer - 1)), linewidth=0.8)
+        colour = colormaps["viridis"](i / max(1, activations.n_layer - 1))
+        axes.plot(*_curve(c), color=colour, linewidth=0.8)
     axes.plot(*_curve(np.concatenate(counts)), color="black", linewidth=2, label="whole model")
     axes.axhline(MOST, color="grey", linestyle=":")
     axes.set(xlabel="share of neurons, most active first", ylabel="share of activations", xlim=(0, 1), ylim=(0, 1.01))

@@ -3,15 +3,15 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from powerinfer_tools.activations.file import Activations, apply
-from powerinfer_tools.artifact.layout import MODE_PREDICTOR, QUANTS
+from powerinfer_tools.artifact.layout import QUANTS
 from powerinfer_tools.checkpoint.source import Checkpoint
 from powerinfer_tools.errors import PowerinferError
-from powerinfer_tools.files import Array, read_table, write_table
+from powerinfer_tools.files import Array, Table, read_table, write_table
 from powerinfer_tools.predictors.file import KIND, Predictors, read_predictors
 from powerinfer_tools.progress import Progress, default_progress
 from powerinfer_tools.work import resumable
@@ -59,19 +59,19 @@ def train(
     bounds = Bounds(recall, error, quant, seed)
     with resumable(output, fingerprint, force) as folder, default_progress(progress) as show:
         relu = _choose_kind(checkpoint, activations, bounds, folder, show)
+        layers = []
         for i in range(activations.n_layer):
-            _fitted(checkpoint, activations, i, relu, bounds, folder)
+            layers.append(_fitted(checkpoint, activations, i, relu, bounds, folder))
             show("train, layers", i + 1, activations.n_layer)
-        layers = [read_table(_record(folder, i, relu), LAYER_KIND).header for i in range(activations.n_layer)]
-        plans = [layer["plan"] for layer in layers]
+        plans = [layer.header["plan"] for layer in layers]
         header = {
             "inputs": {"checkpoint": activations.checkpoint_digest, "activations": activations.digest},
             **{key: fingerprint[key] for key in ("recall", "error", "quant", "seed")},
             "relu": relu,
             "plans": plans,
-            "figures": [layer["figures"] for layer in layers],
+            "figures": [layer.header["figures"] for layer in layers],
         }
-        write_table(output, KIND, header, _Weights(folder, relu, plans), force)
+        write_table(output, KIND, header, _Arrays(layers), force)
     return read_predictors(output)
 
 
@@ -105,27 +105,23 @@ def _choose_kind(
     pilots = sorted({k * n // PILOTS + n // (2 * PILOTS) for k in range(min(n, PILOTS))})
     total = {False: 0.0, True: 0.0}
     for done, (i, relu) in enumerate((i, relu) for i in pilots for relu in total):
-        total[relu] += _fitted(checkpoint, activations, i, relu, bounds, folder)
+        total[relu] += _fitted(checkpoint, activations, i, relu, bounds, folder).header["bytes"]
         show("train, kinds tried", done + 1, 2 * len(pilots))
     return total[True] < total[False]
 
 
-def _record(folder: Path, i: int, relu: bool) -> Path:
-    return folder / f"{'relu' if relu else 'linear'}.{i}"
-
-
 def _fitted(
     checkpoint: Checkpoint, activations: Activations, i: int, relu: bool, bounds: "Bounds", folder: Path
-) -> float:
-    """Fits layer i unless `folder` has it; returns the bytes a token reads."""
+) -> Table:
+    """The record of layer i with this kind of predictor, made now unless `folder` has it."""
     from powerinfer_tools.predictors.layer import fit_layer
 
-    record = _record(folder, i, relu)
+    record = folder / f"{'relu' if relu else 'linear'}.{i}"
     if not record.exists():
         fitted = fit_layer(checkpoint, activations, i, relu, bounds, _device())
         header = {"plan": asdict(fitted.plan), "figures": fitted.figures, "bytes": fitted.bytes}
         write_table(record, LAYER_KIND, header, _arrays(fitted), force=True)
-    return float(read_table(record, LAYER_KIND).header["bytes"])
+    return read_table(record, LAYER_KIND)
 
 
 def _arrays(fitted: "FittedLayer") -> dict[str, Array]:
@@ -136,20 +132,19 @@ def _arrays(fitted: "FittedLayer") -> dict[str, Array]:
     return {name: tensor.cpu().numpy().astype(np.float32) for name, tensor in tensors.items()}
 
 
-class _Weights(Mapping[str, Array]):
-    """The weights of all layers' records, read one at a time."""
+class _Arrays(Mapping[str, Array]):
+    """The weights of all layers, read one at a time."""
 
-    def __init__(self, folder: Path, relu: bool, plans: list[dict[str, Any]]) -> None:
-        self._folder, self._relu = folder, relu
-        self._layers = [i for i, plan in enumerate(plans) if plan["mode"] == MODE_PREDICTOR]
+    def __init__(self, layers: list[Table]) -> None:
+        self._layers = layers
 
     def __getitem__(self, name: str) -> Array:
         what, layer = name.split(".")
-        return read_table(_record(self._folder, int(layer), self._relu), LAYER_KIND).arrays[what]
+        return self._layers[int(layer)].arrays[what]
 
     def __iter__(self) -> Iterator[str]:
-        for i in self._layers:
-            yield from (f"in.{i}", f"out.{i}", f"bias.{i}")
+        for i, layer in enumerate(self._layers):
+            yield from (f"{what}.{i}" for what in layer.arrays)
 
     def __len__(self) -> int:
-        return 3 * len(self._layers)
+        return sum(len(layer.arrays) for layer in self._layers)

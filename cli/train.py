@@ -1,0 +1,91 @@
+"""`powerinfer train`: checkpoint and activations → predictors."""
+
+from typing import Any
+
+from powerinfer_tools.cli import console, options
+
+
+def train(
+    model: options.Checkpoint,
+    activations: options.Activations,
+    output: options.Output,
+    recall: options.Recall = options.RECALL,
+    error: options.Error = options.ERROR,
+    quant: options.Quant = options.QUANT,
+    activation: options.Activation = None,
+    seed: options.BuildSeed = options.BUILD_SEED,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Train predictors for the layers where they save bytes; a killed run goes on where it stopped.
+
+    powerinfer train model/ --activations model.activations -o model.predictors
+
+    powerinfer train model/ --activations model.activations --recall 0.99 --quant q8_0 -o model.predictors
+
+    powerinfer train model/ --activations model.activations -o model.predictors --json | jq '.layers[].recall'
+    """
+    from powerinfer_tools.activations import read_activations
+    from powerinfer_tools.checkpoint import open_checkpoint
+    from powerinfer_tools.predictors import train as train_predictors
+
+    checkpoint = open_checkpoint(model, activation)
+    with console.progress() as progress:
+        predictors = train_predictors(
+            checkpoint,
+            read_activations(activations),
+            output,
+            recall=recall,
+            error=error,
+            quant=quant,
+            seed=seed,
+            force=force,
+            progress=progress,
+        )
+    for note in checkpoint.notes:
+        console.say(f"note: {note}")
+    gates = [figures["layer"] for figures in predictors.figures if figures["mode"] == "gate"]
+    if gates:
+        console.say(f"in gate mode, where no predictor saved enough bytes: layers {', '.join(map(str, gates))}")
+    following = f"powerinfer split {model} --activations {activations} --predictors {output} --quant {quant}"
+    console.wrote(output, f"{following} -o {output.with_suffix('.gguf')}")
+    if json:
+        kind = "relu" if predictors.relu else "linear"
+        console.print_json({"path": str(output), "quant": quant, "kind": kind, "layers": predictors.figures})
+    else:
+        show(predictors.figures)
+
+
+def show(figures: list[dict[str, Any]]) -> None:
+    """A line a layer: of the predictor, whether the plan takes it or not."""
+    columns = (
+        "layer",
+        "mode",
+        "active",
+        "computed",
+        "recall",
+        "precision",
+        "error",
+        "rank",
+        "always",
+        "KB a token",
+        "of gate",
+    )
+    rows = [
+        (
+            f["layer"],
+            f["mode"],
+            f"{f['active']:.1%}",
+            f"{f['predicted']:.1%}",
+            f"{f['recall']:.1%}",
+            f"{f['precision']:.1%}",
+            f"{f['output_error']:.2%}",
+            f["rank"],
+            f["always"],
+            f"{f['bytes_predictor'] / 1000:.0f}",
+            f"{f['bytes_predictor'] / f['bytes_gate']:.0%}",
+        )
+        for f in figures
+    ]
+    console.table("on held-out samples", columns, rows)
