@@ -173,10 +173,10 @@ void Session::activate(const Layer& layer, size_t n, float* a) const {
             break;
         case Activation::Silu:
             ops.silu(n, a);
-            if (t > 0 && !uncut_)
-                for (size_t i = 0; i < n; i++) a[i] = std::fabs(a[i]) < t ? 0 : a[i];
             break;
     }
+    if (t > 0 && !uncut_ && model.config.activation != Activation::FatRelu)
+        for (size_t i = 0; i < n; i++) a[i] = std::fabs(a[i]) < t ? 0 : a[i];
 }
 
 // h[i] = a[i] * up[i], with up cut below 0 for drelu.
