@@ -276,31 +276,40 @@ void matvec_picked(Type type, size_t n, const uint8_t* rows, size_t stride, cons
 
 // ---- sums of rows
 
+// R rows at once: acc is read and written once for them all; the sums run in the order of the rows. Several vectors of
+// acc in one step, as each is a chain of R multiply-adds that wait for one another. Own functions, for the registers'
+// sake.
 template <class Format>
 struct AddFloats {
-    // R rows at once: acc is read and written once for them all; the sums run in the order of the rows.
     template <size_t R>
-    static void add(size_t n, const uint8_t* const* rows, const uint8_t* const* next, const float* h, float* acc) {
+    [[gnu::noinline]] static void add(size_t n, const uint8_t* const* rows, const uint8_t* const* next, const float* h,
+                                      float* acc) {
         size_t j = 0;
-        for (; j + 2 * LANES <= n; j += 2 * LANES) {
-            prefetch<R>(next, j * Format::BYTES, 2 * LANES * Format::BYTES);
-            __m256 a0 = _mm256_loadu_ps(acc + j), a1 = _mm256_loadu_ps(acc + j + LANES);
-            PI_UNROLL for (size_t r = 0; r < R; r++) {
-                const uint8_t* p = rows[r] + j * Format::BYTES;
-                const __m256 hr = _mm256_broadcast_ss(h + r);
-                a0 = _mm256_fmadd_ps(hr, Format::load(p), a0);
-                a1 = _mm256_fmadd_ps(hr, Format::load(p + LANES * Format::BYTES), a1);
+        for (; j + 4 * LANES <= n; j += 4 * LANES) step<R, 4>(j, rows, next, h, acc);
+        for (; j + LANES <= n; j += LANES) step<R, 1>(j, rows, next, h, acc);
+        if (j == n) return;
+        __m256 a = load_tail(acc + j, n - j);
+        for (size_t r = 0; r < R; r++)
+            a = _mm256_fmadd_ps(_mm256_set1_ps(h[r]), load_tail<Format>(rows[r] + j * Format::BYTES, n - j), a);
+        store_tail(acc + j, n - j, a);
+    }
+
+    // Columns [j, j + 8 V).
+    template <size_t R, size_t V>
+    [[gnu::always_inline]] static void step(size_t j, const uint8_t* const* rows, const uint8_t* const* next,
+                                            const float* h, float* acc) {
+        constexpr size_t BYTES = V * LANES * Format::BYTES;
+        PI_UNROLL for (size_t line = 0; line < BYTES; line += 64) prefetch<R>(next, j * Format::BYTES + line, BYTES);
+        __m256 a[V];
+        PI_UNROLL for (size_t e = 0; e < V; e++) a[e] = _mm256_loadu_ps(acc + j + e * LANES);
+        PI_UNROLL for (size_t r = 0; r < R; r++) {
+            const __m256 hr = _mm256_broadcast_ss(h + r);
+            PI_UNROLL for (size_t e = 0; e < V; e++) {
+                const __m256 w = Format::load(rows[r] + (j + e * LANES) * Format::BYTES);
+                a[e] = _mm256_fmadd_ps(hr, w, a[e]);
             }
-            _mm256_storeu_ps(acc + j, a0);
-            _mm256_storeu_ps(acc + j + LANES, a1);
         }
-        for (; j < n; j += LANES) {
-            const size_t left = n - j < LANES ? n - j : LANES;
-            __m256 a = load_tail(acc + j, left);
-            PI_UNROLL for (size_t r = 0; r < R; r++) a =
-                _mm256_fmadd_ps(_mm256_broadcast_ss(h + r), load_tail<Format>(rows[r] + j * Format::BYTES, left), a);
-            store_tail(acc + j, left, a);
-        }
+        PI_UNROLL for (size_t e = 0; e < V; e++) _mm256_storeu_ps(acc + j + e * LANES, a[e]);
     }
 };
 
@@ -339,23 +348,37 @@ struct Q8_0Block {
 template <class Block>
 struct AddBlocks {
     template <size_t R>
-    static void add(size_t n, const uint8_t* const* rows, const uint8_t* const* next, const float* h, float* acc) {
+    [[gnu::noinline]] static void add(size_t n, const uint8_t* const* rows, const uint8_t* const* next, const float* h,
+                                      float* acc) {
         // h * UNIT is exact but for |h| < 2^-98, so that the sums are those of h * d and q
-        const __m256 weights =
-            _mm256_mul_ps(R == LANES ? _mm256_loadu_ps(h) : load_tail(h, R), _mm256_set1_ps(Block::UNIT));
-        for (size_t j = 0; j < n; j += QK) {
-            const size_t offset = j / QK * Block::BYTES;
-            prefetch<R>(next, offset, Block::BYTES);
-            float hd[LANES];
-            _mm256_storeu_ps(hd, _mm256_mul_ps(weights, block_scales<R>(rows, offset)));
-            __m256 a[4], w[4];
-            for (size_t e = 0; e < 4; e++) a[e] = _mm256_loadu_ps(acc + j + e * LANES);
-            PI_UNROLL for (size_t r = 0; r < R; r++) {
-                Block::unpack(rows[r] + offset, w);
-                for (size_t e = 0; e < 4; e++) a[e] = _mm256_fmadd_ps(_mm256_broadcast_ss(hd + r), w[e], a[e]);
-            }
-            for (size_t e = 0; e < 4; e++) _mm256_storeu_ps(acc + j + e * LANES, a[e]);
+        const __m256 some = R == LANES ? _mm256_loadu_ps(h) : load_tail(h, R);
+        const __m256 weights = _mm256_mul_ps(some, _mm256_set1_ps(Block::UNIT));
+        size_t j = 0;
+        for (; j + 2 * QK <= n; j += 2 * QK) step<R, 2>(j, rows, next, weights, acc);
+        if (j < n) step<R, 1>(j, rows, next, weights, acc);
+    }
+
+    // Columns [j, j + 32 N).
+    template <size_t R, size_t N>
+    [[gnu::always_inline]] static void step(size_t j, const uint8_t* const* rows, const uint8_t* const* next,
+                                            __m256 weights, float* acc) {
+        const size_t offset = j / QK * Block::BYTES;
+        float hd[N][LANES];
+        __m256 a[N * 4], w[4];
+        PI_UNROLL for (size_t b = 0; b < N; b++) {
+            prefetch<R>(next, offset + b * Block::BYTES, Block::BYTES);
+            const __m256 d = block_scales<R>(rows, offset + b * Block::BYTES);
+            _mm256_storeu_ps(hd[b], _mm256_mul_ps(weights, d));
         }
+        PI_UNROLL for (size_t e = 0; e < N * 4; e++) a[e] = _mm256_loadu_ps(acc + j + e * LANES);
+        PI_UNROLL for (size_t r = 0; r < R; r++) {
+            PI_UNROLL for (size_t b = 0; b < N; b++) {
+                const __m256 hr = _mm256_broadcast_ss(hd[b] + r);
+                Block::unpack(rows[r] + offset + b * Block::BYTES, w);
+                PI_UNROLL for (size_t e = 0; e < 4; e++) a[b * 4 + e] = _mm256_fmadd_ps(hr, w[e], a[b * 4 + e]);
+            }
+        }
+        PI_UNROLL for (size_t e = 0; e < N * 4; e++) _mm256_storeu_ps(acc + j + e * LANES, a[e]);
     }
 };
 
