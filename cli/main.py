@@ -17,6 +17,7 @@ from powerinfer_tools.errors import PowerinferError
 COMMANDS = {
     "profile": "Count how often each neuron fires on a text",
     "train": "Train predictors that foresee which neurons fire",
+    "place": "Decide which neurons go to GPU memory, RAM and disk",
     "split": "Write the artifact: sorted neurons, predictors, tokenizer",
     "build": "All of these steps, resumed where they stopped",
     "chat": "Talk with a model",
@@ -24,6 +25,7 @@ COMMANDS = {
     "bench": "Measure speed, bytes a token and share of the memory's ceiling",
     "eval": "Compare sparse answers with dense ones on a text",
     "inspect": "Show what a file holds, and whether it is whole",
+    "machine": "Measure this machine's memories",
 }
 """Command: its line of help. The command is the function of that name in cli/<name>.py. The order is the pipeline's:
 profile, train, place, split, build, chat, generate, bench, eval, inspect, machine."""

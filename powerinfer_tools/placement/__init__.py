@@ -1,14 +1,14 @@
 """Which memory holds what: prefixes of every layer's neurons in vram and ram, and the dense parts' memories.
 
-`place` solves a program for the expected time per token (or the paper's impact) under byte budgets; a `Machine`, measured
-or read from a file, gives it the bandwidths. Only the measurement of a card imports torch.
+`place` solves a program for the expected time per token (or the paper's impact) within byte budgets; a `Machine`,
+measured or read from a file, gives it the bandwidths. Only the measurement of a card imports torch.
 """
 
 from powerinfer_tools.placement.costs import Costs, artifact_costs
 from powerinfer_tools.placement.file import read_placement, write_placement
 from powerinfer_tools.placement.machine import Machine, Tier, read_machine, write_machine
 from powerinfer_tools.placement.measure import cached_machine, measure_machine
-from powerinfer_tools.placement.place import Placement, place
+from powerinfer_tools.placement.place import Placement, let_through, place
 
 __all__ = [
     "Costs",
@@ -17,6 +17,7 @@ __all__ = [
     "Tier",
     "artifact_costs",
     "cached_machine",
+    "let_through",
     "measure_machine",
     "place",
     "read_machine",

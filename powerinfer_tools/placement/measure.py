@@ -17,8 +17,7 @@ import numpy as np
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement.machine import Machine, Tier, read_machine, write_machine
 
-BUFFER_BYTES = 512 << 20  # beyond every cache
-RUNS = 3  # of which the fastest counts: other work on the machine only slows
+BUFFER_BYTES = 256 << 20  # beyond every cache
 ROW_BYTES = (1024, 2304, 4608, 9216, 18432)
 STRIDE_ROWS = 10  # one row in ten: a typical active share
 FILE_BYTES = 128 << 20
@@ -89,10 +88,8 @@ def _processor() -> str:
 def _measure_ram(threads: int) -> Tier:
     from powerinfer_tools.engine.native import measure_memory
 
-    def best(*rows: int) -> float:
-        return max(measure_memory(threads, BUFFER_BYTES, *rows) for _ in range(RUNS))
-
-    return Tier(_ram_bytes(), best(), tuple((size, best(size, STRIDE_ROWS)) for size in ROW_BYTES))
+    rows = tuple((size, measure_memory(threads, BUFFER_BYTES, size, STRIDE_ROWS)) for size in ROW_BYTES)
+    return Tier(_ram_bytes(), measure_memory(threads, BUFFER_BYTES), rows)
 
 
 def _ram_bytes() -> int:

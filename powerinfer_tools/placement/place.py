@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from powerinfer_tools.artifact.layout import LayerPlan
+from powerinfer_tools.artifact.layout import MODE_PREDICTOR, LayerPlan
 from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement.bound import Relaxation
@@ -92,6 +92,14 @@ def place(
     return _describe(problem, plan, budgets, objective, bound, status, quant, ctx_size, digests)
 
 
+def let_through(plans: Sequence[LayerPlan], figures: Sequence[dict[str, Any]]) -> list[float]:
+    """Neurons that each layer's predictor lets through for one that fires, from what training measured."""
+    return [
+        figure["predicted"] / figure["active"] if plan.mode == MODE_PREDICTOR and figure["active"] > 0 else 1.0
+        for plan, figure in zip(plans, figures, strict=True)
+    ]
+
+
 def _budgets(problem: Problem, vram: int, ram: int | None) -> Budgets:
     if vram < 0 or (ram is not None and ram < 0):
         raise PowerinferError(f"expected budgets of at least 0 bytes, found vram {vram}, ram {ram}", "usage")
@@ -115,8 +123,8 @@ def _best(problem: Problem, budgets: Budgets, objective: str, time_limit_s: floa
         found, plan = program.branch(time_limit_s)
         finished.append(_finished(problem, plan, budgets, objective))
         status = status if plan is None else found
-        if bound is None and found == "optimal":
-            bound = program.impact_bound() if objective == "impact" else program.value()
+        if found == "optimal":
+            bound = program.bound() if bound is None else max(bound, program.bound())
     fitting = [plan for plan in finished if plan is not None]
     if not fitting:
         raise _infeasible(problem, budgets)

@@ -225,12 +225,18 @@ class Program:
         """The objective after `branch`: milliseconds, or impact."""
         return float(self.lp.objective.value())  # type: ignore[union-attr,arg-type]
 
-    def impact_bound(self) -> float:
-        """An impact that no plan beats, after `branch` was optimal; GAP and the segments' averages are allowed for."""
+    def bound(self) -> float:
+        """A value that no plan beats, after `branch` was optimal; GAP and the segments' averages are allowed for."""
         if self.exact:
             return self.value()
         p = self.problem
-        return self.value() / (1 - GAP) + sum(shortfall(p.fired[i], ends) for i, ends in enumerate(self.ends))
+        short = np.array([shortfall(p.fired[i], ends) for i, ends in enumerate(self.ends)])
+        if self.objective == "impact":
+            return self.value() / (1 - GAP) + float(short.sum())
+        per_firing = p.firing_seconds(p.machine.ram) if self.uses_card else np.zeros(p.n_layer)
+        if self.uses_disk:
+            per_firing = per_firing + p.firing_seconds(p.disk)
+        return self.value() * (1 - GAP) - float(short @ per_firing) * 1e3
 
     def read(self) -> Plan:
         """The plan that the variables hold, in whole neurons and blocks."""

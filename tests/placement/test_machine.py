@@ -1,0 +1,82 @@
+"""Machines: files, bandwidths between measured sizes, and the disk measurement."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.placement import Machine, Tier, measure, read_machine, write_machine
+from tests.placement import worlds
+
+
+def test_files_are_read_as_they_were_written(tmp_path: Path) -> None:
+    for machine in (worlds.machine(), replace(worlds.machine(), vram=None, disk=None, notes=("a note",))):
+        write_machine(machine, tmp_path / "m", force=True)
+        assert read_machine(tmp_path / "m") == machine
+
+
+def test_bandwidth_between_measured_sizes_and_beyond_them() -> None:
+    tier = Tier(0, 9.0, ((100, 1.0), (10000, 3.0)))
+    assert [tier.row_bandwidth(n) for n in (1, 100, 10000, 10**6)] == [1.0, 1.0, 3.0, 3.0]
+    assert tier.row_bandwidth(1000) == pytest.approx(2.0)
+    assert Tier(0, 9.0, ()).row_bandwidth(5) == 9.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ram": ...}, "KeyError"),
+        ({"ram": {"n_bytes": 1, "sequential": 0, "rows": []}}, "expected bandwidths above 0"),
+        ({"ram": {"n_bytes": 1, "sequential": 1, "rows": [[2, 1], [1, 1]]}}, "expected rows by rising size"),
+        ({"ram": {"n_bytes": 1, "sequential": 1, "rows": [], "latency_s": -1}}, "latency_s"),
+        ({"kind": "placement"}, "expected a file of kind machine"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    data = worlds.machine().to_json() | change
+    path = tmp_path / "m"
+    path.write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
+    with pytest.raises(PowerinferError, match=message):
+        read_machine(path)
+
+
+def test_no_json_and_no_file_are_named(tmp_path: Path) -> None:
+    with pytest.raises(PowerinferError, match="no such file"):
+        read_machine(tmp_path / "m")
+    (tmp_path / "m").write_bytes(b"GGUF\xff")
+    with pytest.raises(PowerinferError, match="expected a machine file"):
+        read_machine(tmp_path / "m")
+
+
+def test_the_disk_is_measured_and_its_file_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "FILE_BYTES", 2 << 20)
+    monkeypatch.setattr(measure, "SECONDS", 0.01)
+    notes: list[str] = []
+    disk = measure._measure_disk(tmp_path, notes)
+    assert [size for size, _ in disk.rows] == list(measure.READ_BYTES)
+    assert all(speed > 0 for _, speed in disk.rows)
+    assert disk.sequential > 0
+    assert disk.latency_s > 0
+    assert any("flatter" in note for note in notes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_measurement_is_kept_and_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POWERINFER_CACHE", str(tmp_path / "cache"))
+    made: list[Machine] = []
+
+    def measured(threads: int, folder: Path, say: Any) -> Machine:
+        made.append(replace(worlds.machine(), name=measure._processor(), threads=threads))
+        return made[-1]
+
+    monkeypatch.setattr(measure, "measure_machine", measured)
+    said: list[str] = []
+    first = measure.cached_machine(tmp_path, 2, said.append)
+    second = measure.cached_machine(tmp_path, 2, said.append)
+    assert first == second
+    assert len(made) == 1
+    assert "measured now" in said[0]
+    assert "measured before" in said[1]

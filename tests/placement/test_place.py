@@ -1,0 +1,285 @@
+"""Placements: within budget, proven, no worse than greedy or brute force, and the original's faults."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.placement import Placement, place, read_placement, write_placement
+from powerinfer_tools.placement import program as program_module
+from powerinfer_tools.placement.greedy import greedy
+from powerinfer_tools.placement.problem import Budgets, Plan, Problem
+from tests.placement import worlds
+
+KIB = 1 << 10
+shapes = st.tuples(st.integers(1, 5), st.sampled_from([32, 96, 200]))
+modes = st.sampled_from(["gate", "predictor", "mixed"])
+objectives = st.sampled_from(["time", "impact"])
+shares = st.floats(0, 1.1)
+few = settings(max_examples=15, deadline=None)
+
+
+def solve(
+    shape: tuple[int, int], seed: int, mode: str, vram: int, ram: int | None, objective: str = "time", **machine: float
+) -> tuple[Problem, Placement]:
+    """The placement and the problem that it solves."""
+    n_layer, n_ff = shape
+    problem = worlds.problem(n_layer, n_ff, seed, mode, **machine)
+    placement = place(
+        worlds.config(n_layer, n_ff),
+        worlds.firing(n_layer, n_ff, seed),
+        worlds.plans(n_layer, mode),
+        quant="q8_0",
+        biases=worlds.BIASES,
+        ctx_size=64,
+        machine=worlds.machine(**machine),
+        vram=vram,
+        ram=ram,
+        objective=objective,
+    )
+    return problem, placement
+
+
+def plan_of(placement: Placement) -> Plan:
+    return Plan(np.array(placement.dense), placement.head, np.array(placement.vram), np.array(placement.ram))
+
+
+def least_ram(problem: Problem) -> int:
+    none = np.zeros(problem.n_layer, np.int64)
+    return problem.bytes(Plan(none > 0, False, none, none))[1]
+
+
+def budgets_of(problem: Problem, vram: float, ram: float) -> Budgets:
+    """Shares of all that is needed, and of what lies between the least ram and everything."""
+    least = least_ram(problem)
+    return Budgets(int(vram * problem.costs.needed), least + int(ram * (problem.costs.needed - least)))
+
+
+@few
+@given(shapes, st.integers(0, 99), modes, shares, shares, objectives)
+def test_budgets_are_kept_to_the_byte_and_bounds_hold(
+    shape: tuple[int, int], seed: int, mode: str, vram: float, ram: float, objective: str
+) -> None:
+    budgets = budgets_of(worlds.problem(*shape, seed, mode), vram, ram)
+    problem, placement = solve(shape, seed, mode, budgets.vram, budgets.ram, objective)
+    plan = plan_of(placement)
+    assert problem.bytes(plan) == tuple(placement.n_bytes.values())
+    assert problem.fits(plan, budgets)
+    assert all(0 <= k1 <= k2 <= problem.n_ff for k1, k2 in zip(placement.vram, placement.ram, strict=True))
+    assert placement.expected_ms == problem.seconds(plan) * 1e3
+    assert placement.bound is not None
+    if objective == "time":
+        assert placement.expected_ms >= placement.bound * (1 - 1e-9)
+    else:
+        assert placement.impact <= placement.bound * (1 + 1e-9) + 1e-6
+
+
+@few
+@given(shapes, st.integers(0, 99), modes, shares, shares, objectives)
+def test_never_worse_than_greedy(
+    shape: tuple[int, int], seed: int, mode: str, vram: float, ram: float, objective: str
+) -> None:
+    budgets = budgets_of(worlds.problem(*shape, seed, mode), vram, ram)
+    problem, placement = solve(shape, seed, mode, budgets.vram, budgets.ram, objective)
+    rival = greedy(problem, budgets, objective)
+    if problem.fits(rival, budgets):
+        if objective == "time":
+            assert placement.expected_ms <= problem.seconds(rival) * 1e3 * (1 + 1e-9)
+        else:
+            assert placement.impact >= problem.impact(rival) * (1 - 1e-9)
+
+
+@few
+@given(shapes, st.integers(0, 99), modes, st.tuples(shares, shares), shares, objectives)
+def test_more_memory_is_never_worse_than_the_stated_gap(
+    shape: tuple[int, int], seed: int, mode: str, vram: tuple[float, float], ram: float, objective: str
+) -> None:
+    problem = worlds.problem(*shape, seed, mode)
+    small, large = (budgets_of(problem, share, ram) for share in sorted(vram))
+    _, before = solve(shape, seed, mode, small.vram, small.ram, objective)
+    _, after = solve(shape, seed, mode, large.vram, large.ram, objective)
+    assert after.bound is not None
+    if objective == "time":
+        assert after.bound <= before.expected_ms * (1 + 1e-9)
+        assert after.expected_ms <= before.expected_ms * (1 + (after.gap or 0)) * (1 + 1e-9)
+    else:
+        assert after.bound >= before.impact * (1 - 1e-9) - 1e-6
+        assert after.impact >= before.impact * (1 - (after.gap or 0)) * (1 - 1e-9) - 1e-6
+
+
+def every_plan(problem: Problem) -> list[Plan]:
+    """All plans of a tiny problem."""
+    n, n_ff = problem.n_layer, problem.n_ff
+    prefixes = [(k1, k2) for k1 in range(n_ff + 1) for k2 in range(k1, n_ff + 1)]
+    found = []
+    for blocks in itertools.product([False, True], repeat=n + 1):
+        for layers in itertools.product(prefixes, repeat=n):
+            k1, k2 = (np.array(column) for column in zip(*layers, strict=True))
+            found.append(Plan(np.array(blocks[:n]), blocks[n], k1, k2))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("mode", ["gate", "mixed"])
+@pytest.mark.parametrize(("vram", "ram"), [(0.5, 0.3), (0.7, 0.0), (0.0, 0.5), (0.4, 1.0)])
+@pytest.mark.parametrize("merge_s", [2e-8, 5e-7])
+def test_tiny_problems_are_solved_like_brute_force(
+    seed: int, mode: str, vram: float, ram: float, merge_s: float
+) -> None:
+    shape = (2, 6)
+    budgets = budgets_of(worlds.problem(*shape, seed, mode), vram, ram)
+    problem, placement = solve(shape, seed, mode, budgets.vram, budgets.ram, merge_s=merge_s)
+    fitting = [plan for plan in every_plan(problem) if problem.fits(plan, budgets)]
+    best = min(problem.seconds(plan) for plan in fitting)
+    assert placement.expected_ms == pytest.approx(best * 1e3, rel=1e-6)
+    assert placement.bound == pytest.approx(best * 1e3, rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("vram", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("merge_s", [2e-9, 2e-8, 1e-7])
+def test_tiny_impact_is_that_of_brute_force_with_the_least_neurons_of_a_layer(
+    seed: int, vram: float, merge_s: float
+) -> None:
+    shape = (2, 6)
+    budgets = budgets_of(worlds.problem(*shape, seed, "gate"), vram, 0.5)
+    problem, placement = solve(shape, seed, "gate", budgets.vram, budgets.ram, "impact", merge_s=merge_s)
+    least = problem.least()
+
+    def allowed(plan: Plan) -> bool:
+        return problem.fits(plan, budgets) and bool(np.all((plan.vram == 0) | (plan.vram >= least)))
+
+    assert allowed(plan_of(placement))
+    best = max(problem.impact(plan) for plan in every_plan(problem) if allowed(plan))
+    assert placement.impact == pytest.approx(best, rel=1e-6)
+
+
+def test_the_paper_s_least_neurons_follow_from_equation_4() -> None:
+    problem = worlds.problem(1, 96, merge_s=2e-8)
+    machine, size = problem.machine, int(problem.bundle[0] + problem.beside[0])
+    assert machine.vram is not None
+    gain = size / machine.ram.sequential - size / machine.vram.sequential
+    least = int(problem.least()[0])
+    assert least > 1
+    assert least * gain >= problem.hand_over_s > (least - 1) * gain
+
+
+def test_twelve_layers_keep_their_own_patterns() -> None:
+    """A layer's number is data: layer i has i + 1 neurons that always fire and nothing else, in any order."""
+    draw = np.random.default_rng(0)
+    frequencies = np.zeros((12, 96))
+    for i in range(12):
+        frequencies[i, draw.permutation(96)[: 8 * (i + 1)]] = 1.0
+    config, plans = worlds.config(12, 96), worlds.plans(12)
+    ram = least_ram(worlds.problem(12, 96)) + int(sum(range(1, 13)) * 8 * worlds.problem(12, 96).bundle[0])
+    placement = place(
+        config,
+        worlds.Firing(frequencies),
+        plans,
+        quant="q8_0",
+        biases=worlds.BIASES,
+        ctx_size=64,
+        machine=worlds.machine(),
+        ram=ram,
+    )
+    assert placement.ram == [8 * (i + 1) for i in range(12)]
+    assert placement.hits["ram"] == 1.0
+
+
+def test_budget_is_spent_to_the_last_neuron() -> None:
+    """The original left a quarter of the card empty where n_ff / n_embd was not what it expected."""
+    problem, placement = solve((4, 200), 3, "gate", 60 * KIB, None, "impact")
+    used = problem.bytes(plan_of(placement))[0]
+    assert 60 * KIB - used < int(problem.bundle[0] + problem.beside[0]) or used == problem.costs.scratch
+
+
+def test_neurons_go_to_the_card_though_the_dense_parts_do_not_fit() -> None:
+    """The original offloaded no neuron unless all attention, predictors and the head were on the card."""
+    problem = worlds.problem(4, 200, 1)
+    room = problem.costs.scratch + int(problem.dense[0]) // 2
+    _, placement = solve((4, 200), 1, "gate", room, None, "impact")
+    assert sum(placement.vram) > 0
+
+
+def test_equal_inputs_give_equal_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        _, placement = solve((4, 200), 5, "mixed", 200 * KIB, 300 * KIB)
+        write_placement(placement, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("vram", [0, 100 * KIB])
+def test_a_budget_that_cannot_do_names_one_that_would(vram: int) -> None:
+    with pytest.raises(PowerinferError, match="--ram: expected at least") as caught:
+        solve((4, 200), 0, "mixed", vram, 1000)
+    assert caught.value.kind == "infeasible"
+    least = int(str(caught.value).split("at least ")[1].split(" ")[0])
+    solve((4, 200), 0, "mixed", vram, least)
+    if vram == 0:
+        with pytest.raises(PowerinferError, match=f"at least {least} bytes"):
+            solve((4, 200), 0, "mixed", vram, least - 1)
+
+
+@pytest.mark.parametrize("status", ["failed", "infeasible", "stopped"])
+def test_without_a_solver_the_greedy_plan_stands(status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values of variables are read only where the status says that they mean something."""
+
+    def no_solver(lp: Any, gap: float, time_limit_s: float, relaxed: bool = False) -> str:
+        return "failed" if status == "stopped" and relaxed else status
+
+    monkeypatch.setattr(program_module, "solve", no_solver)
+    if status == "stopped":
+        monkeypatch.setattr(program_module.Program, "read", lambda self: None)
+    problem, placement = solve((4, 200), 0, "gate", 100 * KIB, None)
+    assert placement.status in ("greedy", "stopped")
+    assert placement.bound is None
+    assert problem.fits(plan_of(placement), Budgets(100 * KIB, None))
+
+
+def test_a_machine_without_card_or_disk() -> None:
+    bare = replace(worlds.machine(), vram=None, disk=None)
+    config, firing = worlds.config(4, 96), worlds.firing(4, 96, 0)
+    arguments: dict[str, Any] = {"quant": "q8_0", "biases": worlds.BIASES, "ctx_size": 64, "machine": bare}
+    placement = place(config, firing, worlds.plans(4), **arguments)
+    assert placement.ram == [96] * 4
+    assert placement.gap == pytest.approx(0, abs=1e-9)
+    with pytest.raises(PowerinferError, match="has no card"):
+        place(config, firing, worlds.plans(4), vram=KIB, **arguments)
+    with pytest.raises(PowerinferError, match=f"--ram: expected at least {placement.n_bytes['ram']} bytes"):
+        place(config, firing, worlds.plans(4), ram=placement.n_bytes["ram"] - 1, **arguments)
+
+
+def test_files_are_read_as_they_were_written(tmp_path: Path) -> None:
+    _, placement = solve((12, 96), 0, "gate", 60 * KIB, 200 * KIB)
+    write_placement(placement, tmp_path / "x")
+    assert read_placement(tmp_path / "x") == placement
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "machine"}, "expected a file of kind placement, found kind machine"),
+        ({"format": 2}, "format 2 is not one this program reads"),
+        ({"vram": [97, 0, 0, 0]}, "layer 0: expected 0 <= k1 <= k2 <= 96, found 97, 96"),
+        ({"ram": [96, 96, 96]}, "ram: expected one whole number a layer"),
+        ({"ram": [96, 96, 96, "96"]}, "ram: expected one whole number a layer"),
+        ({"vram": 3}, "vram: expected one whole number a layer"),
+        ({"n_ff": None}, "expected n_ff a number"),
+        ({"quant": ...}, "fields are missing"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    _, placement = solve((4, 96), 0, "gate", 0, None)
+    path = tmp_path / "x"
+    write_placement(placement, path)
+    data = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
+    with pytest.raises(PowerinferError, match=message):
+        read_placement(path)
