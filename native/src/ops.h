@@ -48,7 +48,7 @@ struct Ops {
 
     // out[i] = row_i . x for i < n_rows; row_i lies at `rows + i * stride` bytes. n: elements of a row.
     void (*matvec)(Type type, size_t n, const uint8_t* rows, size_t stride, size_t n_rows, Vector x, float* out);
-    // The same for rows that are picked: out[i] = row_{ids[i]} . x; prefetches the row after next.
+    // The same for rows that are picked: out[i] = row_{ids[i]} . x; prefetches the rows that follow.
     void (*matvec_picked)(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, size_t n_ids,
                           Vector x, float* out);
 

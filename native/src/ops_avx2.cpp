@@ -686,10 +686,20 @@ __m256 exp(__m256 x) {
     return _mm256_mul_ps(_mm256_mul_ps(p, power(half)), power(_mm256_sub_epi32(whole, half)));
 }
 
+// The largest of x, which may pass over NaN.
+float largest(size_t n, const float* x) {
+    float lanes[LANES], max = -INFINITY;
+    __m256 all = _mm256_set1_ps(max);
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES) all = _mm256_max_ps(_mm256_loadu_ps(x + i), all);
+    _mm256_storeu_ps(lanes, all);
+    for (const float v : lanes) max = v > max ? v : max;
+    for (; i < n; i++) max = x[i] > max ? x[i] : max;
+    return max;
+}
+
 void softmax(size_t n, float* x) {
-    float max = -INFINITY;
-    for (size_t i = 0; i < n; i++) max = x[i] > max ? x[i] : max;
-    const __m256 shift = _mm256_set1_ps(max);
+    const __m256 shift = _mm256_set1_ps(largest(n, x));
     map(n, x, x, [=](__m256 v, size_t, size_t) { return exp(_mm256_sub_ps(v, shift)); });
     const __m256 total = _mm256_set1_ps(sum_terms(n, x, [](__m256 v, __m256 acc) { return _mm256_add_ps(v, acc); }));
     map(n, x, x, [=](__m256 v, size_t, size_t) { return _mm256_div_ps(v, total); });
