@@ -102,7 +102,7 @@ def raw_rows(file: GgufFile, name: str, rows: slice | None = None) -> npt.NDArra
     """Rows of a tensor as stored, uint8 [rows, bytes of a row], from a memory map. Errors: no such tensor."""
     tensor = file.tensors.get(name)
     if tensor is None:
-        raise PowerinferError(f"{file.path}: expected the tensor {name}, found none", "mismatch")
+        raise PowerinferError(f"{file.path}: {name}: expected such a tensor, found none", "mismatch")
     shape = (tensor.n_rows, tensor.n_bytes // tensor.n_rows)
     try:
         mapped = np.memmap(file.path, np.uint8, "r", tensor.offset, shape)
