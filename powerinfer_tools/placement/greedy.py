@@ -44,8 +44,9 @@ def _blocks(problem: Problem, objective: str) -> dict[int, tuple[float, int]]:
 
 def fill_ram(problem: Problem, plan: Plan, budgets: Budgets) -> Plan:
     """The same vram, with the ram budget spent on the bundles that fire most."""
-    if problem.fits(plan, budgets):
-        return replace(plan, ram=np.full(problem.n_layer, problem.n_ff, np.int64))
+    full = replace(plan, ram=np.full(problem.n_layer, problem.n_ff, np.int64))
+    if problem.fits(full, budgets) or problem.machine.disk is None:
+        return full
     bare = replace(plan, ram=plan.vram)
     room = (budgets.ram or 0) - problem.bytes(bare)[1]
     k = np.maximum(_group_ends(problem.n_ff)[None], plan.vram[:, None])

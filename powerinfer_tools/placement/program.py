@@ -4,7 +4,7 @@ A layer's neurons, in stored order, fall into segments. Variables, for layer i a
 
     card[i, s], memory[i, s] in 0..1   share of the segment in vram, in ram; the rest is on disk
     dense[i], head in {0, 1}           the block is in vram
-    layer_ms[i]                        the longer of the two processors' shares of the FFN
+    layer[i]                           the longer of the two processors' shares of the FFN
     both[i], disk[i], change[i]        both processors take part; some neurons are on disk; the hidden state moves
 
 A segment's neurons count with their mean firing frequency, and frequencies fall, so that filling segments in order is
@@ -30,8 +30,9 @@ SEGMENTS = {"time": 16, "impact": 64, "ram": 1}  # a layer, by objective
 GROUP = 64  # neurons: the finest segment boundary of a large layer (PowerInfer, section 6.3.2)
 EXACT = 256  # neurons of all layers up to which the program is exact
 TIME_LIMIT_S = 20.0
+DIGITS = 1e-7  # relative: to which the solver writes its values
 GAP = 2e-4  # at which branching stops, relative
-MIB = float(1 << 20)
+SCALE = 1e4  # the program counts in parts of all bytes and of the time from ram, whatever the model's size
 
 
 def segment_ends(fired: Floats, always: int, n_segments: int) -> Ints:
@@ -60,6 +61,8 @@ class Program:
         self.limits_ram = budgets.ram is not None and budgets.ram < problem.costs.needed
         self.spills = self.limits_ram and problem.machine.disk is not None
         self.uses_disk = self.spills and objective == "time"
+        self.unit_bytes = problem.costs.needed / SCALE
+        self.unit_s = problem.seconds(_all_in_ram(problem)) / SCALE
         self._add_variables()
         self._add_budgets()
         self._add_objective()
@@ -87,8 +90,10 @@ class Program:
         self.head = add("head", cat="Binary") if self.uses_card else None
         for i in layers:
             self._keep_order(self.card[i])
-            for a, b in zip(self.card[i], self.memory[i], strict=False):
-                self.lp += a + b <= 1
+            either = [a + b for a, b in zip(self.card[i], self.memory[i], strict=False)]
+            for share_of_both in either:
+                self.lp += share_of_both <= 1
+            self._keep_order(either or self.memory[i])
 
     def _keep_order(self, shares: list[Any]) -> None:
         if self.exact:
@@ -99,32 +104,36 @@ class Program:
         p, budgets = self.problem, self.budgets
         if self.uses_card:
             card = self._block_bytes() + self._card_bytes()
-            self.lp += _sum(card) <= (budgets.vram - p.costs.scratch) / MIB, "vram"
+            self.lp += _sum(card) <= (budgets.vram - p.costs.scratch) / self.unit_bytes, "vram"
         if budgets.ram is not None and self.limits_ram and self.objective != "ram":
-            self.lp += self._ram_bytes() <= budgets.ram / MIB, "ram"
+            self.lp += self._ram_bytes() <= budgets.ram / self.unit_bytes, "ram"
 
     def _block_bytes(self) -> list[tuple[Any, float]]:
         blocks = self.problem.dense + self.problem.kv
-        return [*zip(self.dense, blocks / MIB, strict=True), (self.head, self.problem.costs.head / MIB)]
+        return [
+            *zip(self.dense, blocks / self.unit_bytes, strict=True),
+            (self.head, self.problem.costs.head / self.unit_bytes),
+        ]
 
     def _card_bytes(self, bundles: bool = True) -> list[tuple[Any, float]]:
         p = self.problem
         terms: list[tuple[Any, float]] = []
         for i, ends in enumerate(self.ends if self.uses_card else []):
             stored = p.beside_bytes(i, ends) + (ends * p.bundle[i] if bundles else 0)
-            terms += zip(self.card[i], np.diff(stored) / MIB, strict=True)
+            terms += zip(self.card[i], np.diff(stored) / self.unit_bytes, strict=True)
         return terms
 
     def _ram_bytes(self) -> Any:
-        """MiB in ram: all but what is in vram; where a disk can take the bundles, only those that `memory` keeps."""
+        """Units in ram: all but what is in vram; where a disk can take the bundles, only those that `memory` keeps."""
         p = self.problem
-        none = np.zeros(p.n_layer, np.int64)
-        without_card = Plan(none > 0, False, none, none if self.spills else none + p.n_ff)
+        without_card = _all_in_ram(p)
+        if self.spills:
+            without_card = replace(without_card, ram=without_card.vram)
         terms = self._block_bytes() if self.uses_card else []
         terms = [(x, -size) for x, size in terms + self._card_bytes(bundles=not self.spills)]
         for i, ends in enumerate(self.ends):
-            terms += zip(self.memory[i], np.diff(ends) * p.bundle[i] / MIB, strict=False)
-        return _sum(terms) + p.bytes(without_card)[1] / MIB
+            terms += zip(self.memory[i], np.diff(ends) * p.bundle[i] / self.unit_bytes, strict=False)
+        return _sum(terms) + p.bytes(without_card)[1] / self.unit_bytes
 
     def _add_objective(self) -> None:
         if self.objective == "impact":
@@ -149,38 +158,41 @@ class Program:
         self.lp += _sum(terms)
 
     def _minimise_time(self) -> None:
-        """In milliseconds."""
         p = self.problem
         terms: list[tuple[Any, float]] = []
         constant = float(p.dense_seconds(p.machine.ram).sum()) + p.costs.head / p.machine.ram.sequential
         for i in range(p.n_layer):
-            layer = self.lp.add_variable(f"layer_ms_{i}", 0)
+            layer = self.lp.add_variable(f"layer_{i}", 0)
             terms.append((layer, 1.0))
-            self.lp += layer >= self._processor_ms(i)
+            self.lp += layer >= self._processor_share(i)
             if self.uses_card:
                 share = self._shares(self.card[i], p.tier_seconds(p.vram, i, self.ends[i]))
                 self.lp += layer >= share, f"card_share_{i}"
-                terms.append((self._both(i), p.hand_over_s * 1e3))
+                terms.append((self._both(i), p.hand_over_s / self.unit_s))
             if self.uses_disk:
-                terms.append((self._touches_disk(i), p.disk.latency_s * 1e3))
+                terms.append((self._touches_disk(i), p.disk.latency_s / self.unit_s))
         if self.uses_card:
             saved = p.dense_seconds(p.vram) - p.dense_seconds(p.machine.ram)
-            terms += zip(self.dense, saved * 1e3, strict=True)
-            terms.append((self.head, p.costs.head * (1 / p.vram.sequential - 1 / p.machine.ram.sequential) * 1e3))
-            terms += [(change, p.hand_over_s / 2 * 1e3) for change in self._changes()]
-        self.lp += _sum(terms) + constant * 1e3
+            terms += zip(self.dense, saved / self.unit_s, strict=True)
+            terms.append(
+                (self.head, p.costs.head * (1 / p.vram.sequential - 1 / p.machine.ram.sequential) / self.unit_s)
+            )
+            terms += [(change, p.hand_over_s / 2 / self.unit_s) for change in self._changes()]
+        self.lp += _sum(terms) + constant / self.unit_s
 
-    def _processor_ms(self, i: int) -> Any:
+    def _processor_share(self, i: int) -> Any:
         """Time of what layer i has in ram and on disk."""
         p, ends = self.problem, self.ends[i]
         ram = p.tier_seconds(p.machine.ram, i, ends)
         if not self.uses_disk:
-            return float(ram[-1]) * 1e3 - self._shares(self.card[i], ram)
+            return float(ram[-1]) / self.unit_s - self._shares(self.card[i], ram)
         disk = p.disk_seconds(i, ends)
-        return float(disk[-1]) * 1e3 - self._shares(self.card[i], disk) - self._shares(self.memory[i], disk - ram)
+        return (
+            float(disk[-1]) / self.unit_s - self._shares(self.card[i], disk) - self._shares(self.memory[i], disk - ram)
+        )
 
     def _shares(self, shares: list[Any], seconds: Floats) -> Any:
-        return _sum(list(zip(shares, np.diff(seconds) * 1e3, strict=False)))
+        return _sum(list(zip(shares, np.diff(seconds) / self.unit_s, strict=False)))
 
     def _both(self, i: int) -> Any:
         """0 only where the layer is on one side: no segment in vram, not even the first, or all, even the last."""
@@ -210,11 +222,12 @@ class Program:
             return None
 
         def dual(name: str) -> float:
-            row = self.lp.constraints.get(name)
+            row = self.lp.get_constraint_by_name(name)
             return abs(row.pi or 0.0) if row is not None else 0.0
 
+        scale = self.unit_s / self.unit_bytes
         weight = np.array([min(1.0, dual(f"card_share_{i}")) for i in range(self.problem.n_layer)])
-        return Prices(dual("vram") / 1e3 / MIB, dual("ram") / 1e3 / MIB, weight)
+        return Prices(scale * dual("vram"), scale * dual("ram"), weight)
 
     def branch(self, time_limit_s: float = TIME_LIMIT_S) -> tuple[str, Plan | None]:
         """Solves it with its binaries: (status as in `solve`, plan). Optimal means within GAP, or exact where it is."""
@@ -223,13 +236,16 @@ class Program:
 
     def value(self) -> float:
         """The objective after `branch`: milliseconds, or impact."""
-        return float(self.lp.objective.value())  # type: ignore[union-attr,arg-type]
+        objective = self.lp.objective
+        assert objective is not None
+        value = sum(factor * (x.value() or 0.0) for x, factor in objective.items()) + objective.constant
+        return float(value) if self.objective == "impact" else float(value) * self.unit_s * 1e3
 
     def bound(self) -> float:
         """A value that no plan beats, after `branch` was optimal; GAP and the segments' averages are allowed for."""
-        if self.exact:
-            return self.value()
         p = self.problem
+        if self.exact:
+            return self.value() * (1 + DIGITS if self.objective == "impact" else 1 - DIGITS)
         short = np.array([shortfall(p.fired[i], ends) for i, ends in enumerate(self.ends)])
         if self.objective == "impact":
             return self.value() / (1 - GAP) + float(short.sum())
@@ -288,10 +304,14 @@ def solve(lp: Any, gap: float, time_limit_s: float, relaxed: bool = False) -> st
     return meaning.get(lp.sol_status, "failed")
 
 
+def _all_in_ram(problem: Problem) -> Plan:
+    none = np.zeros(problem.n_layer, np.int64)
+    return Plan(none > 0, False, none, none + problem.n_ff)
+
+
 def smallest_ram(problem: Problem, vram: int) -> int:
     """The least ram in bytes with which a plan exists beside a vram budget, for a plan that is known to fit in it."""
-    none = np.zeros(problem.n_layer, np.int64)
-    plan = Plan(none > 0, False, none, none + problem.n_ff)
+    plan = _all_in_ram(problem)
     program = Program(problem, Budgets(vram, 0), "ram")
     if program.uses_card and solve(program.lp, 0.0, TIME_LIMIT_S) in ("optimal", "stopped"):
         plan = program.read()

@@ -52,10 +52,11 @@ def test_no_json_and_no_file_are_named(tmp_path: Path) -> None:
 
 
 def test_the_disk_is_measured_and_its_file_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "FILE_BYTES", 2 << 20)
+    monkeypatch.setattr(measure, "FILE_BYTES", 16 << 20)
     monkeypatch.setattr(measure, "SECONDS", 0.01)
     notes: list[str] = []
     disk = measure._measure_disk(tmp_path, notes)
+    assert disk is not None
     assert [size for size, _ in disk.rows] == list(measure.READ_BYTES)
     assert all(speed > 0 for _, speed in disk.rows)
     assert disk.sequential > 0

@@ -195,22 +195,23 @@ def test_twelve_layers_keep_their_own_patterns() -> None:
 
 def test_budget_is_spent_to_the_last_neuron() -> None:
     """The original left a quarter of the card empty where n_ff / n_embd was not what it expected."""
-    problem, placement = solve((4, 200), 3, "gate", 60 * KIB, None, "impact")
-    used = problem.bytes(plan_of(placement))[0]
-    assert 60 * KIB - used < int(problem.bundle[0] + problem.beside[0]) or used == problem.costs.scratch
+    budget = worlds.problem(4, 200).costs.scratch + 100 * KIB
+    problem, placement = solve((4, 200), 3, "gate", budget, None, "impact", merge_s=2e-9)
+    assert 0 <= budget - problem.bytes(plan_of(placement))[0] < int(problem.bundle[0] + problem.beside[0])
 
 
 def test_neurons_go_to_the_card_though_the_dense_parts_do_not_fit() -> None:
     """The original offloaded no neuron unless all attention, predictors and the head were on the card."""
     problem = worlds.problem(4, 200, 1)
     room = problem.costs.scratch + int(problem.dense[0]) // 2
-    _, placement = solve((4, 200), 1, "gate", room, None, "impact")
+    _, placement = solve((4, 200), 1, "gate", room, None, "impact", merge_s=2e-9)
     assert sum(placement.vram) > 0
+    assert not all(placement.dense)
 
 
 def test_equal_inputs_give_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        _, placement = solve((4, 200), 5, "mixed", 200 * KIB, 300 * KIB)
+        _, placement = solve((4, 200), 5, "mixed", 250 * KIB, 400 * KIB)
         write_placement(placement, tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
@@ -257,7 +258,7 @@ def test_a_machine_without_card_or_disk() -> None:
 
 
 def test_files_are_read_as_they_were_written(tmp_path: Path) -> None:
-    _, placement = solve((12, 96), 0, "gate", 60 * KIB, 200 * KIB)
+    _, placement = solve((12, 96), 0, "gate", 250 * KIB, 500 * KIB)
     write_placement(placement, tmp_path / "x")
     assert read_placement(tmp_path / "x") == placement
 
