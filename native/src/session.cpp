@@ -15,16 +15,8 @@ const Ops& ops_or_throw(uint32_t which) {
     return *ops;
 }
 
-uint32_t max_chunk(const Model& model) {
-    uint32_t most = 1;
-    for (const Layer& layer : model.weights.layers)
-        for (size_t c = 0; c + 1 < layer.chunks.size(); c++)
-            most = std::max(most, layer.chunks[c + 1] - layer.chunks[c]);
-    return most;
-}
-
 uint64_t max_rank(const Model& model) {
-    uint64_t most = 1;
+    uint64_t most = 0;
     for (const Layer& layer : model.weights.layers)
         if (layer.predictor) most = std::max(most, layer.predictor->in.n_rows);
     return most;
@@ -48,21 +40,21 @@ Session::Session(const Model& model, const pi_session_params& params)
     };
     auto allocate_vector = [&](Activations& v, size_t n) {
         allocate(v.f, n);
-        allocate(v.q8, n / QK + 1);
+        allocate(v.q8, n / QK);
     };
     keys_.resize(size_t{c.n_layer} * c.kv_dim() * n_ctx);
     values_.resize(size_t{c.n_layer} * c.kv_dim() * n_ctx);
-    size_t chunk = max_chunk(model), rank = max_rank(model);
+    size_t rank = max_rank(model);
     for (Worker& w : workers_) {
-        allocate(w.asked, chunk);
-        allocate(w.active, chunk);
-        for (auto* buffer : {&w.logit, &w.pre, &w.a, &w.up}) allocate(*buffer, chunk);
+        allocate(w.asked, c.n_ff);
+        allocate(w.active, c.n_ff);
+        for (auto* buffer : {&w.logit, &w.pre, &w.a, &w.up}) allocate(*buffer, c.n_ff);
         allocate(w.scores, n_ctx);
         allocate(w.packed, PACKED_FLOATS);
         allocate(w.tile, BATCH * DOWN_COLUMNS);
     }
-    allocate(cos_, BATCH * (c.rotary_dim / 2) + 1);
-    allocate(sin_, BATCH * (c.rotary_dim / 2) + 1);
+    allocate(cos_, BATCH * (c.rotary_dim / 2));
+    allocate(sin_, BATCH * (c.rotary_dim / 2));
     allocate(hidden_, c.n_embd);
     allocate_vector(x_, std::max(c.n_embd, c.q_dim()));
     allocate_vector(rank_, rank);

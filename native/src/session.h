@@ -50,8 +50,8 @@ struct Activations {
 
 // One thread's scratch.
 struct Worker {
-    Buffer<uint32_t> asked, active;                      // (chunk,) indices of neurons
-    Buffer<float> logit, pre, a, up;                     // (chunk,)
+    Buffer<uint32_t> asked, active;                      // (n_ff,) indices of neurons
+    Buffer<float> logit, pre, a, up;                     // (n_ff,)
     Buffer<float> scores;                                // (n_ctx,) attention
     Buffer<float> packed;                                // (PACKED_FLOATS,)
     Buffer<float> tile;                                  // (BATCH, DOWN_COLUMNS)
