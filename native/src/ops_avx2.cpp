@@ -40,13 +40,29 @@ float half_to_float(const uint8_t* p) {
     return _cvtsh_ss(bits);
 }
 
-// Rows are read R at a time, which no hardware prefetcher follows: so while R rows are worked on, the same part of the
-// next R is asked for, each line of 64 bytes once. (GCC takes a function that only prefetches for one that does
-// nothing, and leaves out its calls, unless it is inlined before that.)
+// Rows are read R at a time, which no hardware prefetcher follows: so while R rows are worked on, the same part of R
+// later ones is asked for, [offset, offset + step): every line of 64 bytes that begins there, counted from the row's
+// first byte. (GCC takes a function that only prefetches for one that does nothing, and leaves out its calls, unless it
+// is inlined before that.)
 template <size_t R>
-[[gnu::always_inline]] inline void prefetch(const uint8_t* const* next, size_t offset, size_t step) {
-    if (offset % 64 >= step) return;
-    PI_UNROLL for (size_t r = 0; r < R; r++) _mm_prefetch(reinterpret_cast<const char*>(next[r] + offset), _MM_HINT_T1);
+[[gnu::always_inline]] inline void prefetch(const uint8_t* const* later, size_t offset, size_t step) {
+    const size_t line = (offset + step - 1) / 64 * 64;
+    if (line < offset) return;
+    PI_UNROLL for (size_t r = 0; r < R; r++) _mm_prefetch(reinterpret_cast<const char*>(later[r] + line), _MM_HINT_T1);
+}
+
+// The line of a row's last byte, which lies beyond those where the row does not start with a line.
+template <size_t R>
+[[gnu::always_inline]] inline void prefetch_end(const uint8_t* const* later, size_t row_bytes) {
+    PI_UNROLL for (size_t r = 0; r < R; r++)
+        _mm_prefetch(reinterpret_cast<const char*>(later[r] + row_bytes - 1), _MM_HINT_T1);
+}
+
+// How many rows later: 16 KiB or so, which is what a core reads in the time that memory takes to answer, and then some.
+size_t rows_ahead(size_t group, size_t row_bytes) {
+    constexpr size_t BYTES = 16 << 10, MOST = 8;
+    const size_t groups = BYTES / (group * (row_bytes + 1));
+    return group * (groups < 1 ? 1 : groups < MOST ? groups : MOST);
 }
 
 // Up to 7 floats, the rest 0.
@@ -88,15 +104,17 @@ __m256 load_tail(const uint8_t* p, size_t n) {
 template <class Format>
 struct FloatRows {
     static constexpr size_t WIDE = 4;
+    static size_t bytes(size_t n) { return n * Format::BYTES; }
 
     template <size_t R>
-    static void dot(size_t n, const uint8_t* const* rows, const uint8_t* const* next, Vector x, float* out) {
+    static void dot(size_t n, const uint8_t* const* rows, const uint8_t* const* later, Vector x, float* out) {
         __m256 even[R], odd[R];
+        prefetch_end<R>(later, bytes(n));
         PI_UNROLL for (size_t r = 0; r < R; r++) even[r] = odd[r] = _mm256_setzero_ps();
         size_t k = 0;
         for (; k + 2 * LANES <= n; k += 2 * LANES) {
             const __m256 x0 = _mm256_loadu_ps(x.f + k), x1 = _mm256_loadu_ps(x.f + k + LANES);
-            prefetch<R>(next, k * Format::BYTES, 2 * LANES * Format::BYTES);
+            prefetch<R>(later, k * Format::BYTES, 2 * LANES * Format::BYTES);
             PI_UNROLL for (size_t r = 0; r < R; r++) {
                 const uint8_t* p = rows[r] + k * Format::BYTES;
                 even[r] = _mm256_fmadd_ps(Format::load(p), x0, even[r]);
@@ -105,6 +123,7 @@ struct FloatRows {
         }
         if (k + LANES <= n) {
             const __m256 x0 = _mm256_loadu_ps(x.f + k);
+            prefetch_end<R>(later, bytes(n));
             PI_UNROLL for (size_t r = 0; r < R; r++) even[r] =
                 _mm256_fmadd_ps(Format::load(rows[r] + k * Format::BYTES), x0, even[r]);
             k += LANES;
@@ -156,6 +175,7 @@ __m256 spread(__m256 v, size_t p) {
 // 15); the 8 that they are too large by leaves at the end, through the sums of x.
 struct Q4_0Rows {
     static constexpr size_t WIDE = 8;
+    static size_t bytes(size_t n) { return n / QK * sizeof(BlockQ4_0); }
 
     template <size_t R>
     static __m256 scales(const uint8_t* const* rows, size_t offset) {
@@ -174,14 +194,15 @@ struct Q4_0Rows {
     }
 
     template <size_t R>
-    static void dot(size_t n, const uint8_t* const* rows, const uint8_t* const* next, Vector x, float* out) {
+    static void dot(size_t n, const uint8_t* const* rows, const uint8_t* const* later, Vector x, float* out) {
         constexpr size_t PAIRS = R / 2;
+        prefetch_end<R>(later, bytes(n));
         __m256 acc[PAIRS], excess = _mm256_setzero_ps();
         PI_UNROLL for (size_t p = 0; p < PAIRS; p++) acc[p] = _mm256_setzero_ps();
         for (size_t b = 0; b < n / QK; b++) {
             const BlockX8& xb = x.q8[b];
             const size_t offset = b * sizeof(BlockQ4_0);
-            prefetch<R>(next, offset, sizeof(BlockQ4_0));
+            prefetch<R>(later, offset, sizeof(BlockQ4_0));
             const __m256 d = scales<R>(rows, offset);
             const __m256 dd = _mm256_mul_ps(d, _mm256_set1_ps(xb.d));
             excess = _mm256_fmadd_ps(d, _mm256_set1_ps(xb.sum), excess);
@@ -204,14 +225,16 @@ struct Q4_0Rows {
 
 struct Q8_0Rows {
     static constexpr size_t WIDE = 8;
+    static size_t bytes(size_t n) { return n / QK * sizeof(BlockQ8_0); }
 
     template <size_t R>
-    static void dot(size_t n, const uint8_t* const* rows, const uint8_t* const* next, Vector x, float* out) {
+    static void dot(size_t n, const uint8_t* const* rows, const uint8_t* const* later, Vector x, float* out) {
+        prefetch_end<R>(later, bytes(n));
         __m256 acc[R];
         PI_UNROLL for (size_t r = 0; r < R; r++) acc[r] = _mm256_setzero_ps();
         for (size_t b = 0; b < n / QK; b++) {
             const size_t offset = b * sizeof(BlockQ8_0);
-            prefetch<R>(next, offset, sizeof(BlockQ8_0));
+            prefetch<R>(later, offset, sizeof(BlockQ8_0));
             const __m256i xq = load_32(x.q8[b].q);
             const __m256 d = _mm256_mul_ps(block_scales<R>(rows, offset), _mm256_set1_ps(x.q8[b].d));
             const __m256 d_low = _mm256_permute2f128_ps(d, d, 0x00), d_high = _mm256_permute2f128_ps(d, d, 0x11);
@@ -233,17 +256,18 @@ struct Q8_0Rows {
 template <class Rows, class RowAt>
 void dot_rows(size_t n, size_t n_rows, RowAt row_at, Vector x, float* out) {
     constexpr size_t WIDE = Rows::WIDE;
+    const size_t ahead = rows_ahead(WIDE, Rows::bytes(n));
     const auto row_or_last = [&](size_t i) { return row_at(i < n_rows ? i : n_rows - 1); };
-    const uint8_t *rows[WIDE], *next[WIDE];
+    const uint8_t *rows[WIDE], *later[WIDE];
     size_t i = 0;
     for (; i + WIDE <= n_rows; i += WIDE) {
-        for (size_t r = 0; r < WIDE; r++) rows[r] = row_at(i + r), next[r] = row_or_last(i + r + WIDE);
-        Rows::template dot<WIDE>(n, rows, next, x, out + i);
+        for (size_t r = 0; r < WIDE; r++) rows[r] = row_at(i + r), later[r] = row_or_last(i + r + ahead);
+        Rows::template dot<WIDE>(n, rows, later, x, out + i);
     }
     for (; i < n_rows; i += 2) {
         float two[2];
-        for (size_t r = 0; r < 2; r++) rows[r] = row_or_last(i + r), next[r] = row_or_last(i + r + 2);
-        Rows::template dot<2>(n, rows, next, x, two);
+        for (size_t r = 0; r < 2; r++) rows[r] = row_or_last(i + r), later[r] = row_or_last(i + r + 2);
+        Rows::template dot<2>(n, rows, later, x, two);
         out[i] = two[0];
         if (i + 1 < n_rows) out[i + 1] = two[1];
     }
@@ -281,12 +305,15 @@ void matvec_picked(Type type, size_t n, const uint8_t* rows, size_t stride, cons
 // sake.
 template <class Format>
 struct AddFloats {
+    static size_t bytes(size_t n) { return n * Format::BYTES; }
+
     template <size_t R>
-    [[gnu::noinline]] static void add(size_t n, const uint8_t* const* rows, const uint8_t* const* next, const float* h,
+    [[gnu::noinline]] static void add(size_t n, const uint8_t* const* rows, const uint8_t* const* later, const float* h,
                                       float* acc) {
+        prefetch_end<R>(later, bytes(n));
         size_t j = 0;
-        for (; j + 4 * LANES <= n; j += 4 * LANES) step<R, 4>(j, rows, next, h, acc);
-        for (; j + LANES <= n; j += LANES) step<R, 1>(j, rows, next, h, acc);
+        for (; j + 4 * LANES <= n; j += 4 * LANES) step<R, 4>(j, rows, later, h, acc);
+        for (; j + LANES <= n; j += LANES) step<R, 1>(j, rows, later, h, acc);
         if (j == n) return;
         __m256 a = load_tail(acc + j, n - j);
         for (size_t r = 0; r < R; r++)
@@ -296,10 +323,11 @@ struct AddFloats {
 
     // Columns [j, j + 8 V).
     template <size_t R, size_t V>
-    [[gnu::always_inline]] static void step(size_t j, const uint8_t* const* rows, const uint8_t* const* next,
+    [[gnu::always_inline]] static void step(size_t j, const uint8_t* const* rows, const uint8_t* const* later,
                                             const float* h, float* acc) {
         constexpr size_t BYTES = V * LANES * Format::BYTES;
-        PI_UNROLL for (size_t line = 0; line < BYTES; line += 64) prefetch<R>(next, j * Format::BYTES + line, BYTES);
+        constexpr size_t PART = BYTES < 64 ? BYTES : 64;
+        PI_UNROLL for (size_t line = 0; line < BYTES; line += 64) prefetch<R>(later, j * Format::BYTES + line, PART);
         __m256 a[V];
         PI_UNROLL for (size_t e = 0; e < V; e++) a[e] = _mm256_loadu_ps(acc + j + e * LANES);
         PI_UNROLL for (size_t r = 0; r < R; r++) {
@@ -347,26 +375,29 @@ struct Q8_0Block {
 
 template <class Block>
 struct AddBlocks {
+    static size_t bytes(size_t n) { return n / QK * Block::BYTES; }
+
     template <size_t R>
-    [[gnu::noinline]] static void add(size_t n, const uint8_t* const* rows, const uint8_t* const* next, const float* h,
+    [[gnu::noinline]] static void add(size_t n, const uint8_t* const* rows, const uint8_t* const* later, const float* h,
                                       float* acc) {
         // h * UNIT is exact but for |h| < 2^-98, so that the sums are those of h * d and q
         const __m256 some = R == LANES ? _mm256_loadu_ps(h) : load_tail(h, R);
         const __m256 weights = _mm256_mul_ps(some, _mm256_set1_ps(Block::UNIT));
+        prefetch_end<R>(later, bytes(n));
         size_t j = 0;
-        for (; j + 2 * QK <= n; j += 2 * QK) step<R, 2>(j, rows, next, weights, acc);
-        if (j < n) step<R, 1>(j, rows, next, weights, acc);
+        for (; j + 2 * QK <= n; j += 2 * QK) step<R, 2>(j, rows, later, weights, acc);
+        if (j < n) step<R, 1>(j, rows, later, weights, acc);
     }
 
     // Columns [j, j + 32 N).
     template <size_t R, size_t N>
-    [[gnu::always_inline]] static void step(size_t j, const uint8_t* const* rows, const uint8_t* const* next,
+    [[gnu::always_inline]] static void step(size_t j, const uint8_t* const* rows, const uint8_t* const* later,
                                             __m256 weights, float* acc) {
         const size_t offset = j / QK * Block::BYTES;
         float hd[N][LANES];
         __m256 a[N * 4], w[4];
         PI_UNROLL for (size_t b = 0; b < N; b++) {
-            prefetch<R>(next, offset + b * Block::BYTES, Block::BYTES);
+            prefetch<R>(later, offset + b * Block::BYTES, Block::BYTES);
             const __m256 d = block_scales<R>(rows, offset + b * Block::BYTES);
             _mm256_storeu_ps(hd[b], _mm256_mul_ps(weights, d));
         }
@@ -384,19 +415,24 @@ struct AddBlocks {
 
 constexpr size_t GROUP = 8;  // rows in one pass over acc
 
-struct Group {
-    const uint8_t* rows[GROUP];
-    float h[GROUP];
-    size_t n = 0;
+// The rows to add, without those that are skipped, a little ahead of the adding. Places are taken modulo SIZE.
+struct Queue {
+    static constexpr size_t SIZE = 128;  // at least twice what rows_ahead may say
+    const uint8_t* rows[SIZE];
+    float h[SIZE];
+    size_t end = 0;
+
+    void push(const uint8_t* row, float weight) {
+        rows[end % SIZE] = row;
+        h[end++ % SIZE] = weight;
+    }
 };
 
-// Adds a group's rows while the next group's are asked for. Only the last group may be less than full.
+// The last rows, fewer than GROUP.
 template <class Add>
-void add_group(size_t n, const Group& group, const Group& next, float* acc) {
-    if (group.n == GROUP) return Add::template add<GROUP>(n, group.rows, next.rows, group.h, acc);
-    size_t r = 0;
+void add_rest(size_t n, const uint8_t* const* rows, const float* h, size_t n_rows, float* acc) {
     const auto part = [&](auto add, size_t count) {
-        for (; r + count <= group.n; r += count) add(n, group.rows + r, group.rows + r, group.h + r, acc);
+        for (; n_rows >= count; rows += count, h += count, n_rows -= count) add(n, rows, rows, h, acc);
     };
     part(Add::template add<4>, 4);
     part(Add::template add<2>, 2);
@@ -406,19 +442,16 @@ void add_group(size_t n, const Group& group, const Group& next, float* acc) {
 // acc += h[i] * row_at(i), i < n_rows, but for those where h is 0 if they are to be skipped.
 template <class Add, class RowAt>
 void add_rows(size_t n, size_t n_rows, RowAt row_at, const float* h, bool skip, float* acc) {
-    size_t i = 0;
-    const auto take = [&](const Group& before) {
-        Group group = before;  // where rows are missing, those before are asked for again
-        for (group.n = 0; i < n_rows && group.n < GROUP; i++) {
-            if (skip && h[i] == 0) continue;
-            group.rows[group.n] = row_at(i);
-            group.h[group.n++] = h[i];
+    const size_t ahead = rows_ahead(GROUP, Add::bytes(n));
+    Queue queue;
+    for (size_t i = 0, at = 0;; at += GROUP) {
+        for (; i < n_rows && queue.end < at + ahead + GROUP; i++) {
+            if (!skip || h[i] != 0) queue.push(row_at(i), h[i]);
         }
-        return group;
-    };
-    for (Group group = take({}), next; group.n > 0; group = next) {
-        next = take(group);
-        add_group<Add>(n, group, next, acc);
+        const size_t place = at % Queue::SIZE;
+        if (queue.end < at + GROUP) return add_rest<Add>(n, queue.rows + place, queue.h + place, queue.end - at, acc);
+        const size_t then = queue.end < at + ahead + GROUP ? place : (at + ahead) % Queue::SIZE;
+        Add::template add<GROUP>(n, queue.rows + place, queue.rows + then, queue.h + place, acc);
     }
 }
 
