@@ -22,6 +22,7 @@ void look_up(const pi::Gguf& gguf, const std::string& key) {
         }
     };
     quietly([&] { gguf.u(key); });
+    quietly([&] { gguf.b(key); });
     quietly([&] { gguf.f(key); });
     quietly([&] { gguf.s(key); });
     quietly([&] { gguf.numbers(key); });

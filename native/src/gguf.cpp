@@ -436,9 +436,15 @@ uint64_t row_bytes(Type type, uint64_t n) {
 uint64_t Gguf::u(const std::string& key) const {
     constexpr char EXPECTED[] = "an integer of at least 0";
     const Value& value = value_of(*this, key, EXPECTED);
-    bool whole = scalar_bytes(value.type) != 0 && value.type != FLOAT32 && value.type != FLOAT64;
+    bool whole = scalar_bytes(value.type) != 0 && value.type != FLOAT32 && value.type != FLOAT64 && value.type != BOOL;
     if (!whole || (is_signed(value.type) && static_cast<int64_t>(value.bits) < 0)) wrong_value(key, EXPECTED, value);
     return value.bits;
+}
+
+bool Gguf::b(const std::string& key) const {
+    const Value& value = value_of(*this, key, "a boolean");
+    if (value.type != BOOL) wrong_value(key, "a boolean", value);
+    return value.bits != 0;
 }
 
 double Gguf::f(const std::string& key) const {

@@ -86,7 +86,8 @@ struct Gguf {
     uint64_t data_offset = 0;
 
     // Throw MISMATCH naming key or tensor, what was expected and what was found.
-    uint64_t u(const std::string& key) const;  // boolean, or integer of any width that is not negative
+    uint64_t u(const std::string& key) const;  // integer of any width that is not negative
+    bool b(const std::string& key) const;      // boolean
     double f(const std::string& key) const;    // float32 or float64
     std::string_view s(const std::string& key) const;
     const std::vector<double>& numbers(const std::string& key) const;

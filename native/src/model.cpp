@@ -24,6 +24,13 @@ uint32_t size_of(const Gguf& gguf, const std::string& key, uint64_t limit = MAX_
     return static_cast<uint32_t>(value);
 }
 
+float positive(const Gguf& gguf, const std::string& key) {
+    double value = gguf.f(key);
+    if (!(value > 0 && std::isfinite(value)))
+        throw Error(PI_ERROR_MALFORMED, key + ": expected a finite number above 0, found " + std::to_string(value));
+    return static_cast<float>(value);
+}
+
 const std::vector<double>& per_layer(const Gguf& gguf, const std::string& key, uint32_t n_layer) {
     const auto& values = gguf.numbers(key);
     if (values.size() != n_layer)
@@ -87,7 +94,7 @@ void Model::read_config() {
     auto arch = std::string(gguf_.s("general.architecture"));
     if (arch != "llama" && arch != "opt")
         throw Error(PI_ERROR_UNSUPPORTED, "general.architecture: expected llama or opt, found " + arch);
-    if (uint64_t version = gguf_.u("powerinfer.version"); version != 1)
+    if (uint32_t version = size_of(gguf_, "powerinfer.version", UINT32_MAX); version != 1)
         throw Error(PI_ERROR_UNSUPPORTED, "powerinfer.version: this engine reads 1, found " + std::to_string(version));
     Config& c = config;
     c.arch = arch == "llama" ? Arch::Llama : Arch::Opt;
@@ -102,16 +109,16 @@ void Model::read_config() {
     if (c.n_head % c.n_head_kv != 0)
         throw Error(PI_ERROR_MALFORMED, arch + ".attention.head_count_kv: " + std::to_string(c.n_head_kv) +
                                             " does not divide head_count " + std::to_string(c.n_head));
-    c.norm_eps = static_cast<float>(gguf_.f(
-        arch + (c.arch == Arch::Llama ? ".attention.layer_norm_rms_epsilon" : ".attention.layer_norm_epsilon")));
+    c.norm_eps = positive(
+        gguf_, arch + (c.arch == Arch::Llama ? ".attention.layer_norm_rms_epsilon" : ".attention.layer_norm_epsilon"));
     c.activation = parse_activation(gguf_.s("powerinfer.activation"));
-    c.gated = gguf_.u("powerinfer.gated") != 0;
-    c.tied = gguf_.u("powerinfer.tied") != 0;
-    c.predictor_relu = gguf_.u("powerinfer.predictor_relu") != 0;
+    c.gated = gguf_.b("powerinfer.gated");
+    c.tied = gguf_.b("powerinfer.tied");
+    c.predictor_relu = gguf_.b("powerinfer.predictor_relu");
     if (c.activation == Activation::DRelu && !c.gated)
         throw Error(PI_ERROR_MALFORMED, "powerinfer.activation: drelu needs a gated FFN");
     if (c.arch == Arch::Llama) {
-        c.rope_scale = static_cast<float>(gguf_.f("powerinfer.rope_scale"));
+        c.rope_scale = positive(gguf_, "powerinfer.rope_scale");
         c.rotary_dim = size_of(gguf_, arch + ".rope.dimension_count", 65536);
         if (c.rotary_dim % 2 != 0 || c.rotary_dim > c.head_dim)
             throw Error(PI_ERROR_MALFORMED, arch + ".rope.dimension_count: expected an even number up to " +
@@ -146,7 +153,7 @@ const Tensor& Model::expect(const std::string& name, std::initializer_list<uint6
     if (!same || !typed)
         throw Error(PI_ERROR_MISMATCH, name + ": expected " + types + " " + shape + ", found " + type_name(t->type) +
                                            " " + shape_text(*t));
-    n_bound_++;
+    bound_[static_cast<size_t>(t - gguf_.tensors.data())] = true;
     return *t;
 }
 
@@ -175,7 +182,7 @@ Linear Model::linear(const std::string& name, const uint8_t* base, uint64_t n, u
 
 void Model::bind(const uint8_t* base) {
     const Config& c = config;
-    n_bound_ = 0;
+    bound_.assign(gguf_.tensors.size(), false);
     weights.token_embd = matrix("token_embd", base, c.n_embd, c.n_vocab);
     if (c.arch == Arch::Opt) weights.position_embd = matrix("position_embd", base, c.n_embd, c.n_ctx);
     if (c.arch == Arch::Llama) weights.rope_inv_freq = vector("rope_inv_freq.weight", base, c.rotary_dim / 2, true);
@@ -183,10 +190,10 @@ void Model::bind(const uint8_t* base) {
     for (uint32_t i = 0; i < c.n_layer; i++) bind_layer(i, base);
     weights.output_norm = norm("output_norm", base);
     weights.output = c.tied ? weights.token_embd : matrix("output", base, c.n_embd, c.n_vocab);
-    if (n_bound_ != gguf_.tensors.size())
-        throw Error(PI_ERROR_MISMATCH, "expected " + std::to_string(n_bound_) +
-                                           " tensors for this configuration, found " +
-                                           std::to_string(gguf_.tensors.size()));
+    auto unbound = std::find(bound_.begin(), bound_.end(), false);
+    if (unbound != bound_.end())
+        throw Error(PI_ERROR_MISMATCH, gguf_.tensors[static_cast<size_t>(unbound - bound_.begin())].name +
+                                           ": expected no such tensor, found one");
 }
 
 void Model::bind_layer(uint32_t i, const uint8_t* base) {

@@ -113,7 +113,7 @@ class Model {
     std::vector<int> modes_;
     std::vector<uint32_t> always_;
     std::vector<float> thresholds_;
-    mutable size_t n_bound_ = 0;  // tensors that the model uses; more in the file are an error
+    mutable std::vector<bool> bound_;  // tensors that the model uses; others in the file are an error
 };
 
 }  // namespace pi

@@ -137,12 +137,14 @@ void test_lookups() {
                                 pair("single", FLOAT32, bytes(0.5f)) + pair("double", FLOAT64, bytes(-0.25)) +
                                 pair("text", STRING, text("llama")) + pair("bool", BOOL, bytes<uint8_t>(1)) +
                                 pair("signed", ARRAY, bytes<uint32_t>(INT32) + bytes(2ull) + bytes(-1) + bytes(7))));
-    check(gguf.u("wide") == 1ull << 40 && gguf.u("bool") == 1, "integers");
+    check(gguf.u("wide") == 1ull << 40 && gguf.b("bool"), "integers");
     check(gguf.f("single") == 0.5 && gguf.f("double") == -0.25, "floats");
     check(gguf.s("text") == "llama" && gguf.has("text") && !gguf.has("none"), "texts");
     check(gguf.numbers("signed") == std::vector<double>{-1, 7}, "arrays");
     check(status_of([&] { gguf.u("int"); }) == PI_ERROR_MISMATCH, "a negative integer is no count");
     check(status_of([&] { gguf.u("single"); }) == PI_ERROR_MISMATCH, "a float is no count");
+    check(status_of([&] { gguf.u("bool"); }) == PI_ERROR_MISMATCH, "a boolean is no count");
+    check(status_of([&] { gguf.b("int"); }) == PI_ERROR_MISMATCH, "an integer is no boolean");
     check(status_of([&] { gguf.f("int"); }) == PI_ERROR_MISMATCH, "an integer is no float");
     check(status_of([&] { gguf.s("signed"); }) == PI_ERROR_MISMATCH, "an array is no text");
     check(status_of([&] { gguf.numbers("text"); }) == PI_ERROR_MISMATCH, "a text is no array");

@@ -18,6 +18,7 @@ from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.files import sha256_file
 
 T = TypeVar("T")
+MAX_SIZE, MAX_LAYERS, MAX_HEAD, MAX_CTX = 1 << 24, 4096, 65536, 1 << 26  # as in native/src/model.cpp
 _TYPE_NAME = {number: name.upper() for name, number in layout.TYPE_ID.items()}
 
 
@@ -130,15 +131,15 @@ class _Keys:
     def __init__(self, file: GgufFile) -> None:
         self.file = file
 
-    def fail(self, key: str, expected: str, found: object) -> PowerinferError:
-        return PowerinferError(f"{self.file.path}: {key}: expected {expected}, found {found!r:.80}", "mismatch")
+    def fail(self, key: str, expected: str, found: object, kind: str = "malformed") -> PowerinferError:
+        return PowerinferError(f"{self.file.path}: {key}: expected {expected}, found {found!r:.80}", kind)
 
     def of(self, key: str, kind: type[T]) -> T:
         if key not in self.file.metadata:
             raise PowerinferError(f"{self.file.path}: {key}: expected a {kind.__name__}, found no such key", "mismatch")
         value = self.file.metadata[key]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise self.fail(key, f"a {kind.__name__}", value)
+            raise self.fail(key, f"a {kind.__name__}", value, "mismatch")
         return value
 
     def integer(self, key: str, low: int, high: int = 2**31 - 1) -> int:
@@ -156,7 +157,7 @@ class _Keys:
     def choice(self, key: str, allowed: tuple[str, ...]) -> str:
         value = self.of(key, str)
         if value not in allowed:
-            raise self.fail(key, f"one of {', '.join(allowed)}", value)
+            raise self.fail(key, f"one of {', '.join(allowed)}", value, "unsupported")
         return value
 
     def integers(self, key: str, n: int, low: int, high: int) -> list[int]:
@@ -187,7 +188,7 @@ class _Keys:
     def _layers(self, key: str, n: int) -> list[Any]:
         values: list[Any] = self.of(key, list)
         if len(values) != n:
-            raise self.fail(key, f"{n} numbers, one a layer", f"{len(values)} numbers")
+            raise self.fail(key, f"{n} numbers, one a layer", f"{len(values)} numbers", "mismatch")
         return values
 
 
@@ -195,21 +196,21 @@ def _config(file: GgufFile, keys: _Keys) -> Config:
     arch = keys.choice("general.architecture", ARCHITECTURES)
     name = keys.of("general.name", str)
 
-    def size(key: str) -> int:
-        return keys.integer(f"{arch}.{key}", 1)
+    def size(key: str, limit: int = MAX_SIZE) -> int:
+        return keys.integer(f"{arch}.{key}", 1, limit)
 
-    n_layer = size("block_count")
+    n_layer = size("block_count", MAX_LAYERS)
     config = Config(
         arch=arch,
         name=name,
         n_layer=n_layer,
         n_embd=size("embedding_length"),
         n_ff=size("feed_forward_length"),
-        n_head=size("attention.head_count"),
-        n_head_kv=size("attention.head_count_kv"),
-        head_dim=size("attention.key_length"),
+        n_head=size("attention.head_count", MAX_HEAD),
+        n_head_kv=size("attention.head_count_kv", MAX_HEAD),
+        head_dim=size("attention.key_length", MAX_HEAD),
         n_vocab=size("vocab_size"),
-        n_ctx=size("context_length"),
+        n_ctx=size("context_length", MAX_CTX),
         norm_eps=keys.positive(f"{arch}.{layout.norm_key(arch)}"),
         activation=keys.choice(layout.KEY_ACTIVATION, ACTIVATIONS),
         gated=keys.of(layout.KEY_GATED, bool),
@@ -223,8 +224,11 @@ def _config(file: GgufFile, keys: _Keys) -> Config:
 
 
 def _rope(file: GgufFile, keys: _Keys) -> Rope:
-    name = "rope_inv_freq.weight"
-    _check_tensor(file, TensorPlan(name, "f32", (keys.integer("llama.rope.dimension_count", 2) // 2,)))
+    name, key = "rope_inv_freq.weight", "llama.rope.dimension_count"
+    n, head_dim = keys.integer(key, 2), keys.integer("llama.attention.key_length", 1, MAX_HEAD)
+    if n % 2 or n > head_dim:
+        raise keys.fail(key, f"an even number up to {head_dim}", n)
+    _check_tensor(file, TensorPlan(name, "f32", (n // 2,)))
     return Rope(_vector(file, name, np.float32), keys.positive(layout.KEY_ROPE_SCALE))
 
 
@@ -268,21 +272,24 @@ def _special(keys: _Keys, config: Config) -> dict[str, Any]:
 def _check_tensors(artifact: Artifact) -> None:
     """Exactly the tensors that layout.tensor_table demands, in its order."""
     file, config = artifact.file, artifact.config
-    table = tensor_table(config, artifact.plans, artifact.quant, _biases(file, config.n_layer))
+    table = tensor_table(config, artifact.plans, artifact.quant, _biases(file, config))
     for plan in table:
         _check_tensor(file, plan)
     expected = {plan.name for plan in table}
     for name in file.tensors:
         if name not in expected:
-            raise PowerinferError(f"{file.path}: {name}: expected no such tensor", "mismatch")
+            raise PowerinferError(f"{file.path}: {name}: expected no such tensor, found one", "mismatch")
 
 
-def _biases(file: GgufFile, n_layer: int) -> frozenset[str]:
-    """The bias tensors that must be there: a bias in one layer is one in all."""
+def _biases(file: GgufFile, config: Config) -> frozenset[str]:
+    """The bias tensors that must be there: a bias in one layer is one in all, and opt's norms have them."""
     found = {name for name in file.tensors if name.endswith(".bias")}
     parts = {name.split(".", 2)[2] for name in found if name.startswith("blk.") and name.count(".") == 3}
     parts -= {"predictor_out.bias"}
-    return frozenset(found | {f"blk.{i}.{part}" for i in range(n_layer) for part in parts})
+    if config.arch == "opt":
+        found.add("output_norm.bias")
+        parts |= {"attn_norm.bias", "ffn_norm.bias"}
+    return frozenset(found | {f"blk.{i}.{part}" for i in range(config.n_layer) for part in parts})
 
 
 def _check_tensor(file: GgufFile, plan: TensorPlan) -> None:
@@ -301,15 +308,15 @@ def _check_order(artifact: Artifact, i: int) -> None:
     outside = np.flatnonzero((order < 0) | (order >= n_ff))
     if len(outside):
         at = int(outside[0])
-        raise PowerinferError(f"{where}[{at}]: expected a neuron in 0 .. {n_ff - 1}, found {order[at]}", "mismatch")
+        raise PowerinferError(f"{where}[{at}]: expected a neuron in 0 .. {n_ff - 1}, found {order[at]}", "malformed")
     repeated = np.flatnonzero(np.bincount(order, minlength=n_ff) > 1)
     if len(repeated):
-        raise PowerinferError(f"{where}: expected each neuron once, found {repeated[0]} more often", "mismatch")
+        raise PowerinferError(f"{where}: expected each neuron once, found {repeated[0]} more often", "malformed")
     frequency = artifact.frequency(i)
     if not (frequency[0] <= 1 and frequency[-1] >= 0 and (np.diff(frequency) <= 0).all()):
         name = f"blk.{i}.ffn_frequency.weight"
         raise PowerinferError(
-            f"{artifact.path}: {name}: expected shares that fall from 1 to 0, found others", "mismatch"
+            f"{artifact.path}: {name}: expected shares that fall from 1 to 0, found others", "malformed"
         )
 
 
