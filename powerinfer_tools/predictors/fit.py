@@ -15,6 +15,7 @@ STEPS, BATCH, ROUND_EVERY, LOOK_EVERY = 300, 512, 4, 50
 LEARNING_RATE = 0.01  # of a weight matrix's mean size
 POSITIVE_WEIGHT = 3.0  # a missed neuron costs more than one computed in vain
 PATIENCE = 2  # looks without a gain
+EARLY = 100  # steps after which the rest can be foreseen
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,14 @@ def fine_tune(
     fired: Tensor,
     quant: str,
     judge: Callable[[Network], float],
+    hopeless: float,
     generator: torch.Generator,
 ) -> Network:
     """The best stored network of a few hundred Adam steps on recall-weighted cross-entropy, by what `judge` asks less.
 
     The weights see their rounding error, refreshed every ROUND_EVERY steps. Every LOOK_EVERY steps `judge` says what
-    the stored network costs; training stops when that has not fallen PATIENCE times.
+    the stored network costs; training stops when that has not fallen PATIENCE times, or is above `hopeless` after
+    EARLY steps.
     """
     weights = [start.w_in.clone(), start.w_out.clone(), start.bias.clone()]
     sizes = [float(weights[0].abs().mean()), float(weights[1].abs().mean()), 1.0]
@@ -147,7 +150,7 @@ def fine_tune(
             waited = 0 if cost < lowest else waited + 1
             if cost < lowest:
                 best, lowest = network, cost
-            if waited == PATIENCE or step == STEPS:
+            if waited == PATIENCE or step == STEPS or (step >= EARLY and lowest > hopeless):
                 break
         if step % ROUND_EVERY == 0:
             errors = [rounded(w, quant) - w for w in weights[:2]]

@@ -1,6 +1,5 @@
 """One layer's choice: gate or predictor, of which rank, by bytes per token on held-out samples."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,8 @@ from powerinfer_tools.predictors.fit import Network, Start, fine_tune
 from powerinfer_tools.predictors.select import FfnCosts
 
 MARGIN = 0.03  # a predictor must save this share of the gate mode's bytes
+HOPELESS = 1.02  # of the bytes that would pay: fine-tuning that starts worse is given up early
 HELD_OUT = 5  # every fifth window
-REACH = 0.5  # of the neurons that the SVD start computes in vain, fine-tuning spares at best this share
 RANK_STEP = 32  # a block of the quantised types
 
 
@@ -63,10 +62,11 @@ def fit_layer(
     samples = _samples(checkpoint, activations, i, device)
     costs = FfnCosts.of(checkpoint.config, bounds.quant)
     gate_bytes = costs.gate(samples.held.n_fired / len(samples.held.x))
-    network, choice = _best_start(samples, relu, bounds, costs, gate_bytes)
-    if _can_pay(network.rank, choice, costs, gate_bytes):
-        network, choice = _tuned(network, choice, samples, bounds, costs, i)
-    pays = choice.bytes <= (1 - MARGIN) * gate_bytes
+    target = (1 - MARGIN) * gate_bytes
+    network, choice = _best_start(samples, relu, bounds, costs, target)
+    if costs.least(network.rank, samples.held.n_fired / len(samples.held.x)) <= target:
+        network, choice = _tuned(network, samples, bounds, costs, target, i)
+    pays = choice.bytes <= target
     plan = LayerPlan(MODE_PREDICTOR, network.rank, choice.always) if pays else LayerPlan(MODE_GATE)
     figures = _figures(i, plan, network.rank, choice, samples.held, gate_bytes)
     if not pays:
@@ -95,40 +95,32 @@ def _held_out(activations: Activations) -> Tensor:
     return windows % HELD_OUT == HELD_OUT - 1
 
 
-def _ranks(n_embd: int) -> Iterator[int]:
-    """32, 64, 96, 128, then steps of about a third."""
-    rank = RANK_STEP
-    while rank <= max(RANK_STEP, n_embd // 2):
-        yield rank
-        rank += max(RANK_STEP, rank // 3 // RANK_STEP * RANK_STEP)
-
-
-def _best_start(
-    samples: Samples, relu: bool, bounds: Bounds, costs: FfnCosts, gate_bytes: float
-) -> tuple[Network, Choice]:
-    """The SVD start that reads the fewest bytes; ranks rise until bytes do."""
+def _best_start(samples: Samples, relu: bool, bounds: Bounds, costs: FfnCosts, target: float) -> tuple[Network, Choice]:
+    """The SVD start that reads the fewest bytes, among the ranks that could pay: doubled, then between the best two."""
     svd = Start(samples.select, samples.x)
-    best: tuple[Network, Choice] | None = None
-    for rank in _ranks(costs.n_embd):
+    fired = samples.held.n_fired / len(samples.held.x)
+    tried: dict[int, tuple[Network, Choice]] = {}
+
+    def attempt(rank: int) -> None:
         network = svd.network(rank, relu, samples.x, samples.fired)
         network = network.stored(bounds.quant, samples.x, samples.fired)
-        choice = choose(network, samples.held, costs, bounds.recall, bounds.error)
-        if best is not None and choice.bytes >= best[1].bytes:
-            break
-        best = network, choice
-    assert best is not None
-    return best
+        tried[rank] = network, choose(network, samples.held, costs, bounds.recall, bounds.error)
 
+    def best() -> int:
+        return min(tried, key=lambda rank: tried[rank][1].bytes)
 
-def _can_pay(rank: int, choice: Choice, costs: FfnCosts, gate_bytes: float) -> bool:
-    """Whether fine-tuning could make the predictor pay: fewer neurons in vain, as far as it reaches."""
-    in_vain = choice.computed - choice.found
-    hoped = choice.bytes - REACH * in_vain * costs.neuron_row
-    return hoped <= (1 - MARGIN) * gate_bytes
+    rank = RANK_STEP
+    attempt(rank)
+    while 2 * (rank := 2 * rank) <= costs.n_embd and costs.least(rank, fired) < min(target, tried[best()][1].bytes):
+        attempt(rank)
+    for between in (best() * 3 // 4, best() * 3 // 2):
+        if between % RANK_STEP == 0 and between < max(tried) and between not in tried:
+            attempt(between)
+    return tried[best()]
 
 
 def _tuned(
-    network: Network, choice: Choice, samples: Samples, bounds: Bounds, costs: FfnCosts, i: int
+    network: Network, samples: Samples, bounds: Bounds, costs: FfnCosts, target: float, i: int
 ) -> tuple[Network, Choice]:
     held = samples.held
 
@@ -136,7 +128,8 @@ def _tuned(
         return choose(candidate, held, costs, bounds.recall, bounds.error).bytes
 
     generator = torch.Generator().manual_seed(bounds.seed * 100_003 + i)
-    tuned = fine_tune(network, samples.x, samples.fired, bounds.quant, judge, generator)
+    hopeless = HOPELESS * target
+    tuned = fine_tune(network, samples.x, samples.fired, bounds.quant, judge, hopeless, generator)
     return tuned, choose(tuned, held, costs, bounds.recall, bounds.error)
 
 
