@@ -90,7 +90,25 @@ class Relaxation:
                     found[better] = (trial, max(step, found[better][1]))
                 best = np.maximum(best, times)
         cell = np.unravel_index(np.argmin(best), best.shape)
-        return float(best[cell]), self._plan(found[cell][0], *map(int, cell))
+        return float(best[cell]), self._mixed(found[cell][0], *map(int, cell))
+
+    def _mixed(self, prices: Prices, head: int, n_dense: int) -> Plan:
+        """Layer by layer what it takes just below the prices, while vram has room, and then just above them.
+
+        At the prices themselves a layer may take little or much at equal cost; the best plan has some of either.
+        """
+        p = self.problem
+        much, little = (
+            self._plan(Prices(prices.vram * (1 + change), prices.ram, prices.weight), head, n_dense)
+            for change in (-2 * FINEST, 2 * FINEST)
+        )
+        sizes = [plan.vram * p.bundle + p.beside_bytes(p.each, plan.vram) for plan in (much, little)]
+        sizes = [size + plan.dense * (p.dense + p.kv) for size, plan in zip(sizes, (much, little), strict=True)]
+        more = np.cumsum(sizes[0] - sizes[1]) <= self.room - sizes[1].sum() - head * p.costs.head
+        dense, vram, ram = (
+            np.where(more, getattr(much, name), getattr(little, name)) for name in ("dense", "vram", "ram")
+        )
+        return Plan(dense, bool(head), vram, ram)
 
     def _plan(self, prices: Prices, head: int, n_dense: int) -> Plan:
         """What layers take at these prices with so many blocks in vram. It may break the budgets."""
@@ -146,10 +164,19 @@ class Relaxation:
         found = [self._ffn(prices, dense, weight) for weight in weights]
         most = np.argmax([cost for cost, _, _ in found], axis=0)
         cost, k1, k2 = (np.stack(values)[most, p.each] for values in zip(*found, strict=True))
+        if self.uses_card:
+            whole = self._whole_ffn(prices, dense)
+            k1, k2 = (np.where(whole < cost, p.n_ff, k) for k in (k1, k2))
+            cost = np.minimum(cost, whole)
         return block + cost, k1, k2
 
+    def _whole_ffn(self, prices: Prices, dense: bool) -> Floats:
+        """Cost of having all neurons in vram, where the processor's share is nothing and no mean is needed."""
+        hand_over = 0.0 if dense else self.problem.hand_over_s
+        return np.asarray(self.in_vram[:, -1] + hand_over + prices.vram * (self.beside + self.bundles)[:, -1])
+
     def _ffn(self, prices: Prices, dense: bool, weight: Floats) -> tuple[Floats, Ints, Ints]:
-        """Cheapest prefixes: the function of k1 and the one of k2, each at its least."""
+        """Cheapest prefixes, not all neurons in vram: the function of k1 and the one of k2, each at its least."""
         p, n_ff = self.problem, self.problem.n_ff
         on_card, on_ram = weight[:, None], 1 - weight[:, None]
         of_k2 = on_ram * self.all_in_ram + prices.ram * self.bundles
@@ -159,7 +186,8 @@ class Relaxation:
             of_k2 = np.where(self.k < n_ff, np.inf, of_k2)
         of_k1 = prices.ram * (self.beside[:, -1:] - self.beside - self.bundles)
         if self.uses_card:
-            both = np.where(self.k < n_ff if dense else self.k > 0, p.hand_over_s, 0.0)
+            both = np.where(dense | (self.k > 0), p.hand_over_s, 0.0)
+            both = np.where(self.k < n_ff, both, np.inf)
             of_k1 = of_k1 + on_card * self.in_vram - on_ram * self.in_ram + both
             of_k1 = of_k1 + prices.vram * (self.beside + self.bundles)
         else:

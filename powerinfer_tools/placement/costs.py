@@ -17,7 +17,11 @@ from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.errors import PowerinferError
 
 KV_ELEMENT_BYTES = 2  # the cache is float16
-PROMPT_BLOCK = 64  # tokens of a prompt that are worked on at once
+
+# what the engine works with (native/src/session.h)
+BATCH = 128  # tokens of a prompt that are worked on at once
+TILES = 8192 + BATCH * 64  # float32 numbers of a thread's matrix tiles
+CHUNKS = 32  # partial sums of an FFN
 
 BESIDE = ("ffn_select.weight", "ffn_gate.bias", "ffn_up.bias")
 PREDICTOR = ("predictor_out.weight", "predictor_out.bias")
@@ -79,9 +83,9 @@ class Costs:
 
 
 def artifact_costs(
-    config: Config, plans: Sequence[LayerPlan], *, quant: str, biases: frozenset[str], ctx_size: int
+    config: Config, plans: Sequence[LayerPlan], *, quant: str, biases: frozenset[str], ctx_size: int, threads: int = 1
 ) -> Costs:
-    """The bytes of the artifact that `split` makes of these choices, run with `ctx_size` positions."""
+    """The bytes of the artifact that `split` makes of these choices, run with `ctx_size` positions and `threads`."""
     if len(plans) != config.n_layer:
         raise PowerinferError(f"expected one plan a layer ({config.n_layer}), found {len(plans)}", "mismatch")
     if not 1 <= ctx_size <= config.n_ctx:
@@ -98,7 +102,7 @@ def artifact_costs(
             host += tensor.n_bytes
     kv = kv_bytes(config, 1, ctx_size)
     layers = tuple(_layer_costs(config, plan, part, kv) for plan, part in zip(plans, parts, strict=True))
-    return Costs(layers, head, host, scratch_bytes(config, ctx_size))
+    return Costs(layers, head, host, scratch_bytes(config, plans, ctx_size, threads))
 
 
 def _layer_costs(config: Config, plan: LayerPlan, tensors: dict[str, TensorPlan], kv: int) -> LayerCosts:
@@ -126,11 +130,18 @@ def kv_bytes(config: Config, n_layer: int, n_positions: int) -> int:
     return 2 * n_layer * n_positions * config.n_head_kv * config.head_dim * KV_ELEMENT_BYTES
 
 
-def scratch_bytes(config: Config, ctx_size: int) -> int:
-    """Working memory beside weights and cache: float32 vectors of one prompt block, attention scores and logits.
+def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, threads: int) -> int:
+    """The engine's working memory beside weights and cache, to the byte (native/src/session.cpp allocates it once).
 
-    For each of PROMPT_BLOCK tokens: the residual, its normalised copy and the FFN's sum (3 n_embd), queries and mixed
-    values (2 n_head * head_dim), keys and values (2 n_head_kv * head_dim), gate and up (2 n_ff).
+    A thread: six numbers a neuron, attention scores, matrix tiles. A token: residual, normalised input, queries, keys,
+    values, what the predictor says, gate and up; one for decoding and BATCH for prompts. Partial sums, logits, angles.
     """
-    token = 3 * config.n_embd + 2 * (config.n_head + config.n_head_kv) * config.head_dim + 2 * config.n_ff
-    return 4 * (PROMPT_BLOCK * token + config.n_head * ctx_size + config.n_vocab)
+    d, wide = config.n_embd, max(config.n_embd, config.n_head * config.head_dim)
+    q, kv = config.n_head * config.head_dim, config.n_head_kv * config.head_dim
+    rank = max((plan.rank for plan in plans), default=0)
+    angles = 0 if config.rope is None else 2 * len(config.rope.inv_freq)
+    thread = 6 * config.n_ff + ctx_size + TILES
+    decode = (3 + CHUNKS) * d + wide + rank + q + 2 * kv + config.n_vocab
+    token = d + wide + q + 2 * kv + 3 * config.n_ff + rank + angles
+    quantised = (wide // 32 + rank // 32) * 40  # a block of 32: scale, sum and 32 bytes
+    return 4 * (threads * thread + decode + BATCH * token) + quantised

@@ -83,7 +83,7 @@ def place(
         raise PowerinferError(
             f"activations: expected {config.n_layer} layers of {config.n_ff}, found {found}", "mismatch"
         )
-    costs = artifact_costs(config, plans, quant=quant, biases=biases, ctx_size=ctx_size)
+    costs = artifact_costs(config, plans, quant=quant, biases=biases, ctx_size=ctx_size, threads=machine.threads)
     ratio = None if let_through is None else np.asarray(let_through, np.float64)
     problem = Problem(costs, activations, machine, ratio)
     budgets = _budgets(problem, vram, ram)

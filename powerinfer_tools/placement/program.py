@@ -31,7 +31,7 @@ GROUP = 64  # neurons: the finest segment boundary of a large layer (PowerInfer,
 EXACT = 256  # neurons of all layers up to which the program is exact
 TIME_LIMIT_S = 20.0
 DIGITS = 1e-7  # relative: to which the solver writes its values
-GAP = 2e-4  # at which branching stops, relative
+GAP = {"time": 2e-4, "impact": 1e-5, "ram": 0.0}  # at which branching stops, relative
 SCALE = 1e4  # the program counts in parts of all bytes and of the time from ram, whatever the model's size
 
 
@@ -218,7 +218,7 @@ class Program:
 
     def relax(self) -> Prices | None:
         """What bytes are worth where blocks may be cut: the dual values of the relaxed program; None: no solution."""
-        if solve(self.lp, GAP, TIME_LIMIT_S, relaxed=True) != "optimal":
+        if solve(self.lp, 0.0, TIME_LIMIT_S, relaxed=True) != "optimal":
             return None
 
         def dual(name: str) -> float:
@@ -231,7 +231,7 @@ class Program:
 
     def branch(self, time_limit_s: float = TIME_LIMIT_S) -> tuple[str, Plan | None]:
         """Solves it with its binaries: (status as in `solve`, plan). Optimal means within GAP, or exact where it is."""
-        status = solve(self.lp, 0.0 if self.exact else GAP, time_limit_s)
+        status = solve(self.lp, 0.0 if self.exact else GAP[self.objective], time_limit_s)
         return status, self.read() if status in ("optimal", "stopped") else None
 
     def value(self) -> float:
@@ -246,13 +246,14 @@ class Program:
         p = self.problem
         if self.exact:
             return self.value() * (1 + DIGITS if self.objective == "impact" else 1 - DIGITS)
+        gap = GAP[self.objective]
         short = np.array([shortfall(p.fired[i], ends) for i, ends in enumerate(self.ends)])
         if self.objective == "impact":
-            return self.value() / (1 - GAP) + float(short.sum())
+            return self.value() / (1 - gap) + float(short.sum())
         per_firing = p.firing_seconds(p.machine.ram) if self.uses_card else np.zeros(p.n_layer)
         if self.uses_disk:
             per_firing = per_firing + p.firing_seconds(p.disk)
-        return self.value() * (1 - GAP) - float(short @ per_firing) * 1e3
+        return self.value() * (1 - gap) - float(short @ per_firing) * 1e3
 
     def read(self) -> Plan:
         """The plan that the variables hold, in whole neurons and blocks."""
@@ -313,7 +314,7 @@ def smallest_ram(problem: Problem, vram: int) -> int:
     """The least ram in bytes with which a plan exists beside a vram budget, for a plan that is known to fit in it."""
     plan = _all_in_ram(problem)
     program = Program(problem, Budgets(vram, 0), "ram")
-    if program.uses_card and solve(program.lp, 0.0, TIME_LIMIT_S) in ("optimal", "stopped"):
+    if program.uses_card and solve(program.lp, GAP[program.objective], TIME_LIMIT_S) in ("optimal", "stopped"):
         plan = program.read()
     if program.spills:
         plan = replace(plan, ram=plan.vram)
