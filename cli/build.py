@@ -28,7 +28,16 @@ def build(
     recall: options.Recall = options.RECALL,
     error: options.Error = options.ERROR,
     ram: options.Ram = None,
-    ctx_size: options.CtxSize = None,
+    ctx_size: Annotated[
+        int | None,
+        typer.Option(
+            "-c",
+            "--ctx-size",
+            min=1,
+            rich_help_panel=options.RUN,
+            help="Tokens of context to place memory for; without it, 4096 or the model's.",
+        ),
+    ] = None,
     machine: options.Machine = None,
     activation: options.Activation = None,
     seed: options.BuildSeed = options.BUILD_SEED,
@@ -55,7 +64,7 @@ def build(
     from powerinfer_tools import build as library
     from powerinfer_tools.placement import read_machine
 
-    stages: list["Stage"] = []
+    stages: list[Stage] = []
 
     def report(stage: "Stage") -> None:
         stages.append(stage)

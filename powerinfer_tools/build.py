@@ -17,7 +17,8 @@ from powerinfer_tools.files import check_writable, locked, sha256_file
 from powerinfer_tools.placement import (
     Machine,
     Placement,
-    measure_machine,
+    cached_machine,
+    let_through,
     place,
     read_placement,
     write_placement,
@@ -27,6 +28,7 @@ from powerinfer_tools.progress import Progress
 
 SMALL_MODEL = 10**9  # parameters below which q4_0 costs more quality than its bytes are worth
 WINDOW = 512  # tokens of a calibration window
+CTX_SIZE = 4096  # tokens of context that memory is placed for, unless it is said otherwise
 
 T = TypeVar("T")
 
@@ -86,15 +88,15 @@ def build(
     checkpoint = open_checkpoint(model, activation)
     if quant == "auto":
         quant = default_quant(checkpoint.config)
-    ctx_size = min(ctx_size or checkpoint.config.n_ctx, checkpoint.config.n_ctx)
+    ctx_size = min(ctx_size or CTX_SIZE, checkpoint.config.n_ctx)
     recipe = Recipe(quant, sparsity, n_tokens, recall, error, ram, ctx_size, seed)
     arguments = _arguments(recipe, corpus)
     if output.exists() and not force:
         return _built_before(checkpoint, output, arguments, report)
     check_writable(output, force)
     with locked(output), _stage_files(output, keep) as base:
-        stages = _Stages(checkpoint, corpus, recipe, base, force or not keep, progress, report)
-        return stages.split(output, arguments, force, machine)
+        stages = _Stages(checkpoint, corpus, output, recipe, base, force or not keep, progress, report)
+        return stages.split(arguments, force, machine)
 
 
 def default_quant(config: Config) -> str:
@@ -150,13 +152,14 @@ class _Stages:
 
     checkpoint: Checkpoint
     corpus: list[Path]
+    output: Path
     recipe: Recipe
     base: Path
     replace: bool
     progress: Progress | None
     report: Callable[[Stage], None]
 
-    def split(self, output: Path, arguments: dict[str, Any], force: bool, machine: Machine | None) -> Artifact:
+    def split(self, arguments: dict[str, Any], force: bool, machine: Machine | None) -> Artifact:
         """Runs all stages."""
         activations = self.profile()
         apply(activations, self.checkpoint)
@@ -166,7 +169,7 @@ class _Stages:
         artifact = split(
             self.checkpoint,
             activations,
-            output,
+            self.output,
             predictors=predictors,
             placement=placement,
             quant=self.recipe.quant,
@@ -174,7 +177,7 @@ class _Stages:
             force=force,
             progress=self.progress,
         )
-        self.report(Stage("split", output, time.monotonic() - started, False, _describe_artifact(artifact)))
+        self.report(Stage("split", self.output, time.monotonic() - started, False, _describe_artifact(artifact)))
         return artifact
 
     def profile(self) -> Activations:
@@ -251,9 +254,9 @@ class _Stages:
                 quant=recipe.quant,
                 biases=self.checkpoint.biases,
                 ctx_size=recipe.ctx_size,
-                machine=machine or measure_machine(),
+                machine=machine or cached_machine(self.output.resolve().parent),
                 ram=recipe.ram,
-                let_through=_let_through(predictors),
+                let_through=let_through(predictors.plans, predictors.figures) if predictors is not None else None,
                 inputs=inputs,
             )
             write_placement(placement, path, self.replace)
@@ -286,16 +289,6 @@ class _Stages:
         value = make(path)
         self.report(Stage(name, path, time.monotonic() - started, False, describe(value)))
         return value
-
-
-def _let_through(predictors: Predictors | None) -> list[float] | None:
-    """Neurons let through for one that fires, by layer."""
-    if predictors is None:
-        return None
-    return [
-        figure["predicted"] / figure["active"] if plan.mode == MODE_PREDICTOR and figure["active"] > 0 else 1.0
-        for plan, figure in zip(predictors.plans, predictors.figures, strict=True)
-    ]
 
 
 def _describe_activations(activations: Activations) -> str:

@@ -29,6 +29,7 @@ from powerinfer_tools.artifact.layout import (
 from powerinfer_tools.checkpoint import Checkpoint, open_checkpoint
 from powerinfer_tools.checkpoint.gguf_file import raw_rows
 from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.placement import Placement
 from powerinfer_tools.progress import silent
 from powerinfer_tools.reference import load_ffn
 from tests.artifacts import DrawnActivations, DrawnPredictors
@@ -249,6 +250,49 @@ def test_inputs_that_do_not_belong_together_are_refused(small: Checkpoint, tmp_p
     with pytest.raises(PowerinferError, match=r"another activations file: expected aaaa.*found dddd.*powerinfer train"):
         split(small, activations, output, predictors=predictors)
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "quant", "message"),
+    [
+        ({"activations": "e" * 64}, "q4_0", r"placement: made for other activations: expected aaaa.*found eeee.*place"),
+        ({}, "q4_0", r"placement: made for other activations: expected aaaa.*found none"),
+        ({"activations": "a" * 64, "predictors": "e" * 64}, "q4_0", r"other predictors: expected bbbb.*found eeee"),
+        ({"activations": "a" * 64}, "f16", r"other quant: expected q4_0, found f16"),
+    ],
+)
+def test_a_placement_of_something_else_is_refused(
+    inputs: dict[str, str], quant: str, message: str, small: Checkpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(PowerinferError, match=message):
+        make(small, tmp_path / "m.gguf", [GATE, GATE], placement=placement_of(inputs, quant))
+
+
+def test_the_placement_is_in_the_keys(small: Checkpoint, tmp_path: Path) -> None:
+    placement = placement_of({"activations": "a" * 64}, "q4_0")
+    assert make(small, tmp_path / "m.gguf", placement=placement).placement == ([3, 0], [64, 10])
+
+
+def placement_of(inputs: dict[str, str], quant: str) -> Placement:
+    return Placement(
+        vram=[3, 0],
+        ram=[64, 10],
+        dense=[False, False],
+        head=False,
+        n_ff=64,
+        objective="time",
+        quant=quant,
+        ctx_size=256,
+        expected_ms=1.0,
+        impact=1.0,
+        bound=None,
+        gap=None,
+        status="optimal",
+        budgets={"vram": 0, "ram": None},
+        n_bytes={},
+        hits={},
+        inputs=inputs,
+    )
 
 
 def test_a_model_that_is_never_exactly_sparse_runs_in_gate_mode(tmp_path: Path) -> None:
