@@ -22,18 +22,23 @@ console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 LINE_EVERY = 10.0  # seconds between progress lines where stderr is no terminal
 
 
-def say(text: str = "", style: str | None = None) -> None:
-    """One line on stderr, never folded; nothing with -q."""
-    console.print(text, style=style, soft_wrap=True)
-
-
 # what a terminal would obey rather than show: all control characters but tab, newline and carriage return
 _OBEYED = {c: "\ufffd" for c in [*range(32), 127, *range(128, 160)] if chr(c) not in "\t\n\r"}
 
 
+def harmless(text: str) -> str:
+    """The text without what a terminal would obey: names and texts come from files and models."""
+    return text.translate(_OBEYED)
+
+
+def say(text: str = "", style: str | None = None) -> None:
+    """One line on stderr, never folded; nothing with -q."""
+    console.print(harmless(text), style=style, soft_wrap=True)
+
+
 def write(text: str) -> None:
     """Text on stdout at once; on a terminal without control characters, which a model or a file may hold."""
-    sys.stdout.write(text.translate(_OBEYED) if sys.stdout.isatty() else text)
+    sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
@@ -76,14 +81,14 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
 
     width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 160
     out = Console(highlight=False, markup=False, emoji=False, width=width)
-    view = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    view = Table(title=harmless(title) or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
     view.show_header = any(columns)
     for i, column in enumerate(columns):
         view.add_column(
             column, justify="left" if i == 0 or not any(columns) else "right", header_style="bold", overflow="fold"
         )
     for row in rows:
-        view.add_row(*(Text(str(cell)) for cell in row))
+        view.add_row(*(Text(harmless(str(cell))) for cell in row))
     out.print(view)
 
 

@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -124,6 +125,9 @@ def _native_version() -> str:
 
 def main() -> None:
     """Runs the program on the process's arguments and exits."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, TextIOWrapper):  # None where a parent closed it
+            stream.reconfigure(errors="replace")  # bytes that are no UTF-8 end no run
     sys.exit(run(sys.argv[1:]))
 
 
@@ -154,7 +158,7 @@ def _reader_left() -> int:
 
 def _report(error: Exception, args: list[str], as_json: bool) -> int:
     kind, message, code = _explain(error, args)
-    line = " ".join(message.split())
+    line = console.harmless(" ".join(message.split()))
     print(f"powerinfer: {line}", file=sys.stderr)
     if as_json:
         print(json.dumps({"error": {"kind": kind, "message": line}}, ensure_ascii=False), flush=True)

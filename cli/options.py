@@ -88,18 +88,19 @@ Activation = Annotated[
 ]
 Tokens = Annotated[
     int,
-    typer.Option("--tokens", min=1, rich_help_panel=BUILD, help="Tokens of the corpus to read."),
+    typer.Option("--tokens", metavar="N", min=1, rich_help_panel=BUILD, help="Tokens of the corpus to read."),
 ]
 TOKENS = 32768
 Samples = Annotated[
     int,
-    typer.Option("--samples", min=1, rich_help_panel=BUILD, help="FFN inputs to keep from each layer."),
+    typer.Option("--samples", metavar="N", min=1, rich_help_panel=BUILD, help="FFN inputs to keep from each layer."),
 ]
 SAMPLES = 4096
 Sparsity = Annotated[
     float | None,
     typer.Option(
         "--sparsity",
+        metavar="X",
         min=0.0,
         max=0.99,
         rich_help_panel=BUILD,
@@ -110,6 +111,7 @@ Recall = Annotated[
     float,
     typer.Option(
         "--recall",
+        metavar="X",
         min=0.0,
         max=1.0,
         rich_help_panel=BUILD,
@@ -119,7 +121,9 @@ Recall = Annotated[
 RECALL = 0.98
 Error = Annotated[
     float,
-    typer.Option("--error", min=0.0, rich_help_panel=BUILD, help="Largest relative error of a layer's FFN output."),
+    typer.Option(
+        "--error", metavar="X", min=0.0, rich_help_panel=BUILD, help="Largest relative error of a layer's FFN output."
+    ),
 ]
 ERROR = 0.02
 Quant = Annotated[
@@ -160,16 +164,24 @@ Threads = Annotated[
     typer.Option(
         "-t",
         "--threads",
+        metavar="N",
         min=1,
         max=256,
         envvar="POWERINFER_THREADS",
         rich_help_panel=RUN,
-        help="Threads; without it, the physical cores.",
+        help="Threads; without it, one a processor.",
     ),
 ]
 CtxSize = Annotated[
     int | None,
-    typer.Option("-c", "--ctx-size", min=1, rich_help_panel=RUN, help="Tokens of context; without it, the model's."),
+    typer.Option(
+        "-c",
+        "--ctx-size",
+        metavar="N",
+        min=1,
+        rich_help_panel=RUN,
+        help="Tokens of context; without it, the model's, 4096 at most.",
+    ),
 ]
 Mode = Annotated[
     Literal["sparse", "dense"],
@@ -205,6 +217,7 @@ MaxTokens = Annotated[
     typer.Option(
         "-n",
         "--max-tokens",
+        metavar="N",
         min=1,
         rich_help_panel=SAMPLING,
         help="Tokens of an answer at most; without it, until the model ends or the context is full.",
@@ -215,6 +228,7 @@ Temp = Annotated[
     typer.Option(
         "--temp",
         "--temperature",
+        metavar="X",
         min=0.0,
         max=100.0,
         rich_help_panel=SAMPLING,
@@ -224,13 +238,14 @@ Temp = Annotated[
 TEMP = 0.8
 TopK = Annotated[
     int,
-    typer.Option("--top-k", min=0, rich_help_panel=SAMPLING, help="Draw from the K likeliest; 0 is off."),
+    typer.Option("--top-k", metavar="N", min=0, rich_help_panel=SAMPLING, help="Draw from the K likeliest; 0 is off."),
 ]
 TOP_K = 40
 TopP = Annotated[
     float,
     typer.Option(
         "--top-p",
+        metavar="X",
         min=0.0,
         max=1.0,
         rich_help_panel=SAMPLING,
@@ -242,6 +257,7 @@ MinP = Annotated[
     float,
     typer.Option(
         "--min-p",
+        metavar="X",
         min=0.0,
         max=1.0,
         rich_help_panel=SAMPLING,
@@ -253,6 +269,7 @@ RepeatPenalty = Annotated[
     float,
     typer.Option(
         "--repeat-penalty",
+        metavar="X",
         min=0.01,
         max=100.0,
         rich_help_panel=SAMPLING,
@@ -262,7 +279,9 @@ RepeatPenalty = Annotated[
 REPEAT_PENALTY = 1.0
 RepeatLastN = Annotated[
     int,
-    typer.Option("--repeat-last-n", min=0, rich_help_panel=SAMPLING, help="Tokens that the penalty looks at."),
+    typer.Option(
+        "--repeat-last-n", metavar="N", min=0, rich_help_panel=SAMPLING, help="Tokens that the penalty looks at."
+    ),
 ]
 REPEAT_LAST_N = 64
 SamplingSeed = Annotated[
@@ -270,13 +289,15 @@ SamplingSeed = Annotated[
     typer.Option(
         "-s",
         "--seed",
+        metavar="N",
         min=0,
-        max=2**64 - 1,
         rich_help_panel=SAMPLING,
         help="Same seed, same answer; without it, drawn (shown with -v).",
     ),
 ]
-BuildSeed = Annotated[int, typer.Option("--seed", min=0, rich_help_panel=BUILD, help="Same seed, same file.")]
+BuildSeed = Annotated[
+    int, typer.Option("--seed", metavar="N", min=0, rich_help_panel=BUILD, help="Same seed, same file.")
+]
 BUILD_SEED = 0
 Stop = Annotated[
     list[str] | None,

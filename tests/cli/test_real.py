@@ -2,11 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
@@ -17,8 +14,13 @@ from tests.tiny import make_llama
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of random weights that no token ends."""
     folder = tmp_path_factory.mktemp("real")
     make_llama(folder / "model", n_ctx=4096)
+    for name in ("config.json", "tokenizer_config.json"):
+        path = folder / "model" / name
+        values = json.loads(path.read_text())
+        path.write_text(json.dumps({key: value for key, value in values.items() if "eos" not in key}))
     make_artifact(folder / "model", folder / "model.gguf", predictor=True, rank=16)
     return str(folder / "model.gguf")
 
@@ -44,6 +46,18 @@ def test_running_imports_no_torch(artifact: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "set()\n"
+
+
+def test_bytes_that_are_no_text(artifact: str) -> None:
+    command = [sys.executable, "-m", "powerinfer_tools.cli.main"]
+    for args in (["generate", artifact, "-n", "2", "--raw", "--json"], ["chat", artifact, "-n", "2", "--json"]):
+        done = subprocess.run([*command, *args], input=b"a\xff\xfeb\n", capture_output=True, check=False)
+        assert done.returncode == 0
+        assert json.loads(done.stdout)
+    missing = subprocess.run([*command, "inspect", b"\xff\x1b[31m", "--json"], capture_output=True, check=False)
+    assert missing.returncode == 2
+    assert json.loads(missing.stdout)["error"]["kind"] == "usage"
+    assert b"\x1b" not in missing.stderr
 
 
 def test_a_reader_that_leaves_is_no_error(artifact: str) -> None:
@@ -73,30 +87,40 @@ def test_a_reader_that_leaves_is_no_error(artifact: str) -> None:
     assert child.returncode == 1
 
 
-def test_ctrl_c_twice_in_a_terminal(artifact: str, tmp_path: Path) -> None:
+@pytest.mark.timeout(120)
+def test_ctrl_c_twice_in_a_terminal(artifact: str) -> None:
     """The first stops the answer and the chat goes on, the second, at the prompt, ends with 130."""
     pty = pytest.importorskip("pty", reason="needs a POSIX terminal")
-    process, terminal = pty.fork()
+    process, file = pty.fork()
     if process == 0:
-        args = ["chat", artifact, "--temp", "2", "--stop", "never"]
-        os.execv(sys.executable, [sys.executable, "-m", "powerinfer_tools.cli.main", *args])
-    seen = read_until(terminal, b"> ")
-    os.write(terminal, b"Hello\n")
-    read_until(terminal, b"Hello")
-    time.sleep(0.3)
-    os.write(terminal, b"\x03")
-    seen = read_until(terminal, b"(stopped)")
-    seen = read_until(terminal, b"> ")
-    os.write(terminal, b"\x03")
+        os.execv(sys.executable, [sys.executable, "-m", "powerinfer_tools.cli.main", "chat", artifact])
+    terminal = Terminal(file)
+    terminal.until(b"> ")
+    os.write(file, b"Hello\n")
+    terminal.until(b"Hello\r\n")
+    terminal.more(20)  # of the answer
+    os.write(file, b"\x03")
+    terminal.until(b"(stopped)")
+    terminal.until(b"> ")
+    os.write(file, b"\x03")
     _, status = os.waitpid(process, 0)
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(status) in (130, -signal.SIGINT)
-    assert b"Traceback" not in seen
+    os.close(file)
+    assert os.waitstatus_to_exitcode(status) == 130
+    assert b"Traceback" not in terminal.seen
 
 
-def read_until(terminal: int, wanted: bytes) -> bytes:
-    """What a terminal shows up to `wanted`."""
-    seen = b""
-    while wanted not in seen:
-        seen += os.read(terminal, 1024)
-    return seen
+class Terminal:
+    """What a program shows, waited for piece by piece."""
+
+    def __init__(self, file: int) -> None:
+        self.file, self.seen, self._at = file, b"", 0
+
+    def until(self, wanted: bytes) -> None:
+        while (found := self.seen.find(wanted, self._at)) < 0:
+            self.seen += os.read(self.file, 1024)
+        self._at = found + len(wanted)
+
+    def more(self, n: int) -> None:
+        while len(self.seen) < self._at + n:
+            self.seen += os.read(self.file, 1024)
+        self._at += n
