@@ -125,6 +125,7 @@ def _native_version() -> str:
 
 def main() -> None:
     """Runs the program on the process's arguments and exits."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads spin else, and starve each other
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, TextIOWrapper):  # None where a parent closed it
             stream.reconfigure(errors="replace")  # bytes that are no UTF-8 end no run

@@ -12,6 +12,7 @@ import pytest
 CACHE = Path(__file__).parent.parent / ".cache"
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the program does, before torch is loaded
 
 
 @pytest.fixture(autouse=True)
