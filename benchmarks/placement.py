@@ -66,7 +66,7 @@ def large() -> bool:
     """Prints a row for each budget at the shape of OPT-175B; true if all are fast and proven."""
     config, firing = opt(96, 12288, 49152), Drawn(96, 49152)
     plans = [LayerPlan(MODE_PREDICTOR, rank=1024)] * 96
-    costs = artifact_costs(config, plans, **CHOICES)
+    costs = artifact_costs(config, plans, threads=PC_HIGH.threads, **CHOICES)
     active = np.mean([firing.frequency(i).mean() for i in range(96)])
     print(f"OPT-175B: {costs.weights / 1e9:.1f} GB, KV cache {costs.kv / 1e9:.1f} GB, {active:.1%} active on average")
     print(
@@ -102,7 +102,7 @@ def naive(n_layer: int = 24, n_ff: int = 96 * 64, time_limit_s: float = 20) -> N
     """The paper's program as it stands, a binary for every group of 64 neurons and big-M rows, beside prefixes."""
     config, firing = opt(n_layer, 12288, n_ff), Drawn(n_layer, n_ff)
     plans = [LayerPlan(MODE_GATE)] * n_layer
-    problem = Problem(artifact_costs(config, plans, **CHOICES), firing, PC_HIGH)
+    problem = Problem(artifact_costs(config, plans, threads=PC_HIGH.threads, **CHOICES), firing, PC_HIGH)
     blocks = int((problem.dense + problem.kv).sum()) + problem.costs.head
     neurons = int(((problem.bundle + problem.beside) * n_ff).sum())
     vram = blocks + problem.costs.scratch + neurons // 5

@@ -19,15 +19,15 @@ from powerinfer_tools.placement.problem import Budgets, Floats, Ints, Plan, Prob
 KNOTS = 256  # a layer
 SEARCH = 40  # rounds
 STEP, FINEST = 0.3, 0.003  # relative changes of prices, first and last
+BISECTIONS = 7  # of the weight of a mean
 
 
 @dataclass(frozen=True)
 class Prices:
-    """Seconds that a byte of vram and of ram is worth; weight [n_layer] of the vram share in each layer's mean."""
+    """Seconds that a byte of vram and of ram is worth."""
 
     vram: float
     ram: float
-    weight: Floats
 
 
 class Relaxation:
@@ -45,10 +45,10 @@ class Relaxation:
         self.beside = p.beside_bytes(each, self.k)
         self.bundles = p.bundle[:, None] * self.k
         self.in_ram = p.tier_seconds(p.machine.ram, each, self.k)
-        self.all_in_ram = p.tier_seconds(p.machine.ram, each, full)
         self.in_vram = p.tier_seconds(p.vram, each, self.k) if self.uses_card else np.zeros_like(self.in_ram)
-        if self.uses_disk:
-            self.spared = (p.disk_seconds(each, full) - self.all_in_ram) - (p.disk_seconds(each, self.k) - self.in_ram)
+        self.shared = np.repeat(p.tier_seconds(p.machine.ram, each, full), self.k.shape[1], axis=1)
+        if self.uses_disk:  # all from ram and disk, with [0, k) in ram
+            self.shared = self.in_ram + p.disk_seconds(each, full) - p.disk_seconds(each, self.k)
         self.between = self._between()
 
     def _between(self) -> float:
@@ -63,8 +63,7 @@ class Relaxation:
     def seconds(self, prices: Prices) -> Floats:
         """Times that no plan within the budgets beats: [head in vram, number of dense blocks in vram]."""
         p = self.problem
-        sides = np.stack([self._layer(prices, dense)[0] for dense in (False, True)])
-        times = self._chain(sides, prices)[-1] - self.between
+        times = self._chain(prices)[-1] - self.between
         if self.budgets.ram is not None:
             fixed = p.costs.host + p.costs.scratch + sum(layer.table for layer in p.costs.layers)
             times -= prices.ram * (self.budgets.ram - fixed)
@@ -84,7 +83,7 @@ class Relaxation:
                 break
             found[cell] = (around, step / 3)
             for vram, ram in product((1 + step, 1, 1 / (1 + step)), repeat=2):
-                trial = Prices(around.vram * vram, around.ram * ram, around.weight)
+                trial = Prices(around.vram * vram, around.ram * ram)
                 times = self.seconds(trial)
                 for better in zip(*np.nonzero(times > best), strict=True):
                     found[better] = (trial, max(step, found[better][1]))
@@ -93,34 +92,33 @@ class Relaxation:
         return float(best[cell]), self._mixed(found[cell][0], *map(int, cell))
 
     def _mixed(self, prices: Prices, head: int, n_dense: int) -> Plan:
-        """Layer by layer what it takes just below the prices, while vram has room, and then just above them.
+        """So many blocks in vram; of neurons, layer by layer, what it takes just below the prices while vram has room,
+        and then just above them.
 
         At the prices themselves a layer may take little or much at equal cost; the best plan has some of either.
         """
         p = self.problem
-        much, little = (
-            self._plan(Prices(prices.vram * (1 + change), prices.ram, prices.weight), head, n_dense)
+        dense = self._trace(prices, head, n_dense)
+        (much, much_ram), (little, little_ram) = (
+            self._prefixes(Prices(prices.vram * (1 + change), prices.ram), dense)
             for change in (-2 * FINEST, 2 * FINEST)
         )
-        sizes = [plan.vram * p.bundle + p.beside_bytes(p.each, plan.vram) for plan in (much, little)]
-        sizes = [size + plan.dense * (p.dense + p.kv) for size, plan in zip(sizes, (much, little), strict=True)]
-        more = np.cumsum(sizes[0] - sizes[1]) <= self.room - sizes[1].sum() - head * p.costs.head
-        dense, vram, ram = (
-            np.where(more, getattr(much, name), getattr(little, name)) for name in ("dense", "vram", "ram")
-        )
-        return Plan(dense, bool(head), vram, ram)
+        sizes = [k1 * p.bundle + p.beside_bytes(p.each, k1) for k1 in (much, little)]
+        room = self.room - head * p.costs.head - (p.dense + p.kv)[dense].sum() - sizes[1].sum()
+        more = np.cumsum(sizes[0] - sizes[1]) <= room
+        return Plan(dense, bool(head), np.where(more, much, little), np.where(more, much_ram, little_ram))
 
-    def _plan(self, prices: Prices, head: int, n_dense: int) -> Plan:
-        """What layers take at these prices with so many blocks in vram. It may break the budgets."""
-        (cost0, k1, k2), (cost1, k1_dense, k2_dense) = (self._layer(prices, dense) for dense in (False, True))
-        dense = self._trace(np.stack([cost0, cost1]), prices, head, n_dense)
+    def _prefixes(self, prices: Prices, dense: npt.NDArray[np.bool_]) -> tuple[Ints, Ints]:
+        """The prefixes that cost least beside blocks that are given. They may break the budgets."""
+        (_, k1, k2), (_, k1_dense, k2_dense) = (self._layer(prices, side) for side in (False, True))
         k1, k2 = np.where(dense, k1_dense, k1), np.where(dense, k2_dense, k2)
-        return Plan(dense, bool(head), k1, np.maximum(k1, k2))
+        return k1, np.maximum(k1, k2)
 
-    def _chain(self, sides: Floats, prices: Prices) -> list[Floats]:
+    def _chain(self, prices: Prices) -> list[Floats]:
         """The least cost of layers [0, i) by the side of the last block and the number in vram, for every i; last, with
         the head by its side. The hidden state begins and ends in ram and pays for each change of sides."""
         n = self.problem.n_layer
+        sides = np.stack([self._layer(prices, dense)[0] for dense in (False, True)])
         change = self.problem.hand_over_s / 2
         cost = np.full((2, n + 1), np.inf)
         cost[0, 0] = 0.0
@@ -132,9 +130,9 @@ class Relaxation:
         head = np.array(self._head(prices))[:, None]
         return [*costs, np.minimum(cost, cost[::-1] + change) + head]
 
-    def _trace(self, sides: Floats, prices: Prices, side: int, n_dense: int) -> npt.NDArray[np.bool_]:
+    def _trace(self, prices: Prices, side: int, n_dense: int) -> npt.NDArray[np.bool_]:
         """Which blocks the cheapest chain with so many of them, and the head on `side`, has in vram."""
-        costs = self._chain(sides, prices)
+        costs = self._chain(prices)
         change = np.array([0.0, self.problem.hand_over_s / 2])
         dense = np.zeros(self.problem.n_layer, bool)
         for i in range(self.problem.n_layer - 1, -1, -1):
@@ -159,11 +157,7 @@ class Relaxation:
             return np.full(p.n_layer, np.inf), p.each, p.each
         tier, price = (p.vram, prices.vram) if dense else (p.machine.ram, prices.ram)
         block = p.dense_seconds(tier) + price * (p.dense + p.kv)
-        one, none = np.ones(p.n_layer), np.zeros(p.n_layer)
-        weights = (none, prices.weight, one) if self.uses_card else (none,)
-        found = [self._ffn(prices, dense, weight) for weight in weights]
-        most = np.argmax([cost for cost, _, _ in found], axis=0)
-        cost, k1, k2 = (np.stack(values)[most, p.each] for values in zip(*found, strict=True))
+        cost, k1, k2 = self._balanced_ffn(prices, dense)
         if self.uses_card:
             whole = self._whole_ffn(prices, dense)
             k1, k2 = (np.where(whole < cost, p.n_ff, k) for k in (k1, k2))
@@ -175,26 +169,45 @@ class Relaxation:
         hand_over = 0.0 if dense else self.problem.hand_over_s
         return np.asarray(self.in_vram[:, -1] + hand_over + prices.vram * (self.beside + self.bundles)[:, -1])
 
-    def _ffn(self, prices: Prices, dense: bool, weight: Floats) -> tuple[Floats, Ints, Ints]:
-        """Cheapest prefixes, not all neurons in vram: the function of k1 and the one of k2, each at its least."""
+    def _balanced_ffn(self, prices: Prices, dense: bool) -> tuple[Floats, Ints, Ints]:
+        """The least with the weights of the mean that make it largest: more on the share that is the longer one."""
+        low, weight, high = (
+            np.zeros(self.problem.n_layer),
+            np.zeros(self.problem.n_layer),
+            np.ones(self.problem.n_layer),
+        )
+        cost, k1, k2, excess = self._ffn(prices, dense, weight)
+        if not np.any(excess > 0):
+            return cost, k1, k2
+        for _ in range(BISECTIONS):
+            weight = (low + high) / 2
+            trial, trial1, trial2, excess = self._ffn(prices, dense, weight)
+            better = trial > cost
+            cost = np.maximum(cost, trial)
+            k1, k2 = np.where(better, trial1, k1), np.where(better, trial2, k2)
+            low, high = np.where(excess > 0, weight, low), np.where(excess > 0, high, weight)
+        return cost, k1, k2
+
+    def _ffn(self, prices: Prices, dense: bool, weight: Floats) -> tuple[Floats, Ints, Ints, Floats]:
+        """Cheapest prefixes, not all neurons in vram: the function of k1 and the one of k2, each at its least.
+
+        Last, by how much the vram share is then longer than the other.
+        """
         p, n_ff = self.problem, self.problem.n_ff
         on_card, on_ram = weight[:, None], 1 - weight[:, None]
-        of_k2 = on_ram * self.all_in_ram + prices.ram * self.bundles
-        if self.uses_disk:
-            of_k2 = of_k2 + on_ram * self.spared + np.where(self.k < n_ff, p.disk.latency_s, 0.0)
-        else:
-            of_k2 = np.where(self.k < n_ff, np.inf, of_k2)
+        of_k2 = on_ram * self.shared + prices.ram * self.bundles
+        of_k2 = of_k2 + np.where(self.k < n_ff, p.disk.latency_s if self.uses_disk else np.inf, 0.0)
         of_k1 = prices.ram * (self.beside[:, -1:] - self.beside - self.bundles)
         if self.uses_card:
             both = np.where(dense | (self.k > 0), p.hand_over_s, 0.0)
-            both = np.where(self.k < n_ff, both, np.inf)
-            of_k1 = of_k1 + on_card * self.in_vram - on_ram * self.in_ram + both
+            of_k1 = of_k1 + on_card * self.in_vram - on_ram * self.in_ram + np.where(self.k < n_ff, both, np.inf)
             of_k1 = of_k1 + prices.vram * (self.beside + self.bundles)
         else:
             of_k1 = np.where(self.k > 0, np.inf, of_k1)
-        at1, at2 = np.argmin(of_k1, axis=1), np.argmin(of_k2, axis=1)
         each = p.each
-        return of_k1[each, at1] + of_k2[each, at2], self.k[each, at1], self.k[each, at2]
+        at1, at2 = np.argmin(of_k1, axis=1), np.argmin(of_k2, axis=1)
+        excess = self.in_vram[each, at1] - (self.shared[each, at2] - self.in_ram[each, at1])
+        return of_k1[each, at1] + of_k2[each, at2], self.k[each, at1], self.k[each, at2], excess
 
 
 def _knots(problem: Problem) -> Ints:

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from mmap import mmap
 from pathlib import Path
 
@@ -143,11 +144,11 @@ def _read_speed(fd: int, size: int, in_flight: int, shuffled: bool = True) -> fl
 
 def _read_until(fd: int, size: int, places: Sequence[int], end: float) -> int:
     with mmap(-1, size) as buffer:  # page-aligned, as reads past the cache ask
-        done = 0
-        while time.perf_counter() < end:
-            os.preadv(fd, [buffer], places[done % len(places)])
-            done += 1
-    return done
+        for done, place in enumerate(cycle(places), 1):
+            os.preadv(fd, [buffer], place)
+            if time.perf_counter() >= end:
+                return done
+    return 0
 
 
 def _read_times(fd: int, size: int, n: int) -> list[float]:

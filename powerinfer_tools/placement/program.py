@@ -30,6 +30,7 @@ SEGMENTS = {"time": 16, "impact": 64, "ram": 1}  # a layer, by objective
 GROUP = 64  # neurons: the finest segment boundary of a large layer (PowerInfer, section 6.3.2)
 EXACT = 256  # neurons of all layers up to which the program is exact
 TIME_LIMIT_S = 20.0
+LEAST = 1e-2  # price in the program's units: where hand-overs alone decide, the relaxed program sees none
 DIGITS = 1e-7  # relative: to which the solver writes its values
 GAP = {"time": 2e-4, "impact": 1e-5, "ram": 0.0}  # at which branching stops, relative
 SCALE = 1e4  # the program counts in parts of all bytes and of the time from ram, whatever the model's size
@@ -166,8 +167,7 @@ class Program:
             terms.append((layer, 1.0))
             self.lp += layer >= self._processor_share(i)
             if self.uses_card:
-                share = self._shares(self.card[i], p.tier_seconds(p.vram, i, self.ends[i]))
-                self.lp += layer >= share, f"card_share_{i}"
+                self.lp += layer >= self._shares(self.card[i], p.tier_seconds(p.vram, i, self.ends[i]))
                 terms.append((self._both(i), p.hand_over_s / self.unit_s))
             if self.uses_disk:
                 terms.append((self._touches_disk(i), p.disk.latency_s / self.unit_s))
@@ -221,13 +221,11 @@ class Program:
         if solve(self.lp, 0.0, TIME_LIMIT_S, relaxed=True) != "optimal":
             return None
 
-        def dual(name: str) -> float:
+        def price(name: str) -> float:
             row = self.lp.get_constraint_by_name(name)
-            return abs(row.pi or 0.0) if row is not None else 0.0
+            return 0.0 if row is None else max(abs(row.pi or 0.0), LEAST) * self.unit_s / self.unit_bytes
 
-        scale = self.unit_s / self.unit_bytes
-        weight = np.array([min(1.0, dual(f"card_share_{i}")) for i in range(self.problem.n_layer)])
-        return Prices(scale * dual("vram"), scale * dual("ram"), weight)
+        return Prices(price("vram"), price("ram"))
 
     def branch(self, time_limit_s: float = TIME_LIMIT_S) -> tuple[str, Plan | None]:
         """Solves it with its binaries: (status as in `solve`, plan). Optimal means within GAP, or exact where it is."""

@@ -80,5 +80,8 @@ def plans(n_layer: int, mode: str = "gate") -> list[LayerPlan]:
 
 
 def problem(n_layer: int = 4, n_ff: int = 96, seed: int = 0, mode: str = "gate", **machine_args: float) -> Problem:
-    costs = artifact_costs(config(n_layer, n_ff), plans(n_layer, mode), quant="q8_0", biases=BIASES, ctx_size=64)
-    return Problem(costs, firing(n_layer, n_ff, seed), machine(**machine_args))
+    here = machine(**machine_args)
+    costs = artifact_costs(
+        config(n_layer, n_ff), plans(n_layer, mode), quant="q8_0", biases=BIASES, ctx_size=64, threads=here.threads
+    )
+    return Problem(costs, firing(n_layer, n_ff, seed), here)
