@@ -161,7 +161,9 @@ def predicted_seconds(artifact: Artifact, machine: Machine, ctx_size: int) -> fl
     """What placement's model expects of a token with everything in RAM, from the frequencies of the calibration."""
     biases = frozenset(name for name in artifact.file.tensors if name.endswith(".bias"))
     plans, config = artifact.plans, artifact.config
-    costs = artifact_costs(config, plans, quant=artifact.quant, biases=biases, ctx_size=ctx_size)
+    costs = artifact_costs(
+        config, plans, quant=artifact.quant, biases=biases, ctx_size=ctx_size, threads=machine.threads
+    )
     problem = Problem(costs, _StoredFiring(artifact), machine)
     none = np.zeros(config.n_layer, np.int64)
     return problem.seconds(Plan(none.astype(bool), False, none, none + config.n_ff))

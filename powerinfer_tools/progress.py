@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 Progress = Callable[[str, int, int], None]
 """progress(what, done, total): called after each unit; `what` names the step and its unit, e.g. "profile, layers"."""
@@ -17,13 +18,14 @@ def default_progress(progress: Progress | None) -> Iterator[Progress]:
     if progress is not None:
         yield progress
         return
-    from tqdm.auto import tqdm
+    from tqdm import auto
 
-    bars: dict[str, tqdm] = {}
+    new_bar: Any = auto.tqdm
+    bars: dict[str, Any] = {}
 
     def draw(what: str, done: int, total: int) -> None:
         if what not in bars:
-            bars[what] = tqdm(total=total, desc=what, leave=False)
+            bars[what] = new_bar(total=total, desc=what, leave=False)
         bars[what].update(done - bars[what].n)
 
     try:

@@ -92,7 +92,7 @@ PI_API const char* pi_last_error(void);        /* valid until the thread's next 
 PI_API const char* pi_kernels(uint32_t which); /* name of the kernels that `kernels = which` selects, or NULL */
 PI_API void pi_set_log(void (*log)(int level, const char* message, void* user), void* user);
 
-/* Checks the whole header against the format's rules; reads no tensor data. */
+/* Checks the whole header: the container, the keys, every tensor that they demand. Reads no tensor data. */
 PI_API pi_status pi_check(const char* path);
 PI_API pi_status pi_model_open(const char* path, pi_model** out);
 PI_API void pi_model_close(pi_model* model);

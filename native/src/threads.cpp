@@ -10,6 +10,11 @@ namespace {
 
 constexpr int SPINS = 4000;  // about 50 us: longer than the serial work between two parallel pieces
 
+// A ticket holds all that a thread must know to own an item: while it does, the job cannot end, so that what the job
+// points to stays valid.
+constexpr uint64_t ITEM_BITS = 20, MASK = (1u << ITEM_BITS) - 1;
+constexpr size_t MAX_ITEMS = MASK - 256;  // each thread may ask once in vain
+
 inline void pause() {
 #if defined(__x86_64__)
     _mm_pause();
@@ -29,24 +34,30 @@ Pool::~Pool() {
     for (auto& thread : threads_) thread.join();
 }
 
-void Pool::take_items(uint32_t thread) {
-    for (size_t item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < n_items_;) call_(user_, item, thread);
+// Does one item of the present job; false where none is left.
+bool Pool::take_item(uint32_t thread) {
+    uint64_t ticket = ticket_.fetch_add(1, std::memory_order_acq_rel);
+    size_t item = ticket & MASK, n_items = ticket >> ITEM_BITS;
+    if (item >= n_items) return false;
+    call_(user_, item, thread);
+    done_.fetch_add(1, std::memory_order_release);
+    return true;
 }
 
 void Pool::run_erased(size_t n_items, Call call, void* user) {
-    if (n_threads_ == 1 || n_items <= 1) {
+    if (n_threads_ == 1 || n_items <= 1 || n_items > MAX_ITEMS) {
         for (size_t item = 0; item < n_items; item++) call(user, item, 0);
         return;
     }
     call_ = call;
     user_ = user;
-    n_items_ = n_items;
-    next_.store(0, std::memory_order_relaxed);
-    running_.store(n_threads_ - 1, std::memory_order_relaxed);
+    done_.store(0, std::memory_order_relaxed);
+    ticket_.store(uint64_t{n_items} << ITEM_BITS, std::memory_order_release);
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();
-    take_items(0);
-    for (int spins = 0; running_.load(std::memory_order_acquire) != 0; spins++) {
+    while (take_item(0)) {
+    }
+    for (int spins = 0; done_.load(std::memory_order_acquire) != n_items; spins++) {
         pause();
         if (spins > SPINS) std::this_thread::yield();  // a worker lost its processor to somebody else
     }
@@ -57,10 +68,10 @@ void Pool::work(uint32_t thread) {
     while (true) {
         for (int spins = 0; generation_.load(std::memory_order_acquire) == seen && spins < SPINS; spins++) pause();
         generation_.wait(seen, std::memory_order_acquire);
-        seen++;
+        seen = generation_.load(std::memory_order_acquire);
         if (stop_.load()) return;
-        take_items(thread);
-        running_.fetch_sub(1, std::memory_order_release);
+        while (take_item(thread)) {
+        }
     }
 }
 

@@ -1,5 +1,5 @@
 // One pool of threads for the life of a session. Items are handed out as threads become free; results must not depend
-// on which thread took an item.
+// on which thread took an item. A thread that has no processor holds nobody up: the others take its items.
 #pragma once
 
 #include <atomic>
@@ -32,15 +32,14 @@ class Pool {
     using Call = void (*)(void*, size_t, uint32_t);
     void run_erased(size_t n_items, Call call, void* user);
     void work(uint32_t thread);
-    void take_items(uint32_t thread);
+    bool take_item(uint32_t thread);
 
     uint32_t n_threads_;
     Call call_ = nullptr;
     void* user_ = nullptr;
-    size_t n_items_ = 0;
-    alignas(64) std::atomic<size_t> next_{0};
+    alignas(64) std::atomic<uint64_t> ticket_{0};  // number of items, next item
+    alignas(64) std::atomic<size_t> done_{0};      // items of this generation that are finished
     alignas(64) std::atomic<uint32_t> generation_{0};
-    alignas(64) std::atomic<uint32_t> running_{0};
     std::atomic<bool> stop_{false};
     std::vector<std::thread> threads_;
 };

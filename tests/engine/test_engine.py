@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from powerinfer_tools import reference
+from powerinfer_tools.artifact import open_artifact
 from powerinfer_tools.checkpoint import Checkpoint, open_checkpoint
 from powerinfer_tools.engine import Engine, Sampling
 from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.placement import artifact_costs
 from tests.artifacts import make_artifact, write_artifact
 from tests.tiny import make_llama, make_opt
 
@@ -212,7 +214,7 @@ def test_predictor_lets_through_what_its_numbers_say(tmp_path: Path) -> None:
     with torch.no_grad():
         layer = reference.load_layer(checkpoint, 0)
         x = layer.ffn_input(layer.attention(reference.embed(checkpoint, torch.tensor([tokens]))))[0]
-        order = write_order(tmp_path / "a.gguf")
+        order = open_artifact(tmp_path / "a.gguf").order(0)
         logit = (layer.ffn.select(x) + slack).numpy()[:, order]  # of full rank, it is the gate itself
         fires = (layer.ffn.neurons(x) != 0).numpy()[:, order]
     asked = logit >= 0
@@ -221,12 +223,6 @@ def test_predictor_lets_through_what_its_numbers_say(tmp_path: Path) -> None:
     assert abs(score.n_predicted - int(asked.sum())) <= close
     assert abs(score.n_hit - int((asked & fires).sum())) <= close
     assert abs(score.n_true - int(fires.sum())) <= close
-
-
-def write_order(path: Path) -> npt.NDArray[np.int32]:
-    from powerinfer_tools.artifact import open_artifact
-
-    return open_artifact(path).order(0)
 
 
 def test_cut_silu_skips_and_uncut_does_not(tmp_path: Path) -> None:
@@ -245,6 +241,19 @@ def test_cut_silu_skips_and_uncut_does_not(tmp_path: Path) -> None:
     assert nmse(uncut, whole) <= 1e-6
     assert nmse(cut, whole) > 1e-3
     assert np.array_equal(uncut, decode_all(tmp_path / "whole.gguf", tokens))
+
+
+@pytest.mark.parametrize("predictor", [False, True])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_memory_is_what_placement_counts(family: Path, predictor: bool, threads: int) -> None:
+    artifact = open_artifact(family / ("predictor.gguf" if predictor else "gate.gguf"))
+    biases = frozenset(name for name in artifact.file.tensors if name.endswith(".bias"))
+    costs = artifact_costs(
+        artifact.config, artifact.plans, quant=artifact.quant, biases=biases, ctx_size=100, threads=threads
+    )
+    with Engine(artifact.path, ctx_size=100, threads=threads) as engine:
+        assert engine.info.weight_bytes == costs.weights
+        assert engine.memory() == (costs.kv, costs.scratch)
 
 
 def test_counters(tmp_path: Path) -> None:
