@@ -9,7 +9,8 @@ from torch import Tensor
 from powerinfer_tools.predictors.fit import Network
 from powerinfer_tools.predictors.select import FfnCosts
 
-ROUNDS = 3  # threshold and prefix depend on each other
+ROUNDS = 2  # threshold and prefix depend on each other
+FINENESS = 32  # of the misses that recall allows, the threshold that the error allows is found to this part
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,11 @@ def choose(network: Network, held: HeldOut, costs: FfnCosts, recall: float, erro
 def _threshold(logits: Tensor, held: HeldOut, always: int, recall: float, error: float) -> float:
     """The largest threshold with at most the misses that the recall allows, and the error within its bound."""
     fired = held.fired[:, always:]
-    scores = logits[:, always:][fired].sort().values
-    most = min(int((1 - recall) * held.n_fired), len(scores) - 1)
+    asked = logits[:, always:][fired]
+    most = min(int((1 - recall) * held.n_fired), len(asked) - 1)
     if most < 0:
         return float(logits.max()) + 1.0  # whatever fires is computed unasked
+    scores = asked.topk(most + 1, largest=False).values  # rising
 
     def too_far(n_missed: int) -> bool:
         missed = held.fired & (logits < scores[n_missed])
@@ -87,7 +89,7 @@ def _last(most: int, too_far: Callable[[int], bool]) -> int:
     if not too_far(most):
         return most
     good, bad = 0, most
-    while bad - good > max(1, most // 256):
+    while bad - good > max(1, most // FINENESS):
         middle = (good + bad) // 2
         good, bad = (good, middle) if too_far(middle) else (middle, bad)
     return good

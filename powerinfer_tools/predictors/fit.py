@@ -46,6 +46,7 @@ class Network:
         Rounding is blind to scale, so calibrating costs nothing and mends most of what rounding broke.
         """
         w_in, w_out = rounded(self.w_in, quant), rounded(self.w_out, quant)
+        x, fired = _thinned(x, fired)
         forecast = Network(w_in, w_out, torch.zeros_like(self.bias), self.relu).logits(x)
         scale, shift = _calibrate(forecast, fired)
         return Network(w_in, rounded(w_out * scale[:, None], quant), shift, self.relu)
@@ -90,6 +91,7 @@ class Start:
         directions = self._directions[:, : rank // 2 if relu else rank]
         w_in = directions.T @ self._inverse_root
         w_out = self._weighted @ directions
+        x, fired = _thinned(x, fired)
         scale, shift = _calibrate((x - self._mean) @ w_in.T @ w_out.T, fired)
         w_out *= scale[:, None]
         bias = shift - w_out @ (w_in @ self._mean)
@@ -100,11 +102,16 @@ class Start:
         return Network(w_in, w_out, bias, relu)
 
 
+def _thinned(x: Tensor, fired: Tensor) -> tuple[Tensor, Tensor]:
+    """Evenly spread samples, as many as a calibration of two numbers a neuron needs."""
+    step = max(1, len(x) // CALIBRATION_TOKENS)
+    return x[::step], fired[::step]
+
+
 def _calibrate(forecast: Tensor, fired: Tensor) -> tuple[Tensor, Tensor]:
     """Logistic regression of each neuron's firing on its forecast, by Newton's method: scale and shift [n_ff]."""
     mean, size = forecast.mean(0), forecast.std(0).clamp_min(1e-6)
-    step = max(1, len(forecast) // CALIBRATION_TOKENS)
-    f, y = (forecast[::step] - mean) / size, fired[::step].float()
+    f, y = (forecast - mean) / size, fired.float()
     frequency = (y.mean(0) + 1 / len(f)) / (1 + 2 / len(f))
     scale, shift = torch.ones_like(frequency), frequency.logit()
     for _ in range(CALIBRATION_STEPS):

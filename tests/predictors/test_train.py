@@ -122,8 +122,10 @@ def test_cut_silu_is_predicted(tmp_path):
     folder = planted.set_activation(planted.make_low_rank(tmp_path / "model"), "silu")
     cut = profiled(open_checkpoint(folder), tmp_path, seed=1, sparsity=0.8)
     predictors = train(open_checkpoint(folder), cut, tmp_path / "p", progress=silent)
-    assert [plan.mode for plan in predictors.plans] == [MODE_PREDICTOR, MODE_PREDICTOR]
-    assert predictors.figures[0]["active"] == pytest.approx(0.2, abs=0.03)
+    assert predictors.plans[0].mode == MODE_PREDICTOR
+    for figures in predictors.figures:
+        assert figures["active"] == pytest.approx(0.2, abs=0.03)
+        assert figures["recall"] >= 0.98
 
 
 @pytest.mark.parametrize("bad", [{"recall": 0.0}, {"recall": 1.1}, {"error": -0.1}, {"quant": "q2_k"}])
