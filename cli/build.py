@@ -100,7 +100,10 @@ def build(
     if quant == "auto":
         console.say(f"quant auto: {artifact.quant}")
     console.say(f"build: {time.monotonic() - started:.1f} s")
-    console.wrote(output, f"powerinfer chat {output}")
+    if all(stage.up_to_date for stage in stages):
+        console.say(f"{output} is up to date; next: powerinfer chat {output}")
+    else:
+        console.wrote(output, f"powerinfer chat {output}")
     if json:
         fields = ("name", "seconds", "up_to_date", "summary")
         document = {"path": str(output), "bytes": artifact.n_bytes, "quant": artifact.quant}
