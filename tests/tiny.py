@@ -67,9 +67,7 @@ def make_llama(
     if not tied:
         tensors["lm_head.weight"] = draw.matrix(n_vocab, n_embd)
     config = {
-        "architectures": [
-            {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[model_type] + "ForCausalLM"
-        ],
+        "architectures": [{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[model_type] + "ForCausalLM"],
         "model_type": model_type,
         "hidden_size": n_embd,
         "intermediate_size": n_ff,
@@ -193,9 +191,7 @@ class _Draw:
             tensors[f"{name}.bias"] = self.bias(n_out)
 
 
-def _write(
-    folder: Path, config: dict[str, Any], tensors: Tensors, n_vocab: int, shards: int, dtype: str
-) -> Path:
+def _write(folder: Path, config: dict[str, Any], tensors: Tensors, n_vocab: int, shards: int, dtype: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     (folder / "tokenizer.json").write_text(make_tokenizer(n_vocab))

@@ -60,9 +60,7 @@ def load_attention(checkpoint: Checkpoint, i: int, device: str = "cpu") -> Atten
 
     def load(part: str) -> Linear:
         name = f"blk.{i}.attn_{part}"
-        return Linear(
-            tensor(checkpoint, f"{name}.weight", device), optional(checkpoint, f"{name}.bias", device)
-        )
+        return Linear(tensor(checkpoint, f"{name}.weight", device), optional(checkpoint, f"{name}.bias", device))
 
     config = checkpoint.config
     return Attention(config.head_dim, config.rope, load("q"), load("k"), load("v"), load("output"))
