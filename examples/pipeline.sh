@@ -28,12 +28,12 @@ head -c 20000 "$here/corpus/sotu.txt" > "$work/corpus.txt"
 
 $powerinfer profile "$work/model" --corpus "$work/corpus.txt" --tokens 4096 --samples 1024 --json \
     -o "$work/tiny.activations" | check 'd["tokens"] == 4096 and len(d["layers"]) == 3'
-$powerinfer train "$work/model" --activations "$work/tiny.activations" --json \
+$powerinfer train "$work/model" --activations "$work/tiny.activations" --quant q8_0 --json \
     -o "$work/tiny.predictors" | check 'len(d["layers"]) == 3'
-$powerinfer place "$work/model" --activations "$work/tiny.activations" --predictors "$work/tiny.predictors" --json \
-    -o "$work/tiny.placement" | check 'd["ram"] == [256] * 3'
+$powerinfer place "$work/model" --activations "$work/tiny.activations" --predictors "$work/tiny.predictors" \
+    --quant q8_0 --json -o "$work/tiny.placement" | check 'd["ram"] == [256] * 3'
 $powerinfer split "$work/model" --activations "$work/tiny.activations" --predictors "$work/tiny.predictors" \
-    --placement "$work/tiny.placement" --quant q8_0 --json -o "$work/tiny.gguf" | check 'd["n_layer"] == 3'
+    --placement "$work/tiny.placement" --quant q8_0 --json -o "$work/tiny.gguf" | check 'd["modes"] == ["predictor"] * 3'
 $powerinfer inspect "$work/tiny.gguf" --verify --json | check 'd["kind"] == "artifact"'
 $powerinfer generate "$work/tiny.gguf" -p "The state of the" -n 16 --temp 0 --json > "$work/first.json"
 check 'len(d["tokens"]) <= 16 and d["finish_reason"] in ("length", "stop")' < "$work/first.json"
@@ -43,6 +43,6 @@ $powerinfer generate "$work/tiny.gguf" -p "The state of the" -n 16 --temp 0 -t 1
 check "d['tokens'] == json.load(open('$work/first.json'))['tokens']" < "$work/second.json"
 
 refused 2 $powerinfer split "$work/model" --activations "$work/tiny.activations" -o "$work/tiny.gguf"  # exists
-refused 2 $powerinfer generate "$work/missing.gguf" -p "Hello"
+refused 1 $powerinfer generate "$work/missing.gguf" -p "Hello"
 
 echo "pipeline: passed"

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 N_EMBD, N_FF, N_HEAD, N_HEAD_KV, N_CTX = 64, 256, 4, 2, 256
+GATE_RANK = 8  # low, so that there is something to predict
 END = "<|end|>"
 
 
@@ -35,6 +36,7 @@ def config(n_layer: int, n_vocab: int) -> dict[str, object]:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "relu",
+        "mlp_bias": True,
         "hidden_size": N_EMBD,
         "intermediate_size": N_FF,
         "num_hidden_layers": n_layer,
@@ -64,7 +66,10 @@ def random_weights(n_layer: int, n_vocab: int, rng: np.random.Generator) -> dict
         weights[f"{layer}.self_attn.v_proj.weight"] = matrix(N_HEAD_KV * head_dim, N_EMBD)
         weights[f"{layer}.self_attn.o_proj.weight"] = matrix(N_EMBD, N_EMBD)
         weights[f"{layer}.post_attention_layernorm.weight"] = np.ones(N_EMBD, np.float32)
-        weights[f"{layer}.mlp.gate_proj.weight"] = matrix(N_FF, N_EMBD)
+        weights[f"{layer}.mlp.gate_proj.weight"] = matrix(N_FF, GATE_RANK) @ matrix(GATE_RANK, N_EMBD)
+        weights[f"{layer}.mlp.gate_proj.bias"] = np.full(N_FF, -1, np.float32)  # most gates stay shut
+        weights[f"{layer}.mlp.up_proj.bias"] = np.zeros(N_FF, np.float32)
+        weights[f"{layer}.mlp.down_proj.bias"] = np.zeros(N_EMBD, np.float32)
         weights[f"{layer}.mlp.up_proj.weight"] = matrix(N_FF, N_EMBD)
         weights[f"{layer}.mlp.down_proj.weight"] = matrix(N_EMBD, N_FF)
     weights["model.norm.weight"] = np.ones(N_EMBD, np.float32)

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,26 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the program does, before torch is loaded
 
 
-@pytest.fixture(autouse=True)
-def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes the user's files, meets the user's settings or leaves this machine."""
-    home = tmp_path_factory.getbasetemp() / "home"
-    home.mkdir(exist_ok=True)
-    monkeypatch.setenv("HOME", str(home))
-    for name in [n for n in os.environ if n.startswith("POWERINFER_") and n != "POWERINFER_LIB"]:
-        monkeypatch.delenv(name)
-    connect = socket.socket.connect
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        for name in os.environ.keys() & {"XDG_CACHE_HOME", "XDG_CONFIG_HOME"}:
+            patch.delenv(name)
+        for name in [n for n in os.environ if n.startswith("POWERINFER_") and n != "POWERINFER_LIB"]:
+            patch.delenv(name)
+        patch.setattr(socket.socket, "connect", _local_only(socket.socket.connect))
+        yield
 
-    def refuse(self: socket.socket, address: Any) -> None:
+
+def _local_only(connect: Callable[[socket.socket, Any], None]) -> Callable[[socket.socket, Any], None]:
+    def connect_locally(self: socket.socket, address: Any) -> None:
         if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
             raise AssertionError(f"a test connects to {address}")
         connect(self, address)
 
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    return connect_locally
 
 
 @pytest.fixture(scope="session")
