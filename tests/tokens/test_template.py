@@ -72,6 +72,7 @@ def test_today() -> None:
 )
 def test_refused(template: str) -> None:
     before = psutil.Process().memory_info().rss
+    largest_child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of this session's other tests
     with pytest.raises(PowerinferError) as caught:
         render(template)
     message = str(caught.value)
@@ -80,7 +81,7 @@ def test_refused(template: str) -> None:
     assert "\n" not in message
     assert len(message) < 700
     assert psutil.Process().memory_info().rss - before < 64 << 20
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 512 << 10
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= max(largest_child, 512 << 10)
     assert render("still here") == "still here"
 
 
