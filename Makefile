@@ -24,14 +24,14 @@ setup: $(READY) ## make .venv, install what is needed, build the native library
 
 native: $(READY) ## build the native library again where its sources changed
 
-check: $(READY) ## lint, types and the quick tests: under 3 minutes
+check: $(READY) $(MODEL) ## lint, types and the quick tests: under 3 minutes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/python -m pytest -m "not slow"
 
-test: $(READY) ## all tests: under 20 minutes
+test: $(READY) $(MODEL) ## all tests: under 20 minutes
 	$(CONFIGURE) -B build/tests -DPI_TESTS=ON > /dev/null
 	$(BIN)/cmake --build build/tests
 	$(BIN)/ctest --test-dir build/tests --output-on-failure

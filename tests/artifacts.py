@@ -42,11 +42,11 @@ class DrawnPredictors:
     checkpoint: Checkpoint
     plans: list[LayerPlan]
     slack: float
+    quant: str
     activations_digest: str = "a" * 64
     digest: str = "b" * 64
     path: Path = Path("drawn.predictors")
     relu: bool = False
-    quant: str = "f32"
     figures: list[dict[str, Any]] = field(default_factory=list)
 
     def weights(self, i: int) -> tuple[npt.NDArray[np.float32], ...]:
@@ -85,5 +85,5 @@ def write_artifact(
     thresholds = thresholds if thresholds is not None else config.thresholds
     activations = DrawnActivations(checkpoint.digest(), config.n_layer, config.n_ff, thresholds)
     plan = LayerPlan(MODE_PREDICTOR, rank, always) if predictor else LayerPlan(MODE_GATE)
-    predictors = DrawnPredictors(checkpoint, [plan] * config.n_layer, slack) if predictor else None
+    predictors = DrawnPredictors(checkpoint, [plan] * config.n_layer, slack, quant) if predictor else None
     return split(checkpoint, activations, output, predictors=predictors, quant=quant, force=True, progress=silent)  # type: ignore[arg-type]

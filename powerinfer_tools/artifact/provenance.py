@@ -23,6 +23,11 @@ def check_inputs(
         remedy = f"train them anew: powerinfer train --activations {activations.path}"
         found = predictors.activations_digest
         require_same("activations file", predictors.path, activations.digest, found, remedy)
+        if predictors.quant != quant:  # their thresholds hold for weights rounded to that type
+            raise PowerinferError(
+                f"{predictors.path}: trained for --quant {predictors.quant}, found {quant}; {remedy} --quant {quant}",
+                "mismatch",
+            )
     if placement is not None:
         _check_same("activations", activations.digest, placement.inputs.get("activations", "none"))
         if predictors is not None and "predictors" in placement.inputs:

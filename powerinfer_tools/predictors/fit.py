@@ -10,6 +10,7 @@ from torch import Tensor
 from powerinfer_tools.artifact.layout import matrix_type
 
 RIDGE = 1e-3  # of the mean variance of an input dimension
+BLOCK_ROWS = 1024
 CALIBRATION_STEPS, CALIBRATION_TOKENS = 6, 1024
 STEPS, BATCH, ROUND_EVERY, LOOK_EVERY = 300, 512, 4, 50
 LEARNING_RATE = 0.01  # of a weight matrix's mean size
@@ -77,11 +78,16 @@ class Start:
         values, vectors = torch.linalg.eigh(covariance.double())
         root = (vectors * values.sqrt()) @ vectors.T
         self._inverse_root = ((vectors / values.sqrt()) @ vectors.T).float()
-        weighted = select.double() @ root
-        weighted /= weighted.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        _, directions = torch.linalg.eigh(weighted.T @ weighted)
+        self._weighted = torch.empty_like(select)
+        gram = torch.zeros_like(root)
+        for begin in range(0, len(select), BLOCK_ROWS):  # in float64 only so much at a time
+            rows = slice(begin, begin + BLOCK_ROWS)
+            weighted = select[rows].double() @ root
+            weighted /= weighted.norm(dim=1, keepdim=True).clamp_min(1e-12)
+            gram += weighted.T @ weighted
+            self._weighted[rows] = weighted.float()
+        _, directions = torch.linalg.eigh(gram)
         self._directions = directions.flip(1).float()  # [n_embd, n_embd], strongest first
-        self._weighted = weighted.float()
 
     def network(self, rank: int, relu: bool, x: Tensor, fired: Tensor) -> Network:
         """A predictor of this rank. relu: half as many directions, each with both signs: z = relu(z) - relu(-z).

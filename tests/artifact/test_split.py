@@ -57,7 +57,7 @@ def activations_of(checkpoint: Checkpoint, **other: Any) -> Any:
 
 def make(checkpoint: Checkpoint, output: Path, plans: list[LayerPlan] | None = None, **options: Any) -> Artifact:
     """The artifact with drawn activations, and predictors where a plan asks for one."""
-    predictors: Any = DrawnPredictors(checkpoint, plans, slack=0.5) if plans else None
+    predictors: Any = DrawnPredictors(checkpoint, plans, 0.5, options.get("quant", "q4_0")) if plans else None
     activations = activations_of(checkpoint)
     return split(checkpoint, activations, output, predictors=predictors, progress=silent, **options)
 
@@ -104,7 +104,7 @@ def test_predictors_are_stored_for_the_neurons_that_are_asked(
     checkpoint: Checkpoint, quant: str, tmp_path: Path
 ) -> None:
     artifact = make(checkpoint, tmp_path / "m.gguf", [GATE, PREDICTOR], quant=quant)
-    w_in, w_out, bias = DrawnPredictors(checkpoint, [GATE, PREDICTOR], slack=0.5).weights(1)
+    w_in, w_out, bias = DrawnPredictors(checkpoint, [GATE, PREDICTOR], 0.5, "q4_0").weights(1)
     asked = activations_of(checkpoint).order(1)[PREDICTOR.always :]
     assert raw(artifact, "blk.1.predictor_in.weight") == quantised(w_in, quant)
     assert raw(artifact, "blk.1.predictor_out.weight") == quantised(w_out[asked], quant)
@@ -246,9 +246,12 @@ def test_inputs_that_do_not_belong_together_are_refused(small: Checkpoint, tmp_p
         PowerinferError, match=rf"another checkpoint: expected {small.digest()[:12]}, found cccc.*profile"
     ):
         split(small, stranger, output)
-    predictors: Any = DrawnPredictors(small, [GATE] * 2, 0.0, activations_digest="d" * 64)
+    predictors: Any = DrawnPredictors(small, [GATE] * 2, 0.0, "q4_0", activations_digest="d" * 64)
     with pytest.raises(PowerinferError, match=r"another activations file: expected aaaa.*found dddd.*powerinfer train"):
         split(small, activations, output, predictors=predictors)
+    other = DrawnPredictors(small, [GATE] * 2, 0.0, "q8_0")
+    with pytest.raises(PowerinferError, match=r"trained for --quant q8_0, found q4_0; train them anew"):
+        split(small, activations, output, predictors=other)  # type: ignore[arg-type]
     assert not output.exists()
 
 
