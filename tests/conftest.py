@@ -1,6 +1,7 @@
 """What all tests share: a home of their own, no network, and the sparse model."""
 
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ import pytest
 CACHE = Path(__file__).parent.parent / ".cache"
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # what runs in the background inherits a Ctrl-C that is ignored
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the program does, before torch is loaded
 
 
