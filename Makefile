@@ -80,7 +80,7 @@ $(MODEL): $(READY)
 	touch $@
 
 .demo/answer.txt: .demo/default.gguf
-	$(BIN)/powerinfer generate $< -p "What is the capital of France?" --max-tokens 48 > $@
+	$(BIN)/powerinfer generate $< -p "What is the capital of France?" --max-tokens 48 --temp 0 > $@
 
 .demo/bench.txt: .demo/default.gguf
 	$(BIN)/powerinfer bench $< > $@
