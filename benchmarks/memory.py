@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.tiny import CORPUS, make_tokenizer
 
-LIMIT = 2 << 30  # bytes
+LIMIT = 2 * 10**9  # bytes
 N_LAYER, N_EMBD, N_FF, N_HEAD, N_VOCAB = 2, 4096, 11008, 32, 131072
 BLOCK = 1 << 24  # weights drawn at a time
 
@@ -31,12 +31,11 @@ def main(folder: Path) -> int:
     """Runs the stages and prints a line for each; returns the exit code."""
     model, text = folder / "model", folder / "text.txt"
     n_bytes = write_checkpoint(model)
-    text.write_text(CORPUS * 20)
+    text.write_text(CORPUS * 300)
     print(f"checkpoint: {n_bytes / 1e9:.2f} GB of float16, {N_LAYER} layers, n_embd {N_EMBD}, n_ff {N_FF}")
     activations, predictors, artifact = (folder / f"m.{suffix}" for suffix in ("activations", "predictors", "gguf"))
-    small = ["--tokens", "256", "--samples", "256"]
     peaks = [
-        run("profile", model, "--corpus", text, "-o", activations, *small),
+        run("profile", model, "--corpus", text, "-o", activations, "--tokens", "8192"),
         run("train", model, "--activations", activations, "-o", predictors),
         run("split", model, "--activations", activations, "--predictors", predictors, "-o", artifact),
     ]
@@ -52,7 +51,7 @@ def run(command: str, *arguments: object) -> int:
         raise SystemExit(f"powerinfer {command} failed with {os.waitstatus_to_exitcode(status)}")
     peak = usage.ru_maxrss << 10
     print(
-        f"{command:8} peak {peak / 2**30:.2f} GiB of {LIMIT / 2**30:.0f}, {time.monotonic() - started:.0f} s",
+        f"{command:8} peak {peak / 1e9:.2f} GB of {LIMIT / 1e9:.0f}, {time.monotonic() - started:.0f} s",
         flush=True,
     )
     return peak

@@ -86,6 +86,7 @@ class Start:
             weighted /= weighted.norm(dim=1, keepdim=True).clamp_min(1e-12)
             gram += weighted.T @ weighted
             self._weighted[rows] = weighted.float()
+        del covariance, vectors, root  # the next decomposition takes several times their size
         _, directions = torch.linalg.eigh(gram)
         self._directions = directions.flip(1).float()  # [n_embd, n_embd], strongest first
 
@@ -154,7 +155,6 @@ def fine_tune(
     groups = [{"params": [w], "lr": LEARNING_RATE * s} for w, s in zip(weights, sizes, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (STEPS + 1))
-    labels = fired.float()
     best, lowest, waited = start, float("inf"), 0
     for step in range(STEPS + 1):
         if step % LOOK_EVERY == 0:
@@ -169,7 +169,7 @@ def fine_tune(
             errors = [rounded(w, quant) - w for w in weights[:2]]
         chosen = torch.randint(len(x), (min(BATCH, len(x)),), generator=generator).to(x.device)
         seen = Network(weights[0] + errors[0], weights[1] + errors[1], weights[2], start.relu)
-        for w, gradient in zip(weights, _gradients(seen, x[chosen], labels[chosen]), strict=True):
+        for w, gradient in zip(weights, _gradients(seen, x[chosen], fired[chosen].float()), strict=True):
             w.grad = gradient
         optimizer.step()
         schedule.step()
