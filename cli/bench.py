@@ -31,7 +31,7 @@ def bench(
     from powerinfer_tools.bench import PROMPT
     from powerinfer_tools.bench import bench as run
 
-    text = file.read_text(encoding="utf-8") if file else PROMPT
+    text = file.read_bytes().decode("utf-8", "replace") if file else PROMPT
     with console.progress() as progress:
         result = run(
             artifact,

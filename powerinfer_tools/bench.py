@@ -15,6 +15,7 @@ import numpy.typing as npt
 from powerinfer_tools.artifact import Artifact, open_artifact
 from powerinfer_tools.engine import Engine, Model, Sampling, Stats
 from powerinfer_tools.engine.native import measure_memory
+from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement.costs import artifact_costs
 from powerinfer_tools.placement.machine import Machine, Tier
 from powerinfer_tools.placement.problem import Plan, Problem
@@ -58,6 +59,12 @@ def bench(
     weights and KV cache that decoding read; ceiling_gb_s is this machine's sequential read with as many threads.
     """
     artifact = open_artifact(path)
+    if prompt_tokens + n_tokens > artifact.config.n_ctx:
+        raise PowerinferError(
+            f"--prompt-tokens and --decode-tokens: expected at most the model's {artifact.config.n_ctx} together, "
+            f"found {prompt_tokens + n_tokens}",
+            "usage",
+        )
     ids = _prompt(artifact, text, prompt_tokens)
     runs: list[Timed] = []
     model = Model(path)
@@ -73,6 +80,8 @@ def bench(
 
 def _prompt(artifact: Artifact, text: str, n: int) -> list[int]:
     ids = Tokenizer(artifact.tokenizer_json, artifact.special).encode(text, add_bos=False, parse_special=False)
+    if not ids:
+        raise PowerinferError("the prompt is empty: expected at least one token", "usage")
     return [ids[i % len(ids)] for i in range(n)]
 
 

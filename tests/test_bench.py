@@ -8,6 +8,7 @@ import pytest
 
 from powerinfer_tools.bench import bench
 from powerinfer_tools.engine import Engine
+from powerinfer_tools.engine.native import measure_memory
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.evaluate import evaluate
 from powerinfer_tools.progress import silent
@@ -45,6 +46,20 @@ def test_bench_counts_what_it_ran(folder: Path) -> None:
     assert sum(part["bytes"] for part in parts) == pytest.approx(found["bytes_per_token"])
     assert all(part["ms"] >= 0 for part in parts)
     assert 0 < found["active_ratio"] < 1
+
+
+def test_bench_refuses_what_it_cannot_run(folder: Path) -> None:
+    with pytest.raises(PowerinferError, match="--decode-tokens: expected at most the model's 128 together, found 129"):
+        bench(folder / "exact.gguf", prompt_tokens=64, n_tokens=65)
+    with pytest.raises(PowerinferError, match="the prompt is empty"):
+        bench(folder / "exact.gguf", prompt_tokens=8, n_tokens=8, text="")
+
+
+def test_memory_is_measured_in_rows_that_are_read_whole() -> None:
+    assert measure_memory(1, 1 << 20, row_bytes=128, stride_rows=3) > 0
+    for row_bytes in (64, 1000):
+        with pytest.raises(PowerinferError, match="expected a multiple of 128"):
+            measure_memory(1, 1 << 20, row_bytes)
 
 
 def test_bench_gives_the_same_tokens_for_any_threads_and_mode(folder: Path) -> None:

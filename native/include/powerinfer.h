@@ -124,7 +124,7 @@ PI_API pi_status pi_session_get_stats(const pi_session* session, pi_stats* out);
 PI_API pi_status pi_session_reset_stats(pi_session* session);
 
 /* Measures memory reads with n_threads: bytes are read in sequence, or as `row_bytes` long rows of which one in
- * `stride_rows` is taken (1: all). Returns bytes per second, the median of `repeats`. */
+ * `stride_rows` is taken (1: all); row_bytes: a multiple of 128. Returns bytes per second, the median of `repeats`. */
 PI_API pi_status pi_measure_memory(uint32_t n_threads, uint64_t buffer_bytes, uint64_t row_bytes, uint32_t stride_rows,
                                    uint32_t repeats, double* bytes_per_s);
 

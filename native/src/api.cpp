@@ -220,8 +220,9 @@ pi_status pi_measure_memory(uint32_t n_threads, uint64_t buffer_bytes, uint64_t 
         require(n_threads >= 1 && n_threads <= 256, "n_threads: expected 1 to 256");
         require(repeats >= 1 && repeats <= 1000 && stride_rows >= 1,
                 "repeats: expected 1 to 1000; stride_rows: at least 1");
-        require(buffer_bytes <= (uint64_t{1} << 40) && row_bytes >= 64 && row_bytes <= buffer_bytes / stride_rows,
-                "row_bytes: expected at least 64 and one picked row in the buffer");
+        require(buffer_bytes <= (uint64_t{1} << 40) && row_bytes >= 128 && row_bytes % 128 == 0 &&
+                    row_bytes <= buffer_bytes / stride_rows,
+                "row_bytes: expected a multiple of 128 and one picked row in the buffer");
         *bytes_per_s = pi::measure_memory(n_threads, buffer_bytes, row_bytes, stride_rows, repeats);
     });
 }

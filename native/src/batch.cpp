@@ -85,7 +85,7 @@ void Session::ffn_batch(const Layer& layer, size_t n, bool selective, pi_layer_s
         uint64_t n_true = 0, n_predicted = 0, n_hit = 0;
         for (size_t i = 0; i < c.n_ff; i++) {
             bool fires = h[i] != 0;
-            bool predicted = asked ? i < layer.always || b_asked_[t * c.n_ff + i] >= 0 : a[i] != 0;
+            bool predicted = asked ? i < layer.always || !(b_asked_[t * c.n_ff + i] < 0) : a[i] != 0;
             n_true += fires;
             n_predicted += predicted;
             n_hit += fires && predicted;
@@ -100,7 +100,7 @@ void Session::ffn_batch(const Layer& layer, size_t n, bool selective, pi_layer_s
     gemm_down(layer, layer.up.data ? b_up_.data() : b_select_.data(), n);
 }
 
-// b_asked_[t][i] >= 0 where the predictor lets neuron i of token t through
+// b_asked_[t][i] < 0 where the predictor holds neuron i of token t back
 void Session::predict_batch(const Layer& layer, size_t n) {
     const Predictor& p = *layer.predictor;
     gemm(p.in, nullptr, b_x_.data(), n, b_rank_.data(), false);

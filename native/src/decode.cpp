@@ -100,7 +100,8 @@ void Session::ffn(const Layer& layer) {
     collect_counts(layer);
 }
 
-// Neurons of [lo, hi) whose deciding row is computed, ascending, in w.asked.
+// Neurons of [lo, hi) whose deciding row is computed, ascending, in w.asked. A forecast that is no number (damaged
+// weights) lets through: it may cost time, never the answer.
 size_t Session::ask(const Layer& layer, uint32_t lo, uint32_t hi, Vector rank, Worker& w) {
     const Predictor& p = *layer.predictor;
     size_t n = 0;
@@ -110,7 +111,7 @@ size_t Session::ask(const Layer& layer, uint32_t lo, uint32_t hi, Vector rank, W
     ops.matvec(p.out.type, p.out.n, p.out.row(first), p.out.stride, hi - lo, rank, w.logit.data());
     for (uint32_t i = lo; i < hi; i++) {
         w.asked[n] = i;
-        n += w.logit[i - lo] + p.bias[i - layer.always] >= 0;
+        n += !(w.logit[i - lo] + p.bias[i - layer.always] < 0);
     }
     return n;
 }
@@ -172,12 +173,12 @@ void Session::sum_chunks(const Layer& layer) {
 }
 
 void Session::collect_counts(const Layer& layer) {
-    uint64_t further = layer.down.row_size() + (layer.up.data ? layer.up.row_size() : 0);
+    uint64_t up = layer.up.data ? layer.up.row_size() : 0;
     for (Worker& w : workers_) {
         stats.neurons_computed += w.n_computed;
         stats.neurons_active += w.n_fired;
         stats.bytes_gate += w.n_computed * layer.select.row_size();
-        stats.bytes_updown += w.n_active * further;
+        stats.bytes_updown += w.n_active * up + w.n_fired * layer.down.row_size();  // add_rows skips what is 0
         w.n_computed = w.n_active = w.n_fired = 0;
     }
     stats.neurons_total += model.config.n_ff;

@@ -73,8 +73,8 @@ int32_t Sampler::sample(const float* logits, uint32_t n_vocab, const pi_sampling
                         size_t n_recent) {
     candidates_.clear();
     for (uint32_t i = 0; i < n_vocab; i++) {
-        if (std::isnan(logits[i]))
-            throw Error(PI_ERROR_INTERNAL, "a logit is not a number: the weights or the input are damaged");
+        if (!std::isfinite(logits[i]))
+            throw Error(PI_ERROR_INTERNAL, "a logit is not a finite number: the weights or the input are damaged");
         candidates_.push_back({logits[i], static_cast<int32_t>(i)});
     }
     penalise(how, recent, n_recent);

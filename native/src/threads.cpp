@@ -1,5 +1,10 @@
 #include "threads.h"
 
+#include <exception>
+#include <string>
+
+#include "gguf.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -13,7 +18,7 @@ constexpr int SPINS = 4000;  // about 50 us: longer than the serial work between
 // A ticket holds all that a thread must know to own an item: while it does, the job cannot end, so that what the job
 // points to stays valid.
 constexpr uint64_t ITEM_BITS = 20, MASK = (1u << ITEM_BITS) - 1;
-constexpr size_t MAX_ITEMS = MASK - 256;  // each thread may ask once in vain
+constexpr size_t MAX_ITEMS = MASK - 512;  // each of 256 threads may ask in vain twice: once more where it came late
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -24,10 +29,17 @@ inline void pause() {
 }  // namespace
 
 Pool::Pool(uint32_t n_threads) : n_threads_(n_threads) {
-    for (uint32_t i = 1; i < n_threads; i++) threads_.emplace_back([this, i] { work(i); });
+    try {
+        for (uint32_t i = 1; i < n_threads; i++) threads_.emplace_back([this, i] { work(i); });
+    } catch (const std::exception&) {
+        stop();
+        throw Error(PI_ERROR_MEMORY, "cannot start " + std::to_string(n_threads) + " threads");
+    }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
     stop_.store(true);
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();

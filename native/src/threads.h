@@ -32,6 +32,7 @@ class Pool {
     using Call = void (*)(void*, size_t, uint32_t);
     void run_erased(size_t n_items, Call call, void* user);
     void work(uint32_t thread);
+    void stop();
     bool take_item(uint32_t thread);
 
     uint32_t n_threads_;

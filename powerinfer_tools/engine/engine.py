@@ -16,6 +16,7 @@ from powerinfer_tools.errors import PowerinferError
 Logits = npt.NDArray[np.float32]
 
 DEFAULT_CTX = 4096  # positions, where the model has as many: what a chat needs, at a bounded KV cache
+MAX_THREADS = 256  # of the native engine
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Engine:
 
     model: an artifact's path, or weights that are already loaded. mode: auto (what the artifact says, layer by
     layer), dense, gate or predictor; uncut ignores the activation thresholds; kernels: 0 best, 1 scalar, 2 AVX2;
-    ctx_size in positions; threads: default one a processor.
+    ctx_size in positions; threads: default one a processor, up to MAX_THREADS.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class Engine:
             raise PowerinferError(f"mode: expected {', '.join(native.MODES)}, found {mode}", "usage")
         self.model = model if isinstance(model, Model) else Model(model)
         self.info = self.model.info
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
         self.ctx_size = ctx_size or min(DEFAULT_CTX, self.info.n_ctx_train)
         if self.ctx_size > self.info.n_ctx_train:
             raise PowerinferError(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from powerinfer_tools.engine.engine import Engine, Sampling
 from powerinfer_tools.errors import PowerinferError
 
+PIECE = 128  # tokens of a prompt that run together; between two pieces Ctrl-C is heard
+
 
 @dataclass(frozen=True)
 class Token:
@@ -77,5 +79,6 @@ def _run_prompt(engine: Engine, prompt: list[int], context: Context) -> None:
         same += 1
     engine.truncate(same)
     context.ids = prompt[:same]
-    engine.prefill(prompt[same:])
-    context.ids = list(prompt)
+    for at in range(same, len(prompt), PIECE):
+        engine.prefill(prompt[at : at + PIECE])
+        context.ids += prompt[at : at + PIECE]

@@ -1,5 +1,7 @@
 """The native engine against the reference, and against itself: modes, kernels, threads, batches."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -256,8 +258,9 @@ def test_memory_is_what_placement_counts(family: Path, predictor: bool, threads:
         assert engine.memory() == (costs.kv, costs.scratch)
 
 
-def test_counters(tmp_path: Path) -> None:
-    make_llama(tmp_path / "model")
+@pytest.mark.parametrize("activation", ["relu", "drelu"])
+def test_counters(activation: str, tmp_path: Path) -> None:
+    make_llama(tmp_path / "model", activation=activation)
     artifact = make_artifact(tmp_path / "model", tmp_path / "a.gguf", quant="f16")
     config = artifact.config
     with Engine(tmp_path / "a.gguf", mode="dense") as engine:
@@ -270,8 +273,11 @@ def test_counters(tmp_path: Path) -> None:
     row = 2 * config.n_embd
     neurons = config.n_layer * config.n_ff
     assert dense.bytes_gate == sparse.bytes_gate == neurons * row
-    assert dense.bytes_updown == 2 * neurons * row
-    assert sparse.bytes_updown == 2 * sparse.neurons_active * row
+    assert dense.bytes_updown == (neurons + dense.neurons_active) * row  # down rows of silent neurons are not read
+    if activation == "relu":
+        assert sparse.bytes_updown == 2 * sparse.neurons_active * row
+    else:  # the up row may silence a neuron whose gate fires
+        assert 2 * sparse.neurons_active * row < sparse.bytes_updown < dense.bytes_updown
     assert dense.neurons_active == sparse.neurons_active < sparse.neurons_total == neurons
     assert dense.bytes_head == config.n_vocab * row
     assert dense.bytes_decode == dense.bytes_attention + dense.bytes_gate + dense.bytes_updown + dense.bytes_head
@@ -291,6 +297,49 @@ def test_counters(tmp_path: Path) -> None:
 def test_bad_calls_say_what_was_expected(llama: Path, call: Any, message: str) -> None:
     with Engine(llama, ctx_size=16) as engine, pytest.raises(PowerinferError, match=message):
         call(engine)
+
+
+def damage(source: Path, output: Path, tensor: str, value: float) -> Path:
+    found, data = open_artifact(source).file.tensors[tensor], bytearray(source.read_bytes())
+    data[found.offset : found.offset + 4] = np.float32(value).tobytes()
+    output.write_bytes(data)
+    return output
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_damaged_weights_are_never_sampled_from(family: Path, value: float, tmp_path: Path) -> None:
+    path = damage(family / "gate.gguf", tmp_path / "a.gguf", "output_norm.weight", value)
+    with Engine(path) as engine:
+        engine.decode(1)
+        with pytest.raises(PowerinferError, match="a logit is not a finite number"):
+            engine.sample(GREEDY)
+
+
+def test_a_damaged_forecast_costs_no_answer(tmp_path: Path) -> None:
+    make_llama(tmp_path / "model")
+    make_artifact(tmp_path / "model", tmp_path / "a.gguf", predictor=True, slack=1e6)
+    path = damage(tmp_path / "a.gguf", tmp_path / "b.gguf", "blk.0.predictor_in.weight", np.nan)
+    tokens = ids(16)
+    assert np.array_equal(decode_all(path, tokens), decode_all(path, tokens, mode="dense"))
+    with Engine(path) as sparse, Engine(path, mode="dense") as dense:
+        assert np.array_equal(sparse.score(tokens)[0], dense.score(tokens)[0])
+
+
+def test_too_little_memory_for_threads_is_an_error(llama: Path) -> None:
+    code = """
+import resource, sys
+from powerinfer_tools.engine import Engine, Model
+model = Model(sys.argv[1])
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)
+try:
+    Engine(model, threads=256)
+except Exception as error:
+    print(error.kind, error)
+Engine(model, threads=1).decode(1)
+"""
+    run = subprocess.run([sys.executable, "-c", code, str(llama)], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, "memory cannot start 256 threads\n"), run.stderr
 
 
 def test_bad_settings_say_what_was_expected(llama: Path) -> None:

@@ -1,12 +1,14 @@
 """Sampling: each rule against its definition, and the same seed the same tokens."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from powerinfer_tools.engine import Engine, Sampling, generate
+from powerinfer_tools.engine.engine import Logits
 from powerinfer_tools.engine.generate import Context
 from powerinfer_tools.errors import PowerinferError
 from tests.artifacts import make_artifact
@@ -112,6 +114,26 @@ def test_generate_ends_at_stop_length_and_context(artifact: Path) -> None:
         assert len(full) == 16 - len(PROMPT)
         with pytest.raises(PowerinferError, match="the prompt has 16 tokens: expected fewer than the context of 16"):
             list(generate(engine, [1] * 16, PLAIN, max_tokens=1))
+
+
+def test_an_interrupted_prompt_is_continued_where_it_stopped(artifact: Path) -> None:
+    prompt, greedy, pieces = [(7 * i) % 300 for i in range(200)], Sampling(temperature=0), list[int]()
+
+    class Interrupted(Engine):
+        def prefill(self, tokens: Sequence[int], logits: bool = False) -> Logits | None:
+            pieces.append(len(tokens))
+            found = super().prefill(tokens, logits)
+            if len(pieces) == 1:
+                raise KeyboardInterrupt
+            return found
+
+    with Interrupted(artifact) as engine, Engine(artifact) as fresh:
+        context = Context()
+        with pytest.raises(KeyboardInterrupt):
+            next(generate(engine, prompt, greedy, max_tokens=8, context=context))
+        found = [t.id for t in generate(engine, prompt, greedy, max_tokens=8, context=context)]
+        assert found == [t.id for t in generate(fresh, prompt, greedy, max_tokens=8)]
+        assert max(pieces) < len(prompt)
 
 
 def test_a_prompt_that_continues_the_context_gives_what_a_fresh_one_gives(artifact: Path) -> None:
