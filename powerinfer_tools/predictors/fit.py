@@ -10,7 +10,7 @@ from torch import Tensor
 from powerinfer_tools.artifact.layout import matrix_type
 
 RIDGE = 1e-3  # of the mean variance of an input dimension
-BLOCK_ROWS = 1024
+BLOCK_ROWS = 1024  # neurons that are worked on at once, where temporaries are several times their size
 CALIBRATION_STEPS, CALIBRATION_TOKENS = 6, 1024
 STEPS, BATCH, ROUND_EVERY, LOOK_EVERY = 300, 512, 4, 50
 LEARNING_RATE = 0.01  # of a weight matrix's mean size
@@ -67,7 +67,7 @@ class Start:
 
     The truncated SVD of G C^1/2 minimises E |G (x - mean) - W_out W_in (x - mean)|^2, C the inputs' covariance plus
     a ridge (data-aware SVD, as in SVD-LLM, arXiv 2403.07378, section 3). Rows of G count equally: each is scaled to
-    unit variance, since only the sign of (pre-activation - threshold) matters.
+    unit variance, since only the sign of (pre-activation - threshold) matters. Consumes `select`.
     """
 
     def __init__(self, select: Tensor, x: Tensor) -> None:
@@ -78,7 +78,7 @@ class Start:
         values, vectors = torch.linalg.eigh(covariance.double())
         root = (vectors * values.sqrt()) @ vectors.T
         self._inverse_root = ((vectors / values.sqrt()) @ vectors.T).float()
-        self._weighted = torch.empty_like(select)
+        self._weighted = select  # overwritten: nobody needs it again, and it is a third of the layer
         gram = torch.zeros_like(root)
         for begin in range(0, len(select), BLOCK_ROWS):  # in float64 only so much at a time
             rows = slice(begin, begin + BLOCK_ROWS)
@@ -117,6 +117,14 @@ def _thinned(x: Tensor, fired: Tensor) -> tuple[Tensor, Tensor]:
 
 def _calibrate(forecast: Tensor, fired: Tensor) -> tuple[Tensor, Tensor]:
     """Logistic regression of each neuron's firing on its forecast, by Newton's method: scale and shift [n_ff]."""
+    n_ff = forecast.shape[1]
+    blocks = [slice(begin, begin + BLOCK_ROWS) for begin in range(0, n_ff, BLOCK_ROWS)]
+    pairs = [_calibrate_block(forecast[:, block], fired[:, block]) for block in blocks]
+    return torch.cat([scale for scale, _ in pairs]), torch.cat([shift for _, shift in pairs])
+
+
+def _calibrate_block(forecast: Tensor, fired: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for all of these neurons at once."""
     mean, size = forecast.mean(0), forecast.std(0).clamp_min(1e-6)
     f, y = (forecast - mean) / size, fired.float()
     frequency = (y.mean(0) + 1 / len(f)) / (1 + 2 / len(f))
