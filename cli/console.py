@@ -81,7 +81,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
 
     width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 160
     out = Console(highlight=False, markup=False, emoji=False, width=width)
-    view = Table(title=harmless(title) or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    if title:
+        out.print(Text(harmless(title), style="bold"), soft_wrap=True)  # a table's own title folds at its width
+    view = Table(box=None, pad_edge=False)
     view.show_header = any(columns)
     for i, column in enumerate(columns):
         view.add_column(

@@ -43,6 +43,6 @@ $powerinfer generate "$work/tiny.gguf" -p "The state of the" -n 16 --temp 0 -t 1
 check "d['tokens'] == json.load(open('$work/first.json'))['tokens']" < "$work/second.json"
 
 refused 2 $powerinfer split "$work/model" --activations "$work/tiny.activations" -o "$work/tiny.gguf"  # exists
-refused 1 $powerinfer generate "$work/missing.gguf" -p "Hello"
+refused 2 $powerinfer generate "$work/missing.gguf" -p "Hello"
 
 echo "pipeline: passed"

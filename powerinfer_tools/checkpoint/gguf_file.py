@@ -94,6 +94,8 @@ def read_gguf(path: Path, strict: bool) -> GgufFile:
                 raise PowerinferError(f"{path}: expected a GGUF file, found the end at byte 0", "truncated")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Reader(path, data, strict).read()
+    except FileNotFoundError as error:
+        raise PowerinferError(f"{path}: no such file", "usage") from error
     except OSError as error:
         raise PowerinferError(f"{path}: cannot be read: {error.strerror or error}", "io") from error
 
