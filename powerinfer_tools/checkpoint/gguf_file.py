@@ -86,7 +86,7 @@ def read_gguf(path: Path, strict: bool) -> GgufFile:
     was found and the limit.
     """
     if not path.is_file():
-        raise PowerinferError(f"{path}: expected a GGUF file, found no file", "io")
+        raise PowerinferError(f"{path}: expected a GGUF file, found no file", "usage")
     try:
         with path.open("rb") as file:
             n_bytes = file.seek(0, 2)
@@ -94,8 +94,6 @@ def read_gguf(path: Path, strict: bool) -> GgufFile:
                 raise PowerinferError(f"{path}: expected a GGUF file, found the end at byte 0", "truncated")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Reader(path, data, strict).read()
-    except FileNotFoundError as error:
-        raise PowerinferError(f"{path}: no such file", "usage") from error
     except OSError as error:
         raise PowerinferError(f"{path}: cannot be read: {error.strerror or error}", "io") from error
 
