@@ -83,7 +83,7 @@ def read_gguf(path: Path, strict: bool) -> GgufFile:
 
     Errors, by kind. truncated: it ends too early; malformed: it breaks a rule of the format or a limit;
     unsupported: a version or tensor type that is not read; io: it cannot be read. Each names field or tensor, what
-    was found and the limit.
+    was found and the limit. usage: there is no such file.
     """
     if not path.is_file():
         raise PowerinferError(f"{path}: expected a GGUF file, found no file", "usage")

@@ -135,7 +135,7 @@ def test_folders_and_missing_files(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none.gguf"):
         with pytest.raises(PowerinferError, match="expected a GGUF file, found") as caught:
             read_gguf(path, strict=True)
-        assert caught.value.kind == "io"
+        assert caught.value.kind == "usage"
 
 
 def test_strict_reading_imports_no_gguf(tmp_path: Path) -> None:
