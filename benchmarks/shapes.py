@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -122,11 +123,13 @@ class Drawn:
             size.reshape(-1, plan.shape[1])[:, -1] = 1 / (SPREAD * GATE_BIAS * self.n_active**0.5)
         step = max(1, BLOCK_BYTES // 2 // plan.shape[0])
         for begin in range(0, n_rows, step):
-            yield self.rows(plan.type, plan.shape[0], size[begin : begin + step])
+            first = crc32(f"{plan.name} {begin}".encode()) % (BLOCK_BYTES // 2)  # no two matrices alike
+            numbers = self.numbers[first : first + len(size[begin : begin + step]) * plan.shape[0]]
+            yield self.rows(plan.type, numbers.reshape(-1, plan.shape[0]), size[begin : begin + step])
 
-    def rows(self, kind: str, n: int, size: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
-        """Rows of n whole numbers times each row's size, as ggml stores them."""
-        numbers = self.numbers[: len(size) * n].reshape(len(size), n)
+    def rows(self, kind: str, numbers: npt.NDArray[np.int8], size: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+        """Rows of whole numbers times each row's size, as ggml stores them."""
+        n = numbers.shape[1]
         if kind in ("f32", "f16"):
             return (numbers * size[:, None]).astype(np.float32 if kind == "f32" else np.float16)
         blocks = numbers.reshape(len(size), n // 32, 32)

@@ -18,10 +18,16 @@ namespace {
 // 32 bytes as the compiler's widest registers take them, from any address.
 typedef uint64_t Words __attribute__((vector_size(32), aligned(1), may_alias));
 
-// Sums words in four chains: enough loads in flight for the memory.
-uint64_t sum_words(const uint8_t* data, uint64_t n_bytes) {
+// Sums words in four chains: enough loads in flight for the memory. `ahead` and `then` are read next: the lines of
+// `ahead`, and after the first `left` bytes those of `then`, are asked for as this row's are summed. NULL: none.
+uint64_t sum_words(const uint8_t* data, uint64_t n_bytes, const uint8_t* ahead, const uint8_t* then, uint64_t left) {
     Words sums[4] = {};
     for (uint64_t i = 0; i + 128 <= n_bytes; i += 128) {
+        if (ahead) {
+            const uint8_t* line = i < left ? ahead + i : then + (i - left);
+            __builtin_prefetch(line);
+            __builtin_prefetch(line + 64);
+        }
         const Words* words = reinterpret_cast<const Words*>(data + i);
         for (int j = 0; j < 4; j++) sums[j] += words[j];
     }
@@ -31,6 +37,8 @@ uint64_t sum_words(const uint8_t* data, uint64_t n_bytes) {
 
 // One row of each group of `stride`, at no fixed distance that hardware could foresee.
 uint64_t picked_row(uint64_t p, uint32_t stride) { return p * stride + (p * 0x9e3779b97f4a7c15u >> 40) % stride; }
+
+constexpr uint64_t AHEAD_BYTES = 2048;  // along the picked rows: hardware does not foresee where the next one lies
 
 class Huge {
    public:
@@ -59,18 +67,17 @@ double measure_memory(uint32_t n_threads, uint64_t buffer_bytes, uint64_t row_by
     Pool pool(n_threads);
     uint64_t n_rows = buffer_bytes / row_bytes, n_picked = n_rows / stride_rows;
     uint64_t n_items = std::min<uint64_t>(n_picked, 64 * n_threads);
+    uint64_t rows_ahead = AHEAD_BYTES / row_bytes, bytes_ahead = AHEAD_BYTES % row_bytes;
+    auto at = [&](uint64_t p) { return buffer.data + row_bytes * picked_row(std::min(p, n_picked - 1), stride_rows); };
     std::atomic<uint64_t> sink{0};
     std::vector<double> rates;
     for (uint32_t r = 0; r <= repeats; r++) {  // the first warms up
         auto start = std::chrono::steady_clock::now();
         pool.run(n_items, [&](size_t item, uint32_t) {
-            uint64_t sum = 0, end = n_picked * (item + 1) / n_items;
-            const uint8_t* row = buffer.data + row_bytes * picked_row(n_picked * item / n_items, stride_rows);
-            for (uint64_t p = n_picked * item / n_items; p < end; p++) {
-                const uint8_t* next = buffer.data + row_bytes * picked_row(std::min(p + 1, end - 1), stride_rows);
-                for (int line = 0; line < 4 && stride_rows > 1; line++) __builtin_prefetch(next + 64 * line);
-                sum += sum_words(row, row_bytes);
-                row = next;
+            uint64_t sum = 0, begin = n_picked * item / n_items, end = n_picked * (item + 1) / n_items;
+            for (uint64_t p = begin; p < end; p++) {
+                const uint8_t* ahead = stride_rows > 1 ? at(p + rows_ahead) + bytes_ahead : nullptr;
+                sum += sum_words(at(p), row_bytes, ahead, at(p + rows_ahead + 1), row_bytes - bytes_ahead);
             }
             sink += sum;
         });
