@@ -1,6 +1,7 @@
 """Artifacts of well-known shapes with planted sparsity, for timing: weights are random, only speed means anything.
 
     python benchmarks/shapes.py llama-2-7b q4_0 0.1 OUTPUT.gguf
+    python benchmarks/shapes.py llama-2-7b q4_0 plain OUTPUT.gguf     # dense, for llama.cpp
 
 Which neurons a token computes is decided by a random linear predictor of rank RANK, whose biases make neuron i pass
 for a share f_i of inputs; f_i falls by a power law, and its mean is the share that was asked for. What passes fires (a
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from powerinfer_tools.artifact.gguf_writer import write_gguf
 from powerinfer_tools.artifact.layout import MODE_PREDICTOR, LayerPlan, TensorPlan, tensor_table
-from powerinfer_tools.artifact.metadata import artifact_metadata
+from powerinfer_tools.artifact.metadata import artifact_metadata, general_keys, model_keys
 from powerinfer_tools.checkpoint import Checkpoint, Config, Rope
 from powerinfer_tools.files import atomic_write
 from tests.tiny import make_tokenizer
@@ -152,6 +153,36 @@ def write_shape(shape: str, quant: str, active: float, output: Path) -> None:
         write_gguf(file, metadata, table, (drawn.tensor(plan) for plan in table))
 
 
+def plain_table(config: Config, quant: str) -> list[TensorPlan]:
+    """The tensors that llama.cpp expects of a llama."""
+    d, kv = config.n_embd, config.n_head_kv * config.head_dim
+    table = [TensorPlan("token_embd.weight", quant, (d, N_VOCAB))]
+    for i in range(config.n_layer):
+        table.append(TensorPlan(f"blk.{i}.attn_norm.weight", "f32", (d,)))
+        for name, row, n in (("attn_q", d, d), ("attn_k", d, kv), ("attn_v", d, kv), ("attn_output", d, d)):
+            table.append(TensorPlan(f"blk.{i}.{name}.weight", quant, (row, n)))
+        table.append(TensorPlan(f"blk.{i}.ffn_norm.weight", "f32", (d,)))
+        for name, row, n in (("ffn_gate", d, config.n_ff), ("ffn_up", d, config.n_ff), ("ffn_down", config.n_ff, d)):
+            table.append(TensorPlan(f"blk.{i}.{name}.weight", quant, (row, n)))
+    return [*table, TensorPlan("output_norm.weight", "f32", (d,)), TensorPlan("output.weight", quant, (d, N_VOCAB))]
+
+
+def write_plain(shape: str, quant: str, output: Path) -> None:
+    """Writes a GGUF file that llama.cpp loads, with every matrix in `quant`."""
+    checkpoint = Planted(shape)
+    metadata = {
+        **general_keys(checkpoint, quant),
+        **model_keys(checkpoint.config),
+        "tokenizer.ggml.model": "no_vocab",
+    }
+    table, drawn = plain_table(checkpoint.config, quant), Drawn(checkpoint.config, 1.0)
+    with atomic_write(output, force=True) as file:
+        write_gguf(file, metadata, table, (drawn.tensor(plan) for plan in table))
+
+
 if __name__ == "__main__":
     shape, quant, active, output = sys.argv[1:]
-    write_shape(shape, quant, float(active), Path(output))
+    if active == "plain":
+        write_plain(shape, quant, Path(output))
+    else:
+        write_shape(shape, quant, float(active), Path(output))
