@@ -147,11 +147,15 @@ def breakdown(runs: list[Timed]) -> list[dict[str, Any]]:
     n, stats = len(run.ids), run.stats
     parts = {
         "attention": (stats.seconds_attention, stats.bytes_attention),
-        "ffn": (stats.seconds_ffn, stats.bytes_predictor + stats.bytes_gate + stats.bytes_updown),
-        "head": (stats.seconds_head, stats.bytes_head),
+        "predictor": (stats.seconds_predictor, stats.bytes_predictor),
+        "gate": (stats.seconds_gate, stats.bytes_gate),
+        "up and down": (stats.seconds_updown, stats.bytes_updown),
+        "output head": (stats.seconds_head, stats.bytes_head),
+        "synchronisation": (stats.seconds_sync, 0),
+        "norms and other serial work": (stats.seconds_other, 0),
     }
     rest = sum(run.decode_s) - sum(seconds for seconds, _ in parts.values())
-    rows = [*((name, *values) for name, values in parts.items()), ("embedding, sampling, calls", rest, 0)]
+    rows = [*((name, *values) for name, values in parts.items()), ("sampling, calls", rest, 0)]
     return [{"part": name, "ms": seconds / n * 1e3, "bytes": size / n} for name, seconds, size in rows]
 
 

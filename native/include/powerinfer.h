@@ -19,7 +19,7 @@ extern "C" {
 #define PI_API __attribute__((visibility("default")))
 #endif
 
-#define PI_ABI_VERSION 1u
+#define PI_ABI_VERSION 2u
 
 typedef enum {
     PI_OK = 0,
@@ -67,8 +67,9 @@ typedef struct {
     uint64_t neurons_active;      /* fired, decode, over tokens and layers */
     uint64_t neurons_computed;    /* gate rows computed, decode */
     uint64_t neurons_total;       /* n_ff over tokens and layers, decode */
-    /* seconds of decode: attention, predictor + FFN, output head, everything else */
-    double seconds_attention, seconds_ffn, seconds_head, seconds_other;
+    /* seconds of decode by part, the mean over the threads; sync: waiting for one another; other: done by one alone */
+    double seconds_attention, seconds_predictor, seconds_gate, seconds_updown, seconds_head, seconds_other,
+        seconds_sync;
     uint64_t bytes_attention, bytes_predictor, bytes_gate, bytes_updown, bytes_head;
 } pi_stats;
 

@@ -1,7 +1,9 @@
 // One token through the sparse path. A layer's FFN is one parallel step: each item asks the predictor about its range
 // of neurons, computes the deciding rows of those it lets through, then up and down of those that fire, and keeps its
 // own partial sum. The ranges are fixed, so the sums are the same for any number of threads.
+#include <chrono>
 #include <cstring>
+#include <utility>
 
 #include "session.h"
 
@@ -9,8 +11,9 @@ namespace pi {
 
 namespace {
 
-constexpr size_t ITEM_ROWS = 64;     // rows of a matrix that one item computes
+constexpr size_t ITEM_ROWS = 32;     // rows of a matrix that one item computes
 constexpr size_t SUM_COLUMNS = 512;  // columns of the partial sums that one item adds
+constexpr size_t BLOCK = 32;         // neurons whose whole bundles are read before the next ones', where all are
 
 size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
@@ -18,27 +21,68 @@ size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
 void Session::decode(int32_t token, float* logits_out) {
     check_tokens(&token, 1);
-    Stopwatch watch;
+    auto start = std::chrono::steady_clock::now();
+    mark_ = ticks();
     embed(token, position, hidden_.data());
     set_angles(position, 1);
-    watch.lap(stats.seconds_other);
     for (size_t il = 0; il < model.weights.layers.size(); il++) {
         const Layer& layer = model.weights.layers[il];
         normalise(layer.attn_norm, hidden_.data(), x_.f.data());
         attention(layer, il);
-        watch.lap(stats.seconds_attention);
         normalise(layer.ffn_norm, hidden_.data(), x_.f.data());
         ffn(layer);
-        watch.lap(stats.seconds_ffn);
     }
     position++;
     output_head(hidden_.data());
-    watch.lap(stats.seconds_head);
     stats.n_decode++;
     stats.bytes_head += model.weights.output.n_rows * model.weights.output.row_size();
     stats.bytes_decode =
         stats.bytes_attention + stats.bytes_predictor + stats.bytes_gate + stats.bytes_updown + stats.bytes_head;
     if (logits_out) std::memcpy(logits_out, logits.data(), logits.bytes());
+    lap(OTHER);
+    collect_seconds(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+}
+
+// Counts the ticks since the last call.
+void Session::lap(Part part) {
+    uint64_t now = ticks();
+    spent_[part] += now - mark_;
+    mark_ = now;
+}
+
+// One parallel step, whose items' time counts as `part` (or as what they noted themselves), and the threads' waiting
+// as SYNC.
+template <class Task>
+void Session::parallel(Part part, size_t n_items, Task&& task) {
+    lap(OTHER);
+    pool_.run(n_items, task);
+    lap(SYNC);
+    uint64_t busy = std::min(pool_.take_busy(), spent_[SYNC]);
+    spent_[SYNC] -= busy;
+    for (Worker& w : workers_) {
+        for (size_t p = 0; p < N_PARTS; p++) {
+            uint64_t noted = std::min(std::exchange(w.spent[p], 0) / workers_.size(), busy);
+            spent_[p] += noted;
+            busy -= noted;
+        }
+    }
+    spent_[part] += busy;
+}
+
+// The parts of a token that took so many seconds.
+void Session::collect_seconds(double seconds) {
+    double* sums[N_PARTS] = {};
+    sums[ATTENTION] = &stats.seconds_attention;
+    sums[PREDICTOR] = &stats.seconds_predictor;
+    sums[GATE] = &stats.seconds_gate;
+    sums[UPDOWN] = &stats.seconds_updown;
+    sums[HEAD] = &stats.seconds_head;
+    sums[OTHER] = &stats.seconds_other;
+    sums[SYNC] = &stats.seconds_sync;
+    double all = 0;
+    for (uint64_t spent : spent_) all += static_cast<double>(spent);
+    for (size_t p = 0; p < N_PARTS; p++)
+        *sums[p] += static_cast<double>(std::exchange(spent_[p], 0)) / std::max(all, 1.0) * seconds;
 }
 
 Vector Session::quantised(Activations& x, size_t n) {
@@ -48,10 +92,10 @@ Vector Session::quantised(Activations& x, size_t n) {
 }
 
 // out = rows . x + bias for each job, all in one parallel step
-void Session::project(std::initializer_list<Job> jobs, Vector x) {
+void Session::project(Part part, std::initializer_list<Job> jobs, Vector x) {
     size_t n_items = 0;
     for (const Job& job : jobs) n_items += ceil_div(job.linear->rows.n_rows, ITEM_ROWS);
-    pool_.run(n_items, [&](size_t item, uint32_t) {
+    parallel(part, n_items, [&](size_t item, uint32_t) {
         const Job* job = jobs.begin();
         for (; item >= ceil_div(job->linear->rows.n_rows, ITEM_ROWS); job++)
             item -= ceil_div(job->linear->rows.n_rows, ITEM_ROWS);
@@ -66,15 +110,15 @@ void Session::project(std::initializer_list<Job> jobs, Vector x) {
 // hidden += o . attention(x), x in x_
 void Session::attention(const Layer& layer, size_t il) {
     const Config& c = model.config;
-    project({{&layer.q, q_.data()}, {&layer.k, k_.data()}, {&layer.v, v_.data()}}, quantised(x_, c.n_embd));
+    project(ATTENTION, {{&layer.q, q_.data()}, {&layer.k, k_.data()}, {&layer.v, v_.data()}}, quantised(x_, c.n_embd));
     rotate(q_.data(), c.n_head, 0);
     rotate(k_.data(), c.n_head_kv, 0);
     store_kv(il, position, k_.data(), v_.data());
-    pool_.run(c.n_head, [&](size_t head, uint32_t thread) {
+    parallel(ATTENTION, c.n_head, [&](size_t head, uint32_t thread) {
         size_t at = head * c.head_dim;
         attend(il, static_cast<uint32_t>(head), position + 1, &q_[at], &x_.f[at], workers_[thread]);
     });
-    project({{&layer.o, out_.data()}}, quantised(x_, c.q_dim()));
+    project(ATTENTION, {{&layer.o, out_.data()}}, quantised(x_, c.q_dim()));
     for (size_t i = 0; i < c.n_embd; i++) hidden_[i] += out_[i];
     for (const Linear* linear : {&layer.q, &layer.k, &layer.v, &layer.o})
         stats.bytes_attention += linear->rows.n_rows * linear->rows.row_size();
@@ -86,7 +130,7 @@ void Session::ffn(const Layer& layer) {
     Vector x = quantised(x_, model.config.n_embd), rank{};
     if (asks(layer)) {
         Linear in{layer.predictor->in, nullptr};
-        project({{&in, rank_.f.data()}}, x);
+        project(PREDICTOR, {{&in, rank_.f.data()}}, x);
         size_t n = in.rows.n_rows;
         if (model.config.predictor_relu)
             for (size_t i = 0; i < n; i++) rank_.f[i] = rank_.f[i] <= 0 ? 0 : rank_.f[i];
@@ -95,7 +139,8 @@ void Session::ffn(const Layer& layer) {
         stats.bytes_predictor += n * in.rows.row_size() + out.n_rows * (out.row_size() + sizeof(float));
     }
     size_t n_chunks = layer.chunks.size() - 1;
-    pool_.run(n_chunks, [&](size_t chunk, uint32_t thread) { ffn_chunk(layer, chunk, x, rank, workers_[thread]); });
+    parallel(UPDOWN, n_chunks,
+             [&](size_t chunk, uint32_t thread) { ffn_chunk(layer, chunk, x, rank, workers_[thread]); });
     sum_chunks(layer);
     collect_counts(layer);
 }
@@ -119,48 +164,57 @@ size_t Session::ask(const Layer& layer, uint32_t lo, uint32_t hi, Vector rank, W
 // partial_[chunk] = sum over the chunk's neurons of activation(select . x) * (up . x) * down
 void Session::ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w) {
     uint32_t lo = layer.chunks[chunk], hi = layer.chunks[chunk + 1];
-    const Rows& select = layer.select;
-    size_t n = hi - lo;
+    float* sum = &partial_[chunk * model.config.n_embd];
+    std::fill_n(sum, model.config.n_embd, 0.0f);
+    size_t n_active = 0;
     if (asks(layer)) {
-        n = ask(layer, lo, hi, rank, w);
-        ops.matvec_picked(select.type, select.n, select.data, select.stride, w.asked.data(), n, x, w.pre.data());
+        uint64_t begin = ticks();
+        size_t n = ask(layer, lo, hi, rank, w);
+        w.spent[PREDICTOR] += ticks() - begin;
+        n_active = add_neurons(layer, w.asked.data(), n, x, sum, w);
     } else {
-        for (uint32_t i = 0; i < n; i++) w.asked[i] = lo + i;
-        ops.matvec(select.type, select.n, select.row(lo), select.stride, n, x, w.pre.data());
+        for (uint32_t i = lo; i < hi; i++) w.asked[i - lo] = i;
+        for (uint32_t i = lo; i < hi; i += BLOCK)
+            n_active += add_neurons(layer, &w.asked[i - lo], std::min<size_t>(BLOCK, hi - i), x, sum, w);
     }
+    chunk_fired_[chunk] = n_active > 0;
+}
+
+// sum += the neurons' activation(select . x) * (up . x) * down; how many of them had their up and down rows read
+size_t Session::add_neurons(const Layer& layer, const uint32_t* ids, size_t n, Vector x, float* sum, Worker& w) {
+    uint64_t begin = ticks();
+    const Rows &select = layer.select, &up = layer.up, &down = layer.down;
+    ops.matvec_picked(select.type, select.n, select.data, select.stride, ids, n, x, w.pre.data());
     if (layer.select_bias)
-        for (size_t i = 0; i < n; i++) w.pre[i] += layer.select_bias[w.asked[i]];
+        for (size_t i = 0; i < n; i++) w.pre[i] += layer.select_bias[ids[i]];
     activate(layer, n, w.pre.data());
+    w.spent[GATE] += ticks() - begin;
 
     size_t n_active = 0;
     for (size_t i = 0; i < n; i++) {
-        w.active[n_active] = w.asked[i];
+        w.active[n_active] = ids[i];
         w.a[n_active] = w.pre[i];
         n_active += w.pre[i] != 0 || mode_ == PI_MODE_DENSE;
     }
     float* h = w.a.data();
-    if (layer.up.data) {
-        ops.matvec_picked(layer.up.type, layer.up.n, layer.up.data, layer.up.stride, w.active.data(), n_active, x,
-                          w.up.data());
+    if (up.data) {
+        ops.matvec_picked(up.type, up.n, up.data, up.stride, w.active.data(), n_active, x, w.up.data());
         if (layer.up_bias)
             for (size_t i = 0; i < n_active; i++) w.up[i] += layer.up_bias[w.active[i]];
         apply_up(n_active, w.a.data(), w.up.data());
         h = w.up.data();
     }
-    chunk_fired_[chunk] = n_active > 0;
     w.n_computed += n;
     w.n_active += n_active;
     for (size_t i = 0; i < n_active; i++) w.n_fired += h[i] != 0;
-    if (n_active == 0) return;
-    float* sum = &partial_[chunk * model.config.n_embd];
-    std::fill_n(sum, model.config.n_embd, 0.0f);
-    ops.add_rows(layer.down.type, layer.down.n, layer.down.data, layer.down.stride, w.active.data(), h, n_active, sum);
+    ops.add_rows(down.type, down.n, down.data, down.stride, w.active.data(), h, n_active, sum);
+    return n_active;
 }
 
 // hidden += the chunks' partial sums, in the order of the chunks, + bias
 void Session::sum_chunks(const Layer& layer) {
     size_t n_embd = model.config.n_embd, n_chunks = layer.chunks.size() - 1;
-    pool_.run(ceil_div(n_embd, SUM_COLUMNS), [&](size_t item, uint32_t) {
+    parallel(UPDOWN, ceil_div(n_embd, SUM_COLUMNS), [&](size_t item, uint32_t) {
         size_t begin = item * SUM_COLUMNS, end = std::min(begin + SUM_COLUMNS, n_embd);
         for (size_t i = begin; i < end; i++) out_[i] = layer.down_bias ? layer.down_bias[i] : 0.0f;
         for (size_t c = 0; c < n_chunks; c++) {
@@ -188,7 +242,7 @@ void Session::collect_counts(const Layer& layer) {
 void Session::output_head(float* hidden) {
     normalise(model.weights.output_norm, hidden, x_.f.data());
     Linear head{model.weights.output, nullptr};
-    project({{&head, logits.data()}}, quantised(x_, model.config.n_embd));
+    project(HEAD, {{&head, logits.data()}}, quantised(x_, model.config.n_embd));
     has_logits = true;
 }
 

@@ -253,49 +253,54 @@ struct Q8_0Rows {
 // ---- matvec
 
 // Takes WIDE rows at a time and what is left in twos, an odd last row twice: each row's sums are the same either way.
-template <class Rows, class RowAt>
-void dot_rows(size_t n, size_t n_rows, RowAt row_at, Vector x, float* out) {
+// later_at(i) is where to prefetch for row i, which may lie beyond the last.
+template <class Rows, class RowAt, class LaterAt>
+void dot_rows(size_t n, size_t n_rows, RowAt row_at, LaterAt later_at, Vector x, float* out) {
     constexpr size_t WIDE = Rows::WIDE;
     const size_t ahead = rows_ahead(WIDE, Rows::bytes(n));
-    const auto row_or_last = [&](size_t i) { return row_at(i < n_rows ? i : n_rows - 1); };
     const uint8_t *rows[WIDE], *later[WIDE];
     size_t i = 0;
     for (; i + WIDE <= n_rows; i += WIDE) {
-        for (size_t r = 0; r < WIDE; r++) rows[r] = row_at(i + r), later[r] = row_or_last(i + r + ahead);
+        for (size_t r = 0; r < WIDE; r++) rows[r] = row_at(i + r), later[r] = later_at(i + r + ahead);
         Rows::template dot<WIDE>(n, rows, later, x, out + i);
     }
     for (; i < n_rows; i += 2) {
         float two[2];
-        for (size_t r = 0; r < 2; r++) rows[r] = row_or_last(i + r), later[r] = row_or_last(i + r + 2);
+        for (size_t r = 0; r < 2; r++) rows[r] = row_at(i + r < n_rows ? i + r : i), later[r] = later_at(i + r + 2);
         Rows::template dot<2>(n, rows, later, x, two);
         out[i] = two[0];
         if (i + 1 < n_rows) out[i + 1] = two[1];
     }
 }
 
-template <class RowAt>
-void dot_rows(Type type, size_t n, size_t n_rows, RowAt row_at, Vector x, float* out) {
+template <class RowAt, class LaterAt>
+void dot_rows(Type type, size_t n, size_t n_rows, RowAt row_at, LaterAt later_at, Vector x, float* out) {
     switch (type) {
         case Type::F32:
-            return dot_rows<FloatRows<F32>>(n, n_rows, row_at, x, out);
+            return dot_rows<FloatRows<F32>>(n, n_rows, row_at, later_at, x, out);
         case Type::F16:
-            return dot_rows<FloatRows<F16>>(n, n_rows, row_at, x, out);
+            return dot_rows<FloatRows<F16>>(n, n_rows, row_at, later_at, x, out);
         case Type::Q4_0:
-            return dot_rows<Q4_0Rows>(n, n_rows, row_at, x, out);
+            return dot_rows<Q4_0Rows>(n, n_rows, row_at, later_at, x, out);
         case Type::Q8_0:
-            return dot_rows<Q8_0Rows>(n, n_rows, row_at, x, out);
+            return dot_rows<Q8_0Rows>(n, n_rows, row_at, later_at, x, out);
         case Type::I32:
             return;  // never a matrix
     }
 }
 
+// What follows the last row is prefetched too: it is what the thread reads next, and a prefetch of nothing is nothing.
 void matvec(Type type, size_t n, const uint8_t* rows, size_t stride, size_t n_rows, Vector x, float* out) {
-    dot_rows(type, n, n_rows, [=](size_t i) { return rows + i * stride; }, x, out);
+    const auto later_at = [=](size_t i) {
+        return reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(rows) + i * stride);
+    };
+    dot_rows(type, n, n_rows, [=](size_t i) { return rows + i * stride; }, later_at, x, out);
 }
 
 void matvec_picked(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, size_t n_ids, Vector x,
                    float* out) {
-    dot_rows(type, n, n_ids, [=](size_t i) { return rows + ids[i] * stride; }, x, out);
+    const auto later_at = [=](size_t i) { return rows + ids[i < n_ids ? i : n_ids - 1] * stride; };
+    dot_rows(type, n, n_ids, [=](size_t i) { return rows + ids[i] * stride; }, later_at, x, out);
 }
 
 // ---- sums of rows

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <chrono>
 #include <initializer_list>
 #include <memory>
 #include <new>
@@ -13,6 +12,7 @@
 #include "model.h"
 #include "sampler.h"
 #include "threads.h"
+#include "ticks.h"
 
 namespace pi {
 
@@ -48,6 +48,9 @@ struct Activations {
     Buffer<BlockX8> q8;  // (n / 32,)
 };
 
+// Where the time of a token goes. OTHER is what one thread does alone; SYNC is waiting for other threads.
+enum Part { ATTENTION, PREDICTOR, GATE, UPDOWN, HEAD, OTHER, SYNC, N_PARTS };
+
 // One thread's scratch.
 struct Worker {
     Buffer<uint32_t> asked, active;                      // (n_ff,) indices of neurons
@@ -56,6 +59,7 @@ struct Worker {
     Buffer<float> packed;                                // (PACKED_FLOATS,)
     Buffer<float> tile;                                  // (BATCH, DOWN_COLUMNS)
     uint64_t n_computed = 0, n_active = 0, n_fired = 0;  // neurons since the last collect_counts
+    uint64_t spent[N_PARTS] = {};                        // ticks, likewise
 };
 
 class Session {
@@ -94,13 +98,18 @@ class Session {
         float* out;
     };
     Vector quantised(Activations& x, size_t n);
-    void project(std::initializer_list<Job> jobs, Vector x);
+    void project(Part part, std::initializer_list<Job> jobs, Vector x);
     void attention(const Layer& layer, size_t il);
     void ffn(const Layer& layer);
     void ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w);
+    size_t add_neurons(const Layer& layer, const uint32_t* ids, size_t n, Vector x, float* sum, Worker& w);
+    template <class Task>
+    void parallel(Part part, size_t n_items, Task&& task);
+    void lap(Part part);
     size_t ask(const Layer& layer, uint32_t lo, uint32_t hi, Vector rank, Worker& w);
     void sum_chunks(const Layer& layer);
     void collect_counts(const Layer& layer);
+    void collect_seconds(double seconds);
     void output_head(float* hidden);
     bool asks(const Layer& layer) const { return layer.predictor && mode_ != PI_MODE_DENSE && mode_ != PI_MODE_GATE; }
 
@@ -134,19 +143,7 @@ class Session {
     // batch.cpp: (BATCH, .) each
     Buffer<float> b_hidden_, b_x_, b_q_, b_k_, b_v_, b_select_, b_up_, b_rank_, b_asked_;
     uint64_t scratch_bytes_ = 0;
-};
-
-// Adds the seconds since the last lap to a counter.
-class Stopwatch {
-   public:
-    void lap(double& seconds) {
-        auto now = std::chrono::steady_clock::now();
-        seconds += std::chrono::duration<double>(now - last_).count();
-        last_ = now;
-    }
-
-   private:
-    std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+    uint64_t spent_[N_PARTS] = {}, mark_ = 0;  // ticks of the present token, by part; when they were last counted
 };
 
 }  // namespace pi

@@ -57,9 +57,12 @@ class Stats:
     neurons_computed: int
     neurons_total: int
     seconds_attention: float
-    seconds_ffn: float
+    seconds_predictor: float
+    seconds_gate: float
+    seconds_updown: float
     seconds_head: float
     seconds_other: float
+    seconds_sync: float
     bytes_attention: int
     bytes_predictor: int
     bytes_gate: int

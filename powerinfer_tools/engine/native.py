@@ -9,7 +9,7 @@ from typing import Any
 
 from powerinfer_tools.errors import PowerinferError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY = {"linux": "libpowerinfer.so", "darwin": "libpowerinfer.dylib", "win32": "powerinfer.dll"}
 KINDS = {
     1: "usage",
@@ -45,7 +45,7 @@ class CStats(c.Structure):
         ("struct_size", u32),
         *((n, u64) for n in "n_decode n_prefill bytes_decode".split()),
         *((n, u64) for n in "neurons_active neurons_computed neurons_total".split()),
-        *((n, f64) for n in "seconds_attention seconds_ffn seconds_head seconds_other".split()),
+        *((f"seconds_{n}", f64) for n in "attention predictor gate updown head other sync".split()),
         *((n, u64) for n in "bytes_attention bytes_predictor bytes_gate bytes_updown bytes_head".split()),
     ]
 
