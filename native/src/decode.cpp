@@ -174,8 +174,9 @@ void Session::ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank,
         n_active = add_neurons(layer, w.asked.data(), n, x, sum, w);
     } else {
         for (uint32_t i = lo; i < hi; i++) w.asked[i - lo] = i;
-        for (uint32_t i = lo; i < hi; i += BLOCK)
-            n_active += add_neurons(layer, &w.asked[i - lo], std::min<size_t>(BLOCK, hi - i), x, sum, w);
+        size_t step = layer.apart ? hi - lo : BLOCK;
+        for (size_t i = 0; i < hi - lo; i += step)
+            n_active += add_neurons(layer, &w.asked[i], std::min(step, hi - lo - i), x, sum, w);
     }
     chunk_fired_[chunk] = n_active > 0;
 }
@@ -184,7 +185,12 @@ void Session::ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank,
 size_t Session::add_neurons(const Layer& layer, const uint32_t* ids, size_t n, Vector x, float* sum, Worker& w) {
     uint64_t begin = ticks();
     const Rows &select = layer.select, &up = layer.up, &down = layer.down;
-    ops.matvec_picked(select.type, select.n, select.data, select.stride, ids, n, x, w.pre.data());
+    if (layer.apart) {  // no predictor: the ids follow one another
+        ops.matvec(select.type, select.n, select.row(ids[0]), select.stride, n, x, w.pre.data());
+    } else {
+        const uint8_t* then = up.data ? up.data : down.data;
+        ops.matvec_picked(select.type, select.n, select.data, select.stride, ids, n, then, x, w.pre.data());
+    }
     if (layer.select_bias)
         for (size_t i = 0; i < n; i++) w.pre[i] += layer.select_bias[ids[i]];
     activate(layer, n, w.pre.data());
@@ -198,7 +204,7 @@ size_t Session::add_neurons(const Layer& layer, const uint32_t* ids, size_t n, V
     }
     float* h = w.a.data();
     if (up.data) {
-        ops.matvec_picked(up.type, up.n, up.data, up.stride, w.active.data(), n_active, x, w.up.data());
+        ops.matvec_picked(up.type, up.n, up.data, up.stride, w.active.data(), n_active, down.data, x, w.up.data());
         if (layer.up_bias)
             for (size_t i = 0; i < n_active; i++) w.up[i] += layer.up_bias[w.active[i]];
         apply_up(n_active, w.a.data(), w.up.data());

@@ -215,6 +215,7 @@ void Model::bind_layer(uint32_t i, const uint8_t* base) {
     auto part = [&](uint64_t k) {
         return Rows{t.type, c.n_embd, c.n_ff, size * rows, bundles ? bundles + k * size : nullptr};
     };
+    layer.apart = apart;
     layer.select = apart ? matrix(b + "ffn_select", base, c.n_embd, c.n_ff) : part(0);
     if (c.gated) layer.up = part(apart ? 0 : 1);
     layer.down = part(rows - 1);

@@ -62,6 +62,7 @@ struct Layer {
     Rows select;                         // (n_ff, n_embd)
     Rows up;                             // (n_ff, n_embd), gated only
     Rows down;                           // (n_ff, n_embd): transposed, a neuron's contribution to the output
+    bool apart = false;                  // select is a matrix of its own; else it lies in the bundles
     const float* select_bias = nullptr;  // (n_ff,)
     const float* up_bias = nullptr;      // (n_ff,), gated only
     const float* down_bias = nullptr;    // (n_embd,)

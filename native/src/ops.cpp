@@ -114,8 +114,8 @@ void matvec(Type type, size_t n, const uint8_t* rows, size_t stride, size_t n_ro
     for (size_t i = 0; i < n_rows; i++) out[i] = dot(type, n, rows + i * stride, x);
 }
 
-void matvec_picked(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, size_t n_ids, Vector x,
-                   float* out) {
+void matvec_picked(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, size_t n_ids,
+                   const uint8_t*, Vector x, float* out) {
     for (size_t i = 0; i < n_ids; i++) out[i] = dot(type, n, rows + ids[i] * stride, x);
 }
 

@@ -48,9 +48,10 @@ struct Ops {
 
     // out[i] = row_i . x for i < n_rows; row_i lies at `rows + i * stride` bytes. n: elements of a row.
     void (*matvec)(Type type, size_t n, const uint8_t* rows, size_t stride, size_t n_rows, Vector x, float* out);
-    // The same for rows that are picked: out[i] = row_{ids[i]} . x; prefetches the rows that follow.
+    // The same for rows that are picked: out[i] = row_{ids[i]} . x; prefetches the rows that follow, and after the last
+    // the first of those at `then + ids[i] * stride`, which are read next (NULL: nothing is).
     void (*matvec_picked)(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, size_t n_ids,
-                          Vector x, float* out);
+                          const uint8_t* then, Vector x, float* out);
 
     // acc[j] += sum over i of h[i] * row_{ids[i]}[j], in the order of i, one fused multiply-add after the other (of
     // h * d and q in quantised rows). n: elements of a row, or of a part of one. Rows with h == 0 are skipped.

@@ -297,9 +297,12 @@ void matvec(Type type, size_t n, const uint8_t* rows, size_t stride, size_t n_ro
     dot_rows(type, n, n_rows, [=](size_t i) { return rows + i * stride; }, later_at, x, out);
 }
 
-void matvec_picked(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, size_t n_ids, Vector x,
-                   float* out) {
-    const auto later_at = [=](size_t i) { return rows + ids[i < n_ids ? i : n_ids - 1] * stride; };
+void matvec_picked(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, size_t n_ids,
+                   const uint8_t* then, Vector x, float* out) {
+    const auto later_at = [=](size_t i) {
+        if (i < n_ids || !then) return rows + ids[i < n_ids ? i : n_ids - 1] * stride;
+        return then + ids[i - n_ids < n_ids ? i - n_ids : n_ids - 1] * stride;
+    };
     dot_rows(type, n, n_ids, [=](size_t i) { return rows + ids[i] * stride; }, later_at, x, out);
 }
 

@@ -104,7 +104,7 @@ void bench_type(const Ops& ops, Type type, const char* name, const uint8_t* data
     line("matvec", name, n_rows * stride, seconds([&] { ops.matvec(type, n, data, stride, n_rows, v, out.data()); }),
          ceiling);
     line("matvec_picked 10 %", name, tenth.size() * stride,
-         seconds([&] { ops.matvec_picked(type, n, data, stride, tenth.data(), tenth.size(), v, out.data()); }),
+         seconds([&] { ops.matvec_picked(type, n, data, stride, tenth.data(), tenth.size(), nullptr, v, out.data()); }),
          ceiling);
     line("add_rows 10 %", name, tenth.size() * stride,
          seconds([&] { ops.add_rows(type, n, data, stride, tenth.data(), h.data(), tenth.size(), acc.data()); }),

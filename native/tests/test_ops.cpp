@@ -294,7 +294,8 @@ void test_picked(const Ops& ops, Type type) {
                 if (share == 1 ? i == 7 : random_bits() % 100 < share) ids.push_back(i);
             }
             Guarded<float> out(ids.size());
-            ops.matvec_picked(type, n, m.bytes.data(), m.stride, ids.data(), ids.size(), in.vector(type), out.data());
+            ops.matvec_picked(type, n, m.bytes.data(), m.stride, ids.data(), ids.size(), nullptr, in.vector(type),
+                              out.data());
             bool equal = true;
             for (size_t i = 0; i < ids.size(); i++) equal = equal && same_bits(&out[i], &all[ids[i]], 1);
             CHECK(equal && out.intact(), "%s %s n %zu picked %zu", ops.name, TYPE_NAMES[int(type)], n, ids.size());
