@@ -56,7 +56,7 @@ typedef struct {
     uint32_t n_threads; /* 1 .. 256 */
     uint32_t mode;      /* pi_mode */
     uint32_t uncut;     /* not 0: ignore the activation thresholds (the model before it was cut) */
-    uint32_t kernels;   /* 0: the best for this processor; 1: scalar; 2: AVX2 */
+    uint32_t kernels;   /* 0: the best for this processor; 1: scalar; 2: AVX2; 3: AVX-512 */
 } pi_session_params;
 
 /* What was done since the session was made or pi_session_reset_stats. Bytes are weight and KV bytes that were read. */

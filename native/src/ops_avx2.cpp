@@ -536,7 +536,11 @@ int sum_bytes(__m256i q) {
     return _mm_cvtsi128_si32(s);
 }
 
-void quantize_x8(size_t n, const float* x, BlockX8* out) {
+void set_sum(BlockX8& block, int sum) { block.sum = block.d * float(sum); }
+void set_sum(BatchX8& block, int sum) { block.minus8 = -8 * sum; }
+
+template <class Block>
+void quantize(size_t n, const float* x, Block* out) {
     for (size_t b = 0; b < n / QK; b++, x += QK, out++) {
         __m256 v[4];
         for (size_t e = 0; e < 4; e++) v[e] = _mm256_loadu_ps(x + e * LANES);
@@ -554,7 +558,7 @@ void quantize_x8(size_t n, const float* x, BlockX8* out) {
         const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(first, last), order);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out->q), bytes);
         out->d = !finite ? NAN : inverse > 0 ? max / 127 : 0;
-        out->sum = out->d * float(sum_bytes(bytes));
+        set_sum(*out, sum_bytes(bytes));
     }
 }
 
@@ -652,6 +656,203 @@ void pack_rows(Type type, size_t n, const uint8_t* rows, size_t stride, size_t n
         for (size_t j = 0; j < n_rows; j++) dequantize(type, k, count, rows + j * stride, columns[j]);
         pack_columns(columns, count, packed + k * TILE_ROWS);
     }
+}
+
+// ---- matrix-matrix in 8 bits
+
+// Sums of R tokens and ROWS rows, 8 to a vector, over one block.
+constexpr size_t GEMM8_VECTORS = 2, GEMM8_ROWS = GEMM8_VECTORS * LANES, GEMM8_TOKENS = 4;
+
+__m256i broadcast_4(const int8_t* q) {
+    int32_t four;
+    memcpy(&four, q, 4);
+    return _mm256_set1_epi32(four);
+}
+
+// Weights of 4 bits stay below 16: eight products of two fit 16 bits (8 * 2 * 15 * 127 < 2^15).
+struct Nibbles {
+    template <size_t R>
+    static void sum(const uint8_t (*q)[TILE8_ROWS][4], const BatchX8* x, size_t ldx, __m256i whole[R][GEMM8_VECTORS]) {
+        PI_UNROLL for (size_t r = 0; r < R; r++) whole[r][0] = whole[r][1] = _mm256_setzero_si256();
+        PI_UNROLL for (size_t k = 0; k < QK / 4; k++) {
+            const __m256i w0 = load_32(q[k][0]), w1 = load_32(q[k][LANES]);
+            PI_UNROLL for (size_t r = 0; r < R; r++) {
+                const __m256i xk = broadcast_4(x[r * ldx].q + k * 4);
+                whole[r][0] = _mm256_add_epi16(whole[r][0], _mm256_maddubs_epi16(w0, xk));
+                whole[r][1] = _mm256_add_epi16(whole[r][1], _mm256_maddubs_epi16(w1, xk));
+            }
+        }
+        const __m256i one = _mm256_set1_epi16(1);
+        PI_UNROLL for (size_t r = 0; r < R; r++) {
+            const __m256i minus = _mm256_set1_epi32(x[r * ldx].minus8);
+            PI_UNROLL for (size_t v = 0; v < GEMM8_VECTORS; v++) whole[r][v] =
+                _mm256_add_epi32(_mm256_madd_epi16(whole[r][v], one), minus);
+        }
+    }
+};
+
+// |w| * (x with w's sign): two products fit 16 bits (2 * 128 * 127 < 2^15).
+struct Bytes {
+    template <size_t R>
+    static void sum(const uint8_t (*q)[TILE8_ROWS][4], const BatchX8* x, size_t ldx, __m256i whole[R][GEMM8_VECTORS]) {
+        const __m256i zero = _mm256_set1_epi8(-128), one = _mm256_set1_epi16(1);
+        PI_UNROLL for (size_t r = 0; r < R; r++) whole[r][0] = whole[r][1] = _mm256_setzero_si256();
+        PI_UNROLL for (size_t k = 0; k < QK / 4; k++) {
+            const __m256i w0 = _mm256_xor_si256(load_32(q[k][0]), zero);
+            const __m256i w1 = _mm256_xor_si256(load_32(q[k][LANES]), zero);
+            const __m256i size0 = _mm256_abs_epi8(w0), size1 = _mm256_abs_epi8(w1);
+            PI_UNROLL for (size_t r = 0; r < R; r++) {
+                const __m256i xk = broadcast_4(x[r * ldx].q + k * 4);
+                const __m256i p0 = _mm256_maddubs_epi16(size0, _mm256_sign_epi8(xk, w0));
+                const __m256i p1 = _mm256_maddubs_epi16(size1, _mm256_sign_epi8(xk, w1));
+                whole[r][0] = _mm256_add_epi32(whole[r][0], _mm256_madd_epi16(p0, one));
+                whole[r][1] = _mm256_add_epi32(whole[r][1], _mm256_madd_epi16(p1, one));
+            }
+        }
+    }
+};
+
+// R tokens against GEMM8_ROWS rows from row j on; the sums stay in c, as there are not enough registers.
+template <class Products, size_t R>
+void gemm8_rows(size_t n_b, const BatchX8* x, size_t ldx, const Packed8* packed, size_t j, float* c, size_t ldc) {
+    for (size_t b = 0; b < n_b; b++) {
+        __m256i whole[R][GEMM8_VECTORS];
+        Products::template sum<R>(reinterpret_cast<const uint8_t (*)[TILE8_ROWS][4]>(packed[b].q[0][j]), x + b, ldx,
+                                  whole);
+        PI_UNROLL for (size_t v = 0; v < GEMM8_VECTORS; v++) {
+            const __m256 d = _mm256_loadu_ps(packed[b].d + j + v * LANES);
+            PI_UNROLL for (size_t r = 0; r < R; r++) {
+                const __m256 dd = _mm256_mul_ps(d, _mm256_broadcast_ss(&x[r * ldx + b].d));
+                float* to = c + r * ldc + v * LANES;
+                _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[r][v]), dd, _mm256_loadu_ps(to)));
+            }
+        }
+    }
+}
+
+template <class Products>
+void gemm8_tokens(size_t n_t, size_t n_b, const BatchX8* x, size_t ldx, const Packed8* packed, float* c, size_t ldc) {
+    for (size_t j = 0; j < TILE8_ROWS; j += GEMM8_ROWS) {
+        size_t t = 0;
+        for (; t + GEMM8_TOKENS <= n_t; t += GEMM8_TOKENS)
+            gemm8_rows<Products, GEMM8_TOKENS>(n_b, x + t * ldx, ldx, packed, j, c + t * ldc + j, ldc);
+        for (; t < n_t; t++) gemm8_rows<Products, 1>(n_b, x + t * ldx, ldx, packed, j, c + t * ldc + j, ldc);
+    }
+}
+
+void gemm8(int zero, size_t n_t, size_t n_b, const BatchX8* x, size_t ldx, const Packed8* packed, float* c, size_t ldc,
+           bool accumulate) {
+    for (size_t t = 0; t < n_t && !accumulate; t++) memset(c + t * ldc, 0, TILE8_ROWS * sizeof(float));
+    if (zero == 8) return gemm8_tokens<Nibbles>(n_t, n_b, x, ldx, packed, c, ldc);
+    gemm8_tokens<Bytes>(n_t, n_b, x, ldx, packed, c, ldc);
+}
+
+// Four words of 4 bytes from each of 8 rows, from `from` on: out[w] is word w of every row.
+void transpose_words(const uint8_t* const rows[LANES], size_t from, __m256i out[4]) {
+    __m256i row[4], pair[4];
+    PI_UNROLL for (size_t r = 0; r < 4; r++) row[r] =
+        _mm256_inserti128_si256(_mm256_castsi128_si256(load_16(rows[r] + from)), load_16(rows[r + 4] + from), 1);
+    PI_UNROLL for (size_t r = 0; r < 4; r += 2) {
+        pair[r] = _mm256_unpacklo_epi32(row[r], row[r + 1]);
+        pair[r + 1] = _mm256_unpackhi_epi32(row[r], row[r + 1]);
+    }
+    out[0] = _mm256_unpacklo_epi64(pair[0], pair[2]);
+    out[1] = _mm256_unpackhi_epi64(pair[0], pair[2]);
+    out[2] = _mm256_unpacklo_epi64(pair[1], pair[3]);
+    out[3] = _mm256_unpackhi_epi64(pair[1], pair[3]);
+}
+
+void store_32(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+
+// Rows [j, j + 8) of one block.
+void pack_nibbles(const uint8_t* const rows[LANES], size_t j, Packed8& packed) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    __m256i words[4];
+    transpose_words(rows, 2, words);
+    PI_UNROLL for (size_t w = 0; w < 4; w++) {
+        store_32(packed.q[w][j], _mm256_and_si256(words[w], nibble));
+        store_32(packed.q[w + 4][j], _mm256_and_si256(_mm256_srli_epi16(words[w], 4), nibble));
+    }
+}
+
+void pack_bytes(const uint8_t* const rows[LANES], size_t j, Packed8& packed) {
+    const __m256i zero = _mm256_set1_epi8(-128);
+    PI_UNROLL for (size_t half = 0; half < 2; half++) {
+        __m256i words[4];
+        transpose_words(rows, 2 + half * 16, words);
+        PI_UNROLL for (size_t w = 0; w < 4; w++) store_32(packed.q[half * 4 + w][j], _mm256_xor_si256(words[w], zero));
+    }
+}
+
+void pack_rows8(Type type, size_t n, const uint8_t* rows, size_t stride, size_t n_rows, Packed8* packed) {
+    const bool q4 = type == Type::Q4_0;
+    const size_t step = q4 ? sizeof(BlockQ4_0) : sizeof(BlockQ8_0);
+    static const uint8_t none[sizeof(BlockQ8_0)] = {};
+    for (size_t j = 0; j < TILE8_ROWS; j += LANES) {
+        const uint8_t* row[LANES];
+        for (size_t r = 0; r < LANES; r++) row[r] = j + r < n_rows ? rows + (j + r) * stride : none;
+        for (size_t b = 0; b < n / QK; b++) {
+            _mm256_storeu_ps(packed[b].d + j, block_scales<LANES>(row, 0));
+            q4 ? pack_nibbles(row, j, packed[b]) : pack_bytes(row, j, packed[b]);
+            for (size_t r = 0; r < LANES; r++) row[r] += row[r] == none ? 0 : step;
+        }
+    }
+}
+
+// values[i] = row i, i < n, of 32 elements; returns the largest magnitudes of each column as integers, in 4 vectors.
+template <class Block>
+void unpack_block(size_t n, const uint8_t* rows, size_t stride, float values[QK][QK], __m256i max[4]) {
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    for (size_t e = 0; e < 4; e++) max[e] = _mm256_setzero_si256();
+    for (size_t i = 0; i < n; i++, rows += stride) {
+        const __m256 d = _mm256_set1_ps(half_to_float(rows) * Block::UNIT);
+        __m256 w[4];
+        Block::unpack(rows, w);
+        PI_UNROLL for (size_t e = 0; e < 4; e++) {
+            w[e] = _mm256_mul_ps(d, w[e]);
+            max[e] = max_bits(max[e], _mm256_and_si256(_mm256_castps_si256(w[e]), magnitude));
+            _mm256_storeu_ps(values[i] + e * LANES, w[e]);
+        }
+    }
+    memset(values[n], 0, (QK - n) * sizeof(values[0]));
+}
+
+// Four rows of 8 columns as bytes, a column's four side by side, + 128.
+__m256i pack_four(const float values[4][QK], __m256 inverse) {
+    const __m256i by_column = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13,  //
+                                                                        2, 6, 10, 14, 3, 7, 11, 15));
+    __m256i q[4];
+    PI_UNROLL for (size_t i = 0; i < 4; i++) q[i] =
+        _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values[i]), inverse));
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+    return _mm256_xor_si256(_mm256_shuffle_epi8(bytes, by_column), _mm256_set1_epi8(-128));
+}
+
+// One block of 8 columns from j on.
+void pack_rounded(const float values[QK][QK], __m256i max_bits, size_t j, Packed8& packed) {
+    const __m256 max = _mm256_castsi256_ps(max_bits), limit = _mm256_set1_ps(127);
+    const __m256 finite = _mm256_cmp_ps(max, _mm256_set1_ps(INFINITY), _CMP_LT_OQ);
+    const __m256 some = _mm256_cmp_ps(max, _mm256_set1_ps(X8_TINY), _CMP_GE_OQ);
+    const __m256 inverse = _mm256_and_ps(_mm256_and_ps(finite, some), _mm256_div_ps(limit, max));
+    const __m256 d = _mm256_and_ps(some, _mm256_div_ps(max, limit));
+    _mm256_storeu_ps(packed.d + j, _mm256_blendv_ps(_mm256_set1_ps(NAN), d, finite));
+    for (size_t k = 0; k < QK / 4; k++)
+        store_32(packed.q[k][j], pack_four(reinterpret_cast<const float (*)[QK]>(values[k * 4] + j), inverse));
+}
+
+template <class Block>
+void pack_columns(size_t n_rows, const uint8_t* rows, size_t stride, Packed8* packed) {
+    for (size_t i = 0; i < n_rows; i += QK, packed++) {
+        float values[QK][QK];
+        __m256i max[4];
+        unpack_block<Block>(n_rows - i < QK ? n_rows - i : QK, rows + i * stride, stride, values, max);
+        for (size_t e = 0; e < 4; e++) pack_rounded(values, max[e], e * LANES, *packed);
+    }
+}
+
+void pack_columns8(Type type, size_t n_rows, const uint8_t* rows, size_t stride, Packed8* packed) {
+    if (type == Type::Q4_0) return pack_columns<Q4_0Block>(n_rows, rows, stride, packed);
+    pack_columns<Q8_0Block>(n_rows, rows, stride, packed);
 }
 
 // ---- norms, softmax, rotation, activation
@@ -779,9 +980,26 @@ void attention_mix(size_t head_dim, size_t n_pos, const float* weights, const ui
     add_rows<AddFloats<F16>>(head_dim, n_pos, row_at, weights, false, out);
 }
 
-constexpr Ops table = {"avx2",    quantize_x8,      matvec,        matvec_picked, add_rows, dequantize,
-                       gemm_tile, pack_rows,        rms_norm,      layer_norm,    softmax,  rope,
-                       silu,      attention_scores, attention_mix, to_f16};
+constexpr Ops table = {"avx2",
+                       quantize<BlockX8>,
+                       quantize<BatchX8>,
+                       matvec,
+                       matvec_picked,
+                       add_rows,
+                       dequantize,
+                       gemm_tile,
+                       pack_rows,
+                       gemm8,
+                       pack_rows8,
+                       pack_columns8,
+                       rms_norm,
+                       layer_norm,
+                       softmax,
+                       rope,
+                       silu,
+                       attention_scores,
+                       attention_mix,
+                       to_f16};
 
 }  // namespace
 

@@ -49,8 +49,9 @@ Session::Session(const Model& model, const pi_session_params& params)
         allocate(w.asked, c.n_ff);
         allocate(w.active, c.n_ff);
         for (auto* buffer : {&w.logit, &w.pre, &w.a, &w.up}) allocate(*buffer, c.n_ff);
-        allocate(w.scores, n_ctx);
+        allocate(w.scores, QUERIES * ld_scores());
         allocate(w.packed, PACKED_FLOATS);
+        allocate(w.packed8, PACKED_BLOCKS);
         allocate(w.tile, BATCH * DOWN_COLUMNS);
     }
     allocate(cos_, BATCH * (c.rotary_dim / 2));
@@ -74,6 +75,8 @@ Session::Session(const Model& model, const pi_session_params& params)
     allocate(b_up_, BATCH * size_t{c.n_ff});
     allocate(b_rank_, BATCH * rank);
     allocate(b_asked_, BATCH * size_t{c.n_ff});
+    size_t longest = std::max<size_t>({c.n_embd, c.q_dim(), c.n_ff, rank});
+    allocate(b_q8_, BATCH * ((longest + QK - 1) / QK));
     sampler.seed(0);
 }
 

@@ -18,7 +18,9 @@ namespace pi {
 
 constexpr size_t BATCH = 128;           // tokens that go through the matrix-matrix path together
 constexpr size_t DOWN_COLUMNS = 64;     // columns of the down projection that one item of a batch computes
-constexpr size_t PACKED_FLOATS = 8192;  // a packed tile: 512 elements of 16 rows, or 128 neurons of 64 columns
+constexpr size_t PACKED_FLOATS = 8192;  // a packed tile: 512 elements of 16 rows, or 128 rows of 64 columns
+constexpr size_t PACKED_BLOCKS = 16;    // the same in 8 bits: 512 elements of 32 rows or columns
+constexpr size_t QUERIES = 32;          // tokens of a batch whose attention is computed together
 
 // A buffer whose start is aligned to a cache line.
 template <class T>
@@ -55,9 +57,11 @@ enum Part { ATTENTION, PREDICTOR, GATE, UPDOWN, HEAD, OTHER, SYNC, N_PARTS };
 struct Worker {
     Buffer<uint32_t> asked, active;                      // (n_ff,) indices of neurons
     Buffer<float> logit, pre, a, up;                     // (n_ff,)
-    Buffer<float> scores;                                // (n_ctx,) attention
+    Buffer<float> scores;                                // (QUERIES, n_ctx, rounded up to whole tiles) attention
     Buffer<float> packed;                                // (PACKED_FLOATS,)
+    Buffer<Packed8> packed8;                             // (PACKED_BLOCKS,)
     Buffer<float> tile;                                  // (BATCH, DOWN_COLUMNS)
+    pi_layer_score counted;                              // of one layer and batch
     uint64_t n_computed = 0, n_active = 0, n_fired = 0;  // neurons since the last collect_counts
     uint64_t spent[N_PARTS] = {};                        // ticks, likewise
 };
@@ -115,14 +119,26 @@ class Session {
 
     // batch.cpp
     void forward_batch(const int32_t* tokens, size_t n, bool selective, pi_layer_score* scores);
+    void normalise_batch(const Norm& norm, size_t n);
+    void quantise_token(const float* x, size_t len, size_t t);
+    void quantise_batch(const float* x, size_t n, size_t len);
     void attention_batch(const Layer& layer, size_t il, size_t n);
+    void attend_queries(size_t il, uint32_t head, size_t first, size_t n, Worker& w);
+    void score_queries(size_t il, uint32_t head, size_t first, size_t n, Worker& w);
+    void mix_queries(size_t il, uint32_t head, size_t first, size_t n, Worker& w);
     void ffn_batch(const Layer& layer, size_t n, bool selective, pi_layer_score* score);
+    void activate_token(const Layer& layer, size_t t, bool asked, pi_layer_score* score);
     void predict_batch(const Layer& layer, size_t n);
     void gemm(const Rows& rows, const float* bias, const float* x, size_t n, float* out, bool add);
+    void tile_of_rows(const Rows& rows, size_t begin, size_t m, const float* x, size_t n, Worker& w);
+    void tile_of_rows8(const Rows& rows, size_t begin, size_t m, size_t n, Worker& w);
     void gemm_down(const Layer& layer, const float* h, size_t n);
+    void tile_of_columns(const Rows& rows, size_t begin, size_t m, const float* x, size_t ldx, size_t n, Worker& w);
+    void tile_of_columns8(const Rows& rows, size_t begin, size_t n, Worker& w);
 
     uint16_t* key(size_t il, uint32_t head, size_t pos) { return &keys_[kv_index(il, head, pos)]; }
     uint16_t* value(size_t il, uint32_t head, size_t pos) { return &values_[kv_index(il, head, pos)]; }
+    size_t ld_scores() const { return (n_ctx + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS; }
     size_t kv_index(size_t il, uint32_t head, size_t pos) const {
         return ((il * model.config.n_head_kv + head) * n_ctx + pos) * model.config.head_dim;
     }
@@ -142,6 +158,7 @@ class Session {
     Buffer<float> position_row_;  // (n_embd,) opt
     // batch.cpp: (BATCH, .) each
     Buffer<float> b_hidden_, b_x_, b_q_, b_k_, b_v_, b_select_, b_up_, b_rank_, b_asked_;
+    Buffer<BatchX8> b_q8_;  // what a quantised matrix is multiplied with, in blocks: the last one filled up with zeros
     uint64_t scratch_bytes_ = 0;
     uint64_t spent_[N_PARTS] = {}, mark_ = 0;  // ticks of the present token, by part; when they were last counted
 };

@@ -1,6 +1,6 @@
 // How fast the operations read weights: GB/s of one thread beside a plain read of the same buffer, and Gflop/s of the
-// matrix-matrix tile. bench_ops [MiB [n]]: the size of the matrix (default 512; larger than any cache) and its row
-// length.
+// matrix-matrix tile. bench_ops [MiB [n [kernels]]]: the size of the matrix (default 512; larger than any cache),
+// its row length, and the table (as in pi_session_params).
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -135,13 +135,45 @@ void bench_gemm(const Ops& ops) {
                 2e-9 * double(N_T * N_K * TILE_ROWS * ROUNDS) / time);
 }
 
+// A tile of rows in 8 bits: the product with all tokens, and what packing it costs beside that.
+void bench_gemm8(const Ops& ops, const uint8_t* data) {
+    constexpr size_t N_T = 120, N_K = 512, ROUNDS = 300;
+    const size_t n_b = N_K / QK;
+    std::vector<float> x(N_K, 0.5f), c(N_T * TILE8_ROWS);
+    std::vector<BatchX8> x8(N_T * n_b);
+    for (size_t t = 0; t < N_T; t++) ops.quantize_batch8(N_K, x.data(), &x8[t * n_b]);
+    std::vector<Packed8> packed(n_b);
+    const auto show = [](const char* what, const char* type, double products, double time) {
+        std::printf("%-24s %-5s %8.1f Gop/s\n", what, type, 2e-9 * products * double(N_K * TILE8_ROWS * ROUNDS) / time);
+    };
+    for (Type type : {Type::Q4_0, Type::Q8_0}) {
+        const char* name = type == Type::Q4_0 ? "q4_0" : "q8_0";
+        const double packing = seconds([&] {
+            for (size_t i = 0; i < ROUNDS; i++)
+                ops.pack_rows8(type, N_K, data, row_size(type, N_K), TILE8_ROWS, packed.data());
+        });
+        show("pack_rows8 32 x 512", name, 0.5, packing);  // elements, not products
+        show("gemm8 120 x 32 x 512", name, N_T, seconds([&] {
+                 for (size_t i = 0; i < ROUNDS; i++)
+                     ops.gemm8(zero_of_rows(type), N_T, n_b, x8.data(), n_b, packed.data(), c.data(), TILE8_ROWS,
+                               false);
+             }));
+        show("pack_columns8 512 x 32", name, 0.5, seconds([&] {
+                 for (size_t i = 0; i < ROUNDS; i++)
+                     ops.pack_columns8(type, N_K, data, row_size(type, TILE8_ROWS), packed.data());
+             }));
+    }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
     const size_t n_bytes = size_t(argc > 1 ? std::atoi(argv[1]) : 512) << 20;
     const size_t n = size_t(argc > 2 ? std::atoi(argv[2]) : 4096) / QK * QK;
-    if (n_bytes == 0 || n == 0) return std::printf("usage: bench_ops [MiB [n]]\n"), 2;
-    const Ops& ops = *choose_ops(0);
+    if (n_bytes == 0 || n == 0) return std::printf("usage: bench_ops [MiB [n [kernels]]]\n"), 2;
+    const Ops* chosen = choose_ops(argc > 3 ? uint32_t(std::atoi(argv[3])) : 0);
+    if (!chosen) return std::printf("this processor has no such kernels\n"), 1;
+    const Ops& ops = *chosen;
     const Buffer data = allocate(n_bytes);
     fill(data.get(), n_bytes);
     const double ceiling = double(n_bytes) / seconds([&] { plain_read(data.get(), n_bytes); }) * 1e-9;
@@ -152,4 +184,5 @@ int main(int argc, char** argv) {
     bench_type(ops, Type::F16, "f16", data.get(), n_bytes, n, ceiling);
     bench_type(ops, Type::F32, "f32", data.get(), n_bytes, n, ceiling);
     bench_gemm(ops);
+    bench_gemm8(ops, data.get());
 }

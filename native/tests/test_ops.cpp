@@ -490,6 +490,151 @@ void test_pack(const Ops& ops, Type type) {
     }
 }
 
+// ---- matrix-matrix in 8 bits
+
+void test_quantize_batch(const Ops& ops) {
+    constexpr size_t N = 96;
+    for (float bad : {0.0f, NaN, Inf}) {
+        Guarded<float> x = normals(N);
+        x[40] = bad;
+        Guarded<BatchX8> out(N / QK, 4);
+        std::vector<BlockX8> expected(N / QK);
+        ops.quantize_batch8(N, x.data(), out.data());
+        scalar().quantize_x8(N, x.data(), expected.data());
+        for (size_t b = 0; b < N / QK; b++) {
+            int sum = 0;
+            for (int8_t q : expected[b].q) sum += q;
+            const bool same = std::memcmp(out[b].q, expected[b].q, QK) == 0 && out[b].minus8 == -8 * sum;
+            CHECK(same && std::memcmp(&out[b].d, &expected[b].d, 4) == 0, "%s block %zu", ops.name, b);
+        }
+        CHECK(out.intact(), "%s", ops.name);
+    }
+}
+
+double packed_value(const Packed8& block, int zero, size_t j, size_t k) {
+    return double(block.d[j]) * (block.q[k / 4][j][k % 4] - zero);
+}
+
+void test_pack_rows8(const Ops& ops, Type type) {
+    for (size_t n : SIZES) {
+        if (!fits(type, n)) continue;
+        for (size_t n_rows : {1, 7, 8, 9, 31, 32}) {
+            Matrix m(type, n, n_rows);
+            Guarded<Packed8> packed(n / QK, 4);
+            ops.pack_rows8(type, n, m.bytes.data(), m.stride, n_rows, packed.data());
+            bool equal = true;
+            for (size_t j = 0; j < TILE8_ROWS; j++) {
+                for (size_t k = 0; k < n; k++)
+                    equal = equal && packed_value(packed[k / QK], zero_of_rows(type), j, k % QK) ==
+                                         (j < n_rows ? m.value(j)[k] : 0);
+            }
+            CHECK(equal && packed.intact(), "%s %s n %zu rows %zu", ops.name, TYPE_NAMES[int(type)], n, n_rows);
+        }
+    }
+}
+
+void test_pack_columns8(const Ops& ops, Type type) {
+    for (size_t n_rows : {1, 31, 32, 33, 64, 333}) {
+        Matrix m(type, TILE8_ROWS, n_rows);
+        for (size_t b = 0; b < 2 && n_rows > 32; b++) {  // a column's block of zeros, and one that is as good as zero
+            const uint16_t half = uint16_t(b);
+            for (size_t i = 32 * b; i < std::min(n_rows, 32 * (b + 1)); i++) std::memcpy(m.row(i), &half, 2);
+        }
+        m.decode();
+        const size_t n_b = (n_rows + QK - 1) / QK;
+        Guarded<Packed8> packed(n_b, 4), expected(n_b, 4);
+        ops.pack_columns8(type, n_rows, m.bytes.data(), m.stride, packed.data());
+        scalar().pack_columns8(type, n_rows, m.bytes.data(), m.stride, expected.data());
+        bool near = true;
+        for (size_t j = 0; j < TILE8_ROWS; j++) {
+            for (size_t k = 0; k < n_b * QK; k++) {
+                const double exact = k < n_rows ? m.value(k)[j] : 0;
+                const Packed8& block = packed[k / QK];
+                near =
+                    near && std::fabs(packed_value(block, ZERO_OF_COLUMNS, j, k % QK) - exact) <= 0.5001 * block.d[j];
+            }
+        }
+        CHECK(near && packed.intact(), "%s %s rows %zu", ops.name, TYPE_NAMES[int(type)], n_rows);
+        CHECK(std::memcmp(packed.data(), expected.data(), n_b * sizeof(Packed8)) == 0, "%s %s rows %zu", ops.name,
+              TYPE_NAMES[int(type)], n_rows);
+    }
+    Matrix m(type, TILE8_ROWS, 70);
+    const uint16_t bad[] = {0x7c00, 0x7e00};  // Inf and NaN as float16
+    for (uint16_t half : bad) {
+        std::memcpy(m.row(40), &half, 2);
+        Guarded<Packed8> packed(3, 4);
+        ops.pack_columns8(type, 70, m.bytes.data(), m.stride, packed.data());
+        for (size_t b = 0; b < 3; b++) {
+            for (float d : packed[b].d) CHECK(std::isnan(d) == (b == 1), "%s block %zu", ops.name, b);
+        }
+    }
+}
+
+Guarded<Packed8> random_tile(size_t n_b, int zero) {
+    Guarded<Packed8> packed(n_b, 4);
+    for (Packed8& block : packed) {
+        for (float& d : block.d) d = normal();
+        for (size_t k = 0; k < QK; k++) {
+            for (size_t j = 0; j < TILE8_ROWS; j++) {
+                // one block has the largest products that there are
+                const int q = int(random_bits() % (2 * unsigned(zero))), extreme = zero == 8 ? 15 : 0;
+                block.q[k / 4][j][k % 4] = uint8_t(&block == packed.data() ? extreme : q);
+            }
+        }
+    }
+    return packed;
+}
+
+void test_gemm8(const Ops& ops, int zero) {
+    for (size_t n_b : {0, 1, 2, 5, 16}) {
+        for (size_t n_t : {0, 1, 2, 3, 4, 5, 6, 7, 11, 12, 17}) {
+            const size_t ldx = n_b + 1, ldc = TILE8_ROWS + 5;
+            Guarded<Packed8> packed = random_tile(n_b, zero);
+            Guarded<BatchX8> x(n_t * ldx, 4);
+            for (size_t t = 0; t < n_t; t++) {
+                Guarded<float> values = normals(n_b * QK);
+                for (size_t k = 0; k < std::min(n_b, size_t(1)) * QK; k++) values[k] = t % 2 ? -1.0f : 1.0f;
+                scalar().quantize_batch8(n_b * QK, values.data(), x.data() + t * ldx);
+            }
+            Guarded<float> c = normals(n_t * ldc);
+            for (bool accumulate : {false, true}) {
+                Guarded<float> got = c, expected = c, halves = c;
+                ops.gemm8(zero, n_t, n_b, x.data(), ldx, packed.data(), got.data(), ldc, accumulate);
+                scalar().gemm8(zero, n_t, n_b, x.data(), ldx, packed.data(), expected.data(), ldc, accumulate);
+                CHECK(same_bits(got.data(), expected.data(), n_t * ldc) && got.intact(),
+                      "%s zero %d blocks %zu n_t %zu: not the scalar's bits", ops.name, zero, n_b, n_t);
+                const size_t half = n_b / 2;
+                ops.gemm8(zero, n_t, half, x.data(), ldx, packed.data(), halves.data(), ldc, accumulate);
+                ops.gemm8(zero, n_t, n_b - half, x.data() + half, ldx, packed.data() + half, halves.data(), ldc, true);
+                CHECK(same_bits(got.data(), halves.data(), n_t * ldc), "%s zero %d blocks %zu n_t %zu in halves",
+                      ops.name, zero, n_b, n_t);
+            }
+        }
+    }
+}
+
+// The scalar definition against float64: c = the product of what the blocks stand for.
+void test_gemm8_means(Type type) {
+    constexpr size_t N = 256, N_T = 3;
+    Matrix m(type, N, TILE8_ROWS);
+    std::vector<Packed8> packed(N / QK);
+    scalar().pack_rows8(type, N, m.bytes.data(), m.stride, TILE8_ROWS, packed.data());
+    Guarded<float> x = normals(N_T * N), c(N_T * TILE8_ROWS);
+    std::vector<BatchX8> x8(N_T * N / QK);
+    scalar().quantize_batch8(N_T * N, x.data(), x8.data());
+    scalar().gemm8(zero_of_rows(type), N_T, N / QK, x8.data(), N / QK, packed.data(), c.data(), TILE8_ROWS, false);
+    for (size_t t = 0; t < N_T; t++) {
+        for (size_t j = 0; j < TILE8_ROWS; j++) {
+            Exact exact;
+            for (size_t k = 0; k < N; k++) {
+                const BatchX8& block = x8[(t * N + k) / QK];
+                exact.add(double(block.d) * block.q[k % QK] * m.value(j)[k]);
+            }
+            CHECK(exact.near(c[t * TILE8_ROWS + j]), "%s token %zu row %zu", TYPE_NAMES[int(type)], t, j);
+        }
+    }
+}
+
 // ---- norms, softmax, rotation, activation
 
 bool all_nan(Guarded<float>& x) {
@@ -631,8 +776,9 @@ void test_attention(const Ops& ops) {
 }
 
 void test_choice() {
-    CHECK(choose_ops(1) == &scalar() && choose_ops(2) == avx2() && choose_ops(3) == nullptr, "choose_ops");
-    CHECK(choose_ops(0) == (avx2() ? avx2() : &scalar()), "the best is not chosen");
+    CHECK(choose_ops(1) == &scalar() && choose_ops(2) == avx2() && choose_ops(3) == avx512(), "choose_ops");
+    CHECK(choose_ops(4) == nullptr, "choose_ops");
+    CHECK(choose_ops(0) == (avx512() ? avx512() : avx2() ? avx2() : &scalar()), "the best is not chosen");
 }
 
 void test_table(const Ops& ops) {
@@ -650,6 +796,12 @@ void test_table(const Ops& ops) {
         test_pack(ops, type);
     }
     test_gemm(ops);
+    test_quantize_batch(ops);
+    for (Type type : {Type::Q4_0, Type::Q8_0}) {
+        test_pack_rows8(ops, type);
+        test_pack_columns8(ops, type);
+    }
+    for (int zero : {8, 128}) test_gemm8(ops, zero);
     test_norms(ops);
     test_softmax(ops);
     test_silu(ops);
@@ -662,8 +814,11 @@ void test_table(const Ops& ops) {
 int main() {
     test_f16();
     test_choice();
+    for (Type type : {Type::Q4_0, Type::Q8_0}) test_gemm8_means(type);
     test_table(scalar());
     if (avx2()) test_table(*avx2());
-    std::printf("test_ops: scalar%s: %zu checks, %zu failed\n", avx2() ? ", avx2" : "", n_checks, n_failures);
+    if (avx512()) test_table(*avx512());
+    std::printf("test_ops: scalar%s%s: %zu checks, %zu failed\n", avx2() ? ", avx2" : "", avx512() ? ", avx512" : "",
+                n_checks, n_failures);
     return n_failures ? 1 : 0;
 }

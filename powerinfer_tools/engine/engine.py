@@ -106,7 +106,8 @@ class Engine:
     """One context of a model. Errors of the native engine come as PowerinferError.
 
     model: an artifact's path, or weights that are already loaded. mode: auto (what the artifact says, layer by
-    layer), dense, gate or predictor; uncut ignores the activation thresholds; kernels: 0 best, 1 scalar, 2 AVX2;
+    layer), dense, gate or predictor; uncut ignores the activation thresholds; kernels: 0 best, 1 scalar, 2 AVX2,
+    3 AVX-512;
     ctx_size in positions; threads: default one a processor, up to MAX_THREADS.
     """
 

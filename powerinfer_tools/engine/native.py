@@ -147,7 +147,7 @@ def measure_memory(
 
 
 def kernels(which: int = 0) -> str | None:
-    """The name of the kernels that `which` selects on this processor (0 best, 1 scalar, 2 AVX2), or None."""
+    """The name of the kernels that `which` selects on this processor (0 best, 1 scalar, 2 AVX2, 3 AVX-512), or None."""
     name = library().pi_kernels(which)
     return name.decode() if name else None
 
