@@ -91,7 +91,7 @@ Vector Session::quantised(Activations& x, size_t n) {
     return {x.f.data(), x.q8.data()};
 }
 
-// out = rows . x + bias for each job, all in one parallel step
+// out (+)= rows . x + bias for each job, all in one parallel step
 void Session::project(Part part, std::initializer_list<Job> jobs, Vector x) {
     size_t n_items = 0;
     for (const Job& job : jobs) n_items += ceil_div(job.linear->rows.n_rows, ITEM_ROWS);
@@ -101,9 +101,12 @@ void Session::project(Part part, std::initializer_list<Job> jobs, Vector x) {
             item -= ceil_div(job->linear->rows.n_rows, ITEM_ROWS);
         const Rows& rows = job->linear->rows;
         size_t begin = item * ITEM_ROWS, n = std::min<size_t>(ITEM_ROWS, rows.n_rows - begin);
-        ops.matvec(rows.type, rows.n, rows.row(begin), rows.stride, n, x, job->out + begin);
+        float sums[ITEM_ROWS];
+        ops.matvec(rows.type, rows.n, rows.row(begin), rows.stride, n, x, sums);
         if (const float* bias = job->linear->bias)
-            for (size_t i = begin; i < begin + n; i++) job->out[i] += bias[i];
+            for (size_t i = 0; i < n; i++) sums[i] += bias[begin + i];
+        float* out = job->out + begin;
+        for (size_t i = 0; i < n; i++) out[i] = job->add ? out[i] + sums[i] : sums[i];
     });
 }
 
@@ -111,15 +114,17 @@ void Session::project(Part part, std::initializer_list<Job> jobs, Vector x) {
 void Session::attention(const Layer& layer, size_t il) {
     const Config& c = model.config;
     project(ATTENTION, {{&layer.q, q_.data()}, {&layer.k, k_.data()}, {&layer.v, v_.data()}}, quantised(x_, c.n_embd));
-    rotate(q_.data(), c.n_head, 0);
     rotate(k_.data(), c.n_head_kv, 0);
     store_kv(il, position, k_.data(), v_.data());
+    bool whole_blocks = c.head_dim % QK == 0;
     parallel(ATTENTION, c.n_head, [&](size_t head, uint32_t thread) {
         size_t at = head * c.head_dim;
+        rotate(&q_[at], 1, 0);
         attend(il, static_cast<uint32_t>(head), position + 1, &q_[at], &x_.f[at], workers_[thread]);
+        if (whole_blocks) ops.quantize_x8(c.head_dim, &x_.f[at], &x_.q8[at / QK]);
     });
-    project(ATTENTION, {{&layer.o, out_.data()}}, quantised(x_, c.q_dim()));
-    for (size_t i = 0; i < c.n_embd; i++) hidden_[i] += out_[i];
+    Vector x = whole_blocks ? Vector{x_.f.data(), x_.q8.data()} : quantised(x_, c.q_dim());
+    project(ATTENTION, {{&layer.o, hidden_.data(), true}}, x);
     for (const Linear* linear : {&layer.q, &layer.k, &layer.v, &layer.o})
         stats.bytes_attention += linear->rows.n_rows * linear->rows.row_size();
     stats.bytes_attention += 2 * sizeof(uint16_t) * c.kv_dim() * (position + 1);
@@ -221,14 +226,15 @@ size_t Session::add_neurons(const Layer& layer, const uint32_t* ids, size_t n, V
 void Session::sum_chunks(const Layer& layer) {
     size_t n_embd = model.config.n_embd, n_chunks = layer.chunks.size() - 1;
     parallel(UPDOWN, ceil_div(n_embd, SUM_COLUMNS), [&](size_t item, uint32_t) {
-        size_t begin = item * SUM_COLUMNS, end = std::min(begin + SUM_COLUMNS, n_embd);
-        for (size_t i = begin; i < end; i++) out_[i] = layer.down_bias ? layer.down_bias[i] : 0.0f;
+        size_t begin = item * SUM_COLUMNS, n = std::min(SUM_COLUMNS, n_embd - begin);
+        float sums[SUM_COLUMNS];
+        for (size_t i = 0; i < n; i++) sums[i] = layer.down_bias ? layer.down_bias[begin + i] : 0.0f;
         for (size_t c = 0; c < n_chunks; c++) {
             if (!chunk_fired_[c]) continue;
-            const float* sum = &partial_[c * n_embd];
-            for (size_t i = begin; i < end; i++) out_[i] += sum[i];
+            const float* sum = &partial_[c * n_embd + begin];
+            for (size_t i = 0; i < n; i++) sums[i] += sum[i];
         }
-        for (size_t i = begin; i < end; i++) hidden_[i] += out_[i];
+        for (size_t i = 0; i < n; i++) hidden_[begin + i] += sums[i];
     });
 }
 

@@ -62,7 +62,6 @@ Session::Session(const Model& model, const pi_session_params& params)
     allocate(q_, c.q_dim());
     allocate(k_, c.kv_dim());
     allocate(v_, c.kv_dim());
-    allocate(out_, c.n_embd);
     allocate(partial_, MAX_CHUNKS * c.n_embd);
     allocate(position_row_, c.n_embd);
     allocate(logits, c.n_vocab);

@@ -100,6 +100,7 @@ class Session {
     struct Job {
         const Linear* linear;
         float* out;
+        bool add = false;  // to what out holds
     };
     Vector quantised(Activations& x, size_t n);
     void project(Part part, std::initializer_list<Job> jobs, Vector x);
@@ -152,7 +153,7 @@ class Session {
     Buffer<float> hidden_;            // (n_embd,) the residual stream
     Activations x_;                   // (max(n_embd, q_dim),) a normalised input, or what attention gave
     Activations rank_;                // (max rank,) the predictor's hidden layer
-    Buffer<float> q_, k_, v_, out_;   // (q_dim,) (kv_dim,) (kv_dim,) (n_embd,)
+    Buffer<float> q_, k_, v_;         // (q_dim,) (kv_dim,) (kv_dim,)
     Buffer<float> partial_;           // (n_chunks, n_embd) each chunk's share of the FFN
     bool chunk_fired_[MAX_CHUNKS] = {};
     Buffer<float> position_row_;  // (n_embd,) opt

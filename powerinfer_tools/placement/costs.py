@@ -143,7 +143,7 @@ def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, thr
     rank = max((plan.rank for plan in plans), default=0)
     angles = 0 if config.rope is None else 2 * len(config.rope.inv_freq)
     thread = 6 * config.n_ff + QUERIES * -(-ctx_size // TILE_ROWS) * TILE_ROWS + TILES
-    decode = (3 + CHUNKS) * d + wide + rank + q + 2 * kv + config.n_vocab
+    decode = (2 + CHUNKS) * d + wide + rank + q + 2 * kv + config.n_vocab
     token = d + wide + q + 2 * kv + 3 * config.n_ff + rank + angles
     blocks = wide // 32 + rank // 32 + BATCH * -(-max(wide, config.n_ff, rank) // 32)  # of 32 numbers
     return 4 * (threads * thread + decode + BATCH * token) + 40 * blocks  # scale, sum and 32 bytes
