@@ -15,6 +15,14 @@ namespace {
 
 constexpr size_t LANES = 8;
 
+// GCC turns chains of whole sums into trees, for which there are too few registers, where the loop around those is
+// unrolled, too: so that one goes two by two.
+#if defined(__clang__)
+#define PI_UNROLL_2 _Pragma("unroll 2")
+#else
+#define PI_UNROLL_2 _Pragma("GCC unroll 2")
+#endif
+
 // (p0 + p1) + (p2 + p3) of each half.
 __m256 sum_halves(__m256 v) {
     v = _mm256_hadd_ps(v, v);
@@ -215,9 +223,9 @@ template <class Walk>
 void dot_rows(Type type, size_t n, size_t n_rows, const Walk& walk, Vector x, float* out) {
     switch (type) {
         case Type::F32:
-            return dot_rows<FloatRows<F32>>(n, n_rows, walk, x, out);
+            return dot_rows<FloatRows<F32> >(n, n_rows, walk, x, out);
         case Type::F16:
-            return dot_rows<FloatRows<F16>>(n, n_rows, walk, x, out);
+            return dot_rows<FloatRows<F16> >(n, n_rows, walk, x, out);
         case Type::Q4_0:
             return dot_rows<Q4_0Rows>(n, n_rows, walk, x, out);
         case Type::Q8_0:
@@ -356,13 +364,13 @@ void add_rows(Type type, size_t n, const uint8_t* rows, size_t stride, const uin
     const auto row_at = [=](size_t i) { return rows + ids[i] * stride; };
     switch (type) {
         case Type::F32:
-            return add_rows<AddFloats<F32>>(n, n_ids, row_at, h, true, acc);
+            return add_rows<AddFloats<F32> >(n, n_ids, row_at, h, true, acc);
         case Type::F16:
-            return add_rows<AddFloats<F16>>(n, n_ids, row_at, h, true, acc);
+            return add_rows<AddFloats<F16> >(n, n_ids, row_at, h, true, acc);
         case Type::Q4_0:
-            return add_rows<AddBlocks<Q4_0Block>>(n, n_ids, row_at, h, true, acc);
+            return add_rows<AddBlocks<Q4_0Block> >(n, n_ids, row_at, h, true, acc);
         case Type::Q8_0:
-            return add_rows<AddBlocks<Q8_0Block>>(n, n_ids, row_at, h, true, acc);
+            return add_rows<AddBlocks<Q8_0Block> >(n, n_ids, row_at, h, true, acc);
         case Type::I32:
             return;  // never a matrix
     }
@@ -562,7 +570,7 @@ struct Nibbles {
     template <size_t R>
     static void sum(const uint8_t (*q)[TILE8_ROWS][4], const BatchX8* x, size_t ldx, __m256i whole[R][GEMM8_VECTORS]) {
         PI_UNROLL for (size_t r = 0; r < R; r++) whole[r][0] = whole[r][1] = _mm256_setzero_si256();
-        PI_UNROLL for (size_t k = 0; k < QK / 4; k++) {
+        PI_UNROLL_2 for (size_t k = 0; k < QK / 4; k++) {
             const __m256i w0 = load_32(q[k][0]), w1 = load_32(q[k][LANES]);
             PI_UNROLL for (size_t r = 0; r < R; r++) {
                 const __m256i xk = broadcast_4(x[r * ldx].q + k * 4);
@@ -585,7 +593,7 @@ struct Bytes {
     static void sum(const uint8_t (*q)[TILE8_ROWS][4], const BatchX8* x, size_t ldx, __m256i whole[R][GEMM8_VECTORS]) {
         const __m256i zero = _mm256_set1_epi8(-128), one = _mm256_set1_epi16(1);
         PI_UNROLL for (size_t r = 0; r < R; r++) whole[r][0] = whole[r][1] = _mm256_setzero_si256();
-        PI_UNROLL for (size_t k = 0; k < QK / 4; k++) {
+        PI_UNROLL_2 for (size_t k = 0; k < QK / 4; k++) {
             const __m256i w0 = _mm256_xor_si256(load_32(q[k][0]), zero);
             const __m256i w1 = _mm256_xor_si256(load_32(q[k][LANES]), zero);
             const __m256i size0 = _mm256_abs_epi8(w0), size1 = _mm256_abs_epi8(w1);
@@ -635,8 +643,13 @@ void gemm8(int zero, size_t n_t, size_t n_b, const BatchX8* x, size_t ldx, const
     gemm8_tokens<Bytes>(n_t, n_b, x, ldx, packed, c, ldc);
 }
 
+// The line `bytes` on, which may be beyond the end.
+[[gnu::always_inline]] inline void prefetch_far(const uint8_t* p, size_t bytes) {
+    _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(p) + bytes), _MM_HINT_T1);
+}
+
 // Four words of 4 bytes from each of 8 rows, from `from` on: out[w] is word w of every row.
-void transpose_words(const uint8_t* const rows[LANES], size_t from, __m256i out[4]) {
+[[gnu::always_inline]] inline void transpose_words(const uint8_t* const rows[LANES], size_t from, __m256i out[4]) {
     __m256i row[4], pair[4];
     PI_UNROLL for (size_t r = 0; r < 4; r++) row[r] =
         _mm256_inserti128_si256(_mm256_castsi128_si256(load_16(rows[r] + from)), load_16(rows[r + 4] + from), 1);
@@ -682,7 +695,10 @@ void pack_rows8(Type type, size_t n, const uint8_t* rows, size_t stride, size_t 
         for (size_t b = 0; b < n / QK; b++) {
             _mm256_storeu_ps(packed[b].d + j, block_scales<LANES>(row, 0));
             q4 ? pack_nibbles(row, j, packed[b]) : pack_bytes(row, j, packed[b]);
-            for (size_t r = 0; r < LANES; r++) row[r] += row[r] == none ? 0 : step;
+            for (size_t r = 0; r < LANES; r++) {
+                prefetch_far(row[r], n / QK * step);  // the next call's part of the row, as a rule
+                row[r] += row[r] == none ? 0 : step;
+            }
         }
     }
 }
@@ -693,6 +709,7 @@ void unpack_block(size_t n, const uint8_t* rows, size_t stride, float values[QK]
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
     for (size_t e = 0; e < 4; e++) max[e] = _mm256_setzero_si256();
     for (size_t i = 0; i < n; i++, rows += stride) {
+        prefetch_far(rows, 24 * stride);
         const __m256 d = _mm256_set1_ps(half_to_float(rows) * Block::UNIT);
         __m256 w[4];
         Block::unpack(rows, w);
@@ -865,7 +882,7 @@ void attention_scores(size_t head_dim, size_t n_pos, const float* q, const uint1
 void attention_mix(size_t head_dim, size_t n_pos, const float* weights, const uint16_t* v, size_t stride, float* out) {
     for (size_t j = 0; j < head_dim; j++) out[j] = 0;
     const auto row_at = [=](size_t p) { return reinterpret_cast<const uint8_t*>(v + p * stride); };
-    add_rows<AddFloats<F16>>(head_dim, n_pos, row_at, weights, false, out);
+    add_rows<AddFloats<F16> >(head_dim, n_pos, row_at, weights, false, out);
 }
 
 constexpr Ops table = {"avx2",

@@ -16,7 +16,7 @@
 
 namespace pi {
 
-constexpr size_t BATCH = 128;           // tokens that go through the matrix-matrix path together
+constexpr size_t BATCH = 256;           // tokens that go through the matrix-matrix path together
 constexpr size_t DOWN_COLUMNS = 64;     // columns of the down projection that one item of a batch computes
 constexpr size_t PACKED_FLOATS = 8192;  // a packed tile: 512 elements of 16 rows, or 128 rows of 64 columns
 constexpr size_t PACKED_BLOCKS = 16;    // the same in 8 bits: 512 elements of 32 rows or columns

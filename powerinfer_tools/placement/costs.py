@@ -19,7 +19,7 @@ from powerinfer_tools.errors import PowerinferError
 KV_ELEMENT_BYTES = 2  # the cache is float16
 
 # what the engine works with (native/src/session.h)
-BATCH = 128  # tokens of a prompt that are worked on at once
+BATCH = 256  # tokens of a prompt that are worked on at once
 TILES = 8192 + 16 * 288 + BATCH * 64  # float32 numbers of a thread's matrix tiles, or as many bytes
 QUERIES, TILE_ROWS = 32, 16  # tokens whose attention is computed at once; positions of a tile
 CHUNKS = 32  # partial sums of an FFN
