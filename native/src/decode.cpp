@@ -11,9 +11,9 @@ namespace pi {
 
 namespace {
 
-constexpr size_t ITEM_ROWS = 32;     // rows of a matrix that one item computes
-constexpr size_t SUM_COLUMNS = 512;  // columns of the partial sums that one item adds
-constexpr size_t BLOCK = 32;         // neurons whose whole bundles are read before the next ones', where all are
+constexpr size_t ITEM_ROWS = 32;           // rows of a matrix that one item computes
+constexpr size_t SUM_COLUMNS = 512;        // columns of the partial sums that one item adds
+constexpr size_t BLOCK_BYTES = 256 << 10;  // of bundles that are read whole before the next ones, where all are: in L2
 
 size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
@@ -176,18 +176,20 @@ void Session::ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank,
         uint64_t begin = ticks();
         size_t n = ask(layer, lo, hi, rank, w);
         w.spent[PREDICTOR] += ticks() - begin;
-        n_active = add_neurons(layer, w.asked.data(), n, x, sum, w);
+        n_active = add_neurons(layer, w.asked.data(), n, nullptr, x, sum, w);
     } else {
         for (uint32_t i = lo; i < hi; i++) w.asked[i - lo] = i;
-        size_t step = layer.apart ? hi - lo : BLOCK;
+        size_t step = layer.apart ? hi - lo : std::max<size_t>(BLOCK_BYTES / layer.down.stride, 8);
         for (size_t i = 0; i < hi - lo; i += step)
-            n_active += add_neurons(layer, &w.asked[i], std::min(step, hi - lo - i), x, sum, w);
+            n_active += add_neurons(layer, &w.asked[i], std::min(step, hi - lo - i), layer.select.row(step), x, sum, w);
     }
     chunk_fired_[chunk] = n_active > 0;
 }
 
-// sum += the neurons' activation(select . x) * (up . x) * down; how many of them had their up and down rows read
-size_t Session::add_neurons(const Layer& layer, const uint32_t* ids, size_t n, Vector x, float* sum, Worker& w) {
+// sum += the neurons' activation(select . x) * (up . x) * down; how many of them had their up and down rows read.
+// after + ids[i] * stride: what is read next (NULL: not known)
+size_t Session::add_neurons(const Layer& layer, const uint32_t* ids, size_t n, const uint8_t* after, Vector x,
+                            float* sum, Worker& w) {
     uint64_t begin = ticks();
     const Rows &select = layer.select, &up = layer.up, &down = layer.down;
     if (layer.apart) {  // no predictor: the ids follow one another
@@ -218,7 +220,7 @@ size_t Session::add_neurons(const Layer& layer, const uint32_t* ids, size_t n, V
     w.n_computed += n;
     w.n_active += n_active;
     for (size_t i = 0; i < n_active; i++) w.n_fired += h[i] != 0;
-    ops.add_rows(down.type, down.n, down.data, down.stride, w.active.data(), h, n_active, sum);
+    ops.add_rows(down.type, down.n, down.data, down.stride, w.active.data(), h, n_active, after, sum);
     return n_active;
 }
 

@@ -223,9 +223,9 @@ template <class Walk>
 void dot_rows(Type type, size_t n, size_t n_rows, const Walk& walk, Vector x, float* out) {
     switch (type) {
         case Type::F32:
-            return dot_rows<FloatRows<F32> >(n, n_rows, walk, x, out);
+            return dot_rows<FloatRows<F32>>(n, n_rows, walk, x, out);
         case Type::F16:
-            return dot_rows<FloatRows<F16> >(n, n_rows, walk, x, out);
+            return dot_rows<FloatRows<F16>>(n, n_rows, walk, x, out);
         case Type::Q4_0:
             return dot_rows<Q4_0Rows>(n, n_rows, walk, x, out);
         case Type::Q8_0:
@@ -360,17 +360,17 @@ struct AddBlocks {
 };
 
 void add_rows(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, const float* h,
-              size_t n_ids, float* acc) {
-    const auto row_at = [=](size_t i) { return rows + ids[i] * stride; };
+              size_t n_ids, const uint8_t* then, float* acc) {
+    const PickedRows walk{rows, stride, ids, n_ids, then};
     switch (type) {
         case Type::F32:
-            return add_rows<AddFloats<F32> >(n, n_ids, row_at, h, true, acc);
+            return add_rows<AddFloats<F32>>(n, n_ids, walk, h, true, acc);
         case Type::F16:
-            return add_rows<AddFloats<F16> >(n, n_ids, row_at, h, true, acc);
+            return add_rows<AddFloats<F16>>(n, n_ids, walk, h, true, acc);
         case Type::Q4_0:
-            return add_rows<AddBlocks<Q4_0Block> >(n, n_ids, row_at, h, true, acc);
+            return add_rows<AddBlocks<Q4_0Block>>(n, n_ids, walk, h, true, acc);
         case Type::Q8_0:
-            return add_rows<AddBlocks<Q8_0Block> >(n, n_ids, row_at, h, true, acc);
+            return add_rows<AddBlocks<Q8_0Block>>(n, n_ids, walk, h, true, acc);
         case Type::I32:
             return;  // never a matrix
     }
@@ -873,16 +873,19 @@ void rope(size_t n, float* x, const float* cos, const float* sin) {
 
 // ---- attention: the cache is a matrix of float16 rows
 
+AllRows cache_rows(const uint16_t* cache, size_t stride, size_t n_pos) {
+    return {reinterpret_cast<const uint8_t*>(cache), stride * sizeof(uint16_t), n_pos - 1};
+}
+
 void attention_scores(size_t head_dim, size_t n_pos, const float* q, const uint16_t* k, size_t stride, float scale,
                       float* scores) {
-    matvec(Type::F16, head_dim, reinterpret_cast<const uint8_t*>(k), stride * 2, n_pos, {q, nullptr}, scores);
+    dot_rows<FloatRows<F16>>(head_dim, n_pos, cache_rows(k, stride, n_pos), {q, nullptr}, scores);
     for (size_t p = 0; p < n_pos; p++) scores[p] *= scale;
 }
 
 void attention_mix(size_t head_dim, size_t n_pos, const float* weights, const uint16_t* v, size_t stride, float* out) {
     for (size_t j = 0; j < head_dim; j++) out[j] = 0;
-    const auto row_at = [=](size_t p) { return reinterpret_cast<const uint8_t*>(v + p * stride); };
-    add_rows<AddFloats<F16> >(head_dim, n_pos, row_at, weights, false, out);
+    add_rows<AddFloats<F16>>(head_dim, n_pos, cache_rows(v, stride, n_pos), weights, false, out);
 }
 
 constexpr Ops table = {"avx2",

@@ -58,18 +58,20 @@ size_t rows_ahead(size_t group, size_t row_bytes) {
 
 // ---- dot products
 
-// The rows of matvec. What follows the last is what the thread reads next, and a prefetch of nothing is nothing.
+// Rows that follow one another. What lies beyond the last may be prefetched: it is what the thread reads next, and a
+// prefetch of nothing is nothing.
 struct AllRows {
     const uint8_t* rows;
     size_t stride;
+    size_t last = SIZE_MAX / 2;  // row that is the last to prefetch
 
     const uint8_t* at(size_t i) const { return rows + i * stride; }
     const uint8_t* later(size_t i) const {
-        return reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(rows) + i * stride);
+        return reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(rows) + (i < last ? i : last) * stride);
     }
 };
 
-// The rows of matvec_picked.
+// Rows that are picked, and where those that are read after them lie (ops.h).
 struct PickedRows {
     const uint8_t* rows;
     size_t stride;
@@ -80,7 +82,8 @@ struct PickedRows {
     const uint8_t* at(size_t i) const { return rows + ids[i] * stride; }
     const uint8_t* later(size_t i) const {
         if (i < n_ids || !then) return at(i < n_ids ? i : n_ids - 1);
-        return then + ids[i - n_ids < n_ids ? i - n_ids : n_ids - 1] * stride;
+        const size_t row = ids[i - n_ids < n_ids ? i - n_ids : n_ids - 1];
+        return reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(then) + row * stride);
     }
 };
 
@@ -132,19 +135,21 @@ void add_rest(size_t n, const uint8_t* const* rows, const float* h, size_t n_row
     part(Add::template add<1>, 1);
 }
 
-// acc += h[i] * row_at(i), i < n_rows, but for those where h is 0 if they are to be skipped.
-template <class Add, class RowAt>
-void add_rows(size_t n, size_t n_rows, RowAt row_at, const float* h, bool skip, float* acc) {
+// acc += h[i] * row i of the walk, i < n_rows, but for those where h is 0 if they are to be skipped.
+template <class Add, class Walk>
+void add_rows(size_t n, size_t n_rows, const Walk& walk, const float* h, bool skip, float* acc) {
     const size_t ahead = rows_ahead(GROUP, Add::bytes(n));
     Queue queue;
+    const uint8_t* later[GROUP];
     for (size_t i = 0, at = 0;; at += GROUP) {
         for (; i < n_rows && queue.end < at + ahead + GROUP; i++) {
-            if (!skip || h[i] != 0) queue.push(row_at(i), h[i]);
+            if (!skip || h[i] != 0) queue.push(walk.at(i), h[i]);
         }
         const size_t place = at % Queue::SIZE;
         if (queue.end < at + GROUP) return add_rest<Add>(n, queue.rows + place, queue.h + place, queue.end - at, acc);
-        const size_t then = queue.end < at + ahead + GROUP ? place : (at + ahead) % Queue::SIZE;
-        Add::template add<GROUP>(n, queue.rows + place, queue.rows + then, queue.h + place, acc);
+        for (size_t r = at + ahead; r < at + ahead + GROUP; r++)
+            later[r - at - ahead] = r < queue.end ? queue.rows[r % Queue::SIZE] : walk.later(n_rows + r - queue.end);
+        Add::template add<GROUP>(n, queue.rows + place, later, queue.h + place, acc);
     }
 }
 

@@ -107,7 +107,8 @@ class Session {
     void attention(const Layer& layer, size_t il);
     void ffn(const Layer& layer);
     void ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w);
-    size_t add_neurons(const Layer& layer, const uint32_t* ids, size_t n, Vector x, float* sum, Worker& w);
+    size_t add_neurons(const Layer& layer, const uint32_t* ids, size_t n, const uint8_t* after, Vector x, float* sum,
+                       Worker& w);
     template <class Task>
     void parallel(Part part, size_t n_items, Task&& task);
     void lap(Part part);
