@@ -10,6 +10,8 @@ from typing import Any
 Target = tuple[float, float] | None
 """What is asked: at least, aim."""
 
+IDLE_SHARE = 0.05  # of the processors' time: what other programs may take of a run that counts
+
 
 @dataclass(frozen=True)
 class Line:
@@ -48,6 +50,11 @@ class Findings:
     ceilings: dict[int, list[float]] = field(default_factory=dict)
     others: list[float] = field(default_factory=list)
 
+    @property
+    def idle(self) -> bool:
+        """Whether our and their runs had the machine to themselves."""
+        return max(self.others) <= IDLE_SHARE
+
 
 def spread(values: list[float], decimals: int) -> str:
     """median (min to max)"""
@@ -79,6 +86,8 @@ def markdown(findings: Findings) -> str:
     for threads, found in sorted(findings.ceilings.items()):
         text.append(f"Read ceiling, threads {threads}: {spread(found, 1)} GB/s.")
     text.append(f"Processor time that other programs took: {spread([100 * share for share in findings.others], 1)} %.")
+    if not findings.idle:
+        text.append("THE MACHINE WAS NOT IDLE: these figures do not count.")
     return "\n".join(text)
 
 
@@ -90,7 +99,7 @@ def document(findings: Findings) -> dict[str, Any]:
         results = {"result": statistics.median(line.results), "min": min(line.results), "max": max(line.results)}
         sides = {"measure": line.measure, "unit": line.unit, "ours": line.ours, "llama.cpp": line.theirs}
         lines.append(sides | results | {"at_least": at_least, "aim": aim, "reached": line.reached})
-    others = {"median": statistics.median(findings.others), "max": max(findings.others)}
+    others = {"median": statistics.median(findings.others), "max": max(findings.others), "idle": findings.idle}
     about = {"machine": machine(findings.ceilings), "others_share": others, "models": findings.models}
     return about | {"lines": lines}
 

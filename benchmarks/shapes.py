@@ -8,8 +8,9 @@ What is planted, and what it is not: which neurons a token computes is decided b
 RANK on the layer's own input, whose biases make neuron i pass for a share f_i of inputs; f_i falls by a power law, and
 its mean is the share that was asked for. What passes fires (a large bias on the deciding row). So the active set
 changes with every token, is foreseen by a low-rank predictor without error, and costs the bytes of one; nothing is
-learned, and the neurons of a set have nothing in common but the predictor. Mode `dense` of the same file reads every
-neuron. What fires and what is read are measured by `bench`, not taken from here.
+learned, and the neurons of a set have nothing in common but the predictor. Of a token's set about a third fired for the
+token before, too (10 % of a llama; 3 % of an opt: 39 %, in its last layers 57 %). Mode `dense` of the same file reads
+every neuron. What fires and what is read are measured by `bench`, not taken from here.
 
 llama.cpp gets the same shape as a plain llama. For opt, which it does not know, it gets the llama that reads as many
 bytes a token: three FFN matrices as large together as opt's two (0.1 % smaller: their rows are whole blocks of 32).

@@ -1,13 +1,13 @@
 """Our engine against llama.cpp: the table of what is asked of its speed, measured and filled in by one run.
 
-    python benchmarks/table.py -o speed.json                            # everything, three rounds: about 25 minutes
+    python benchmarks/table.py -o speed.json                            # everything, three rounds: under 25 minutes
     python benchmarks/table.py --rows llama --rounds 5 --keep
     python benchmarks/table.py --instructions avx2                      # both sides without AVX-512
     python benchmarks/table.py --llama-bench build/bin/llama-bench      # else it is built first: 10 minutes
 
 Every round runs ours and theirs in turn, each in a process of its own with the model in the page cache; a ratio is the
-median of the rounds' ratios, so that the machine's drift meets both alike. The machine must be idle otherwise: what
-other programs took is told, and llama.cpp, whose threads wait for each other by spinning, suffers most from them.
+median of the rounds' ratios, so that the machine's drift meets both alike. The machine must be idle otherwise: the
+table says where it was not, and llama.cpp, whose threads wait for each other by spinning, suffers most from that.
 Decoding is of 32 tokens (the default model: 256) from an empty context, prompts are whole; matrices have the same type
 on both sides. Models of planted sparsity (shapes.py) are written below FOLDER, up to 11 GB at a time, and deleted
 unless --keep; they take at most 17 GB of memory together with their page cache, for which q8_0 and f16 have fewer
