@@ -86,9 +86,9 @@ void Session::collect_seconds(double seconds) {
 }
 
 Vector Session::quantised(Activations& x, size_t n) {
-    if (n % QK != 0) return {x.f.data(), nullptr};
-    ops.quantize_x8(n, x.f.data(), x.q8.data());
-    return {x.f.data(), x.q8.data()};
+    if (n % QK != 0) return {x.f.data(), {}};
+    ops.quantize_x8(n, x.f.data(), x.x8(0));
+    return x.both();
 }
 
 // out (+)= rows . x + bias for each job, all in one parallel step
@@ -121,9 +121,9 @@ void Session::attention(const Layer& layer, size_t il) {
         size_t at = head * c.head_dim;
         rotate(&q_[at], 1, 0);
         attend(il, static_cast<uint32_t>(head), position + 1, &q_[at], &x_.f[at], workers_[thread]);
-        if (whole_blocks) ops.quantize_x8(c.head_dim, &x_.f[at], &x_.q8[at / QK]);
+        if (whole_blocks) ops.quantize_x8(c.head_dim, &x_.f[at], x_.x8(at));
     });
-    Vector x = whole_blocks ? Vector{x_.f.data(), x_.q8.data()} : quantised(x_, c.q_dim());
+    Vector x = whole_blocks ? x_.both() : quantised(x_, c.q_dim());
     project(ATTENTION, {{&layer.o, hidden_.data(), true}}, x);
     for (const Linear* linear : {&layer.q, &layer.k, &layer.v, &layer.o})
         stats.bytes_attention += linear->rows.n_rows * linear->rows.row_size();

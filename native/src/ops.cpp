@@ -75,42 +75,56 @@ Scaled element(Type type, const uint8_t* row, size_t k) {
     return {load_f16(block), float(q4 ? nibble(block, k % QK) : byte(block, k % QK))};
 }
 
-void set_sum(BlockX8& block, int sum) { block.sum = block.d * float(sum); }
-void set_sum(BatchX8& block, int sum) { block.minus8 = -8 * sum; }
+struct Quantized {
+    float d;
+    int sum;  // of q
+};
 
-template <class Block>
-void quantize(size_t n, const float* x, Block* out) {
-    for (size_t b = 0; b < n / QK; b++, x += QK, out++) {
-        float max = 0;
-        bool finite = true;
-        for (size_t k = 0; k < QK; k++) {
-            finite = finite && isfinite(x[k]);
-            max = fabsf(x[k]) > max ? fabsf(x[k]) : max;
-        }
-        const float inverse = finite && max >= X8_TINY ? 127 / max : 0;
-        int sum = 0;
-        for (size_t k = 0; k < QK; k++) {
-            out->q[k] = finite ? int8_t(lrintf(x[k] * inverse)) : int8_t(0);
-            sum += out->q[k];
-        }
-        out->d = !finite ? NAN : inverse > 0 ? max / 127 : 0;
-        set_sum(*out, sum);
+Quantized quantize_block(const float* x, int8_t* q) {
+    float max = 0;
+    bool finite = true;
+    for (size_t k = 0; k < QK; k++) {
+        finite = finite && isfinite(x[k]);
+        max = fabsf(x[k]) > max ? fabsf(x[k]) : max;
+    }
+    const float inverse = finite && max >= X8_TINY ? 127 / max : 0;
+    int sum = 0;
+    for (size_t k = 0; k < QK; k++) {
+        q[k] = finite ? int8_t(lrintf(x[k] * inverse)) : int8_t(0);
+        sum += q[k];
+    }
+    return {!finite ? NAN : inverse > 0 ? max / 127 : 0, sum};
+}
+
+void quantize_x8(size_t n, const float* x, MutableX8 out) {
+    for (size_t b = 0; b < n / QK; b++) {
+        const auto [d, sum] = quantize_block(x + b * QK, out.q + b * QK);
+        out.d[b] = d;
+        out.sum[b] = d * float(sum);
     }
 }
 
-float dot_quantized(Type type, size_t n, const uint8_t* row, const BlockX8* x) {
+void quantize_batch8(size_t n, const float* x, BatchX8* out) {
+    for (size_t b = 0; b < n / QK; b++) {
+        const auto [d, sum] = quantize_block(x + b * QK, out[b].q);
+        out[b].d = d;
+        out[b].minus8 = -8 * sum;
+    }
+}
+
+float dot_quantized(Type type, size_t n, const uint8_t* row, X8 x) {
     const bool q4 = type == Type::Q4_0;
     float total = 0;
     for (size_t b = 0; b < n / QK; b++, row += q4 ? sizeof(BlockQ4_0) : sizeof(BlockQ8_0)) {
         int sum = 0;
-        for (size_t k = 0; k < QK; k++) sum += (q4 ? nibble(row, k) : byte(row, k)) * x[b].q[k];
-        total += load_f16(row) * x[b].d * float(sum);
+        for (size_t k = 0; k < QK; k++) sum += (q4 ? nibble(row, k) : byte(row, k)) * x.q[b * QK + k];
+        total += load_f16(row) * x.d[b] * float(sum);
     }
     return total;
 }
 
 float dot(Type type, size_t n, const uint8_t* row, Vector x) {
-    if (type == Type::Q4_0 || type == Type::Q8_0) return dot_quantized(type, n, row, x.q8);
+    if (type == Type::Q4_0 || type == Type::Q8_0) return dot_quantized(type, n, row, x.x8);
     float sum = 0;
     for (size_t k = 0; k < n; k++) sum += element(type, row, k).q * x.f[k];
     return sum;
@@ -198,10 +212,9 @@ void pack_rows8(Type type, size_t n, const uint8_t* rows, size_t stride, size_t 
 void pack_column8(size_t n, const float* w, size_t j, Packed8& packed) {
     float values[QK] = {};
     for (size_t k = 0; k < n; k++) values[k] = w[k];
-    BlockX8 block;
-    quantize(QK, values, &block);
-    packed.d[j] = block.d;
-    for (size_t k = 0; k < QK; k++) packed.q[k / 4][j][k % 4] = uint8_t(block.q[k] + ZERO_OF_COLUMNS);
+    int8_t q[QK];
+    packed.d[j] = quantize_block(values, q).d;
+    for (size_t k = 0; k < QK; k++) packed.q[k / 4][j][k % 4] = uint8_t(q[k] + ZERO_OF_COLUMNS);
 }
 
 void pack_columns8(Type type, size_t n_rows, const uint8_t* rows, size_t stride, Packed8* packed) {
@@ -273,26 +286,10 @@ void to_f16(size_t n, const float* x, uint16_t* out) {
     for (size_t i = 0; i < n; i++) out[i] = f32_to_f16(x[i]);
 }
 
-constexpr Ops scalar_table = {"scalar",
-                              quantize<BlockX8>,
-                              quantize<BatchX8>,
-                              matvec,
-                              matvec_picked,
-                              add_rows,
-                              dequantize,
-                              gemm_tile,
-                              pack_rows,
-                              gemm8,
-                              pack_rows8,
-                              pack_columns8,
-                              rms_norm,
-                              layer_norm,
-                              softmax,
-                              rope,
-                              silu,
-                              attention_scores,
-                              attention_mix,
-                              to_f16};
+constexpr Ops scalar_table = {"scalar",   quantize_x8,   quantize_batch8,  matvec,        matvec_picked,
+                              add_rows,   dequantize,    gemm_tile,        pack_rows,     gemm8,
+                              pack_rows8, pack_columns8, rms_norm,         layer_norm,    softmax,
+                              rope,       silu,          attention_scores, attention_mix, to_f16};
 
 bool has_avx2() {
 #if defined(__x86_64__)

@@ -26,12 +26,15 @@ struct BlockQ4_0 {
 };
 static_assert(sizeof(BlockQ8_0) == 34 && sizeof(BlockQ4_0) == 18);
 
-// A vector quantised for the dot product with Q8_0 and Q4_0 rows: x = d * q, sum = d * (sum of q).
-struct BlockX8 {
-    float d;
-    float sum;
-    int8_t q[QK];
+// A vector quantised for the dot product with Q8_0 and Q4_0 rows, block by block: x = d * q, sum = d * (sum of q).
+template <class Float, class Byte>
+struct AnyX8 {
+    Float* d;    // [n / QK]
+    Float* sum;  // [n / QK]
+    Byte* q;     // [n]
 };
+using X8 = AnyX8<const float, const int8_t>;
+using MutableX8 = AnyX8<float, int8_t>;
 constexpr float X8_TINY = 1e-36f;  // blocks with no |x| from here on become 0: 127 / x would overflow
 
 // The same for the matrix-matrix path; minus8 = -8 * (sum of q): what the zero point of Q4_0 takes off a product.
@@ -51,17 +54,17 @@ struct Packed8 {
 int zero_of_rows(Type type);
 constexpr int ZERO_OF_COLUMNS = 128;
 
-// What a weight row is multiplied with: both forms of one vector. q8 may be NULL where no quantised row will be met.
+// What a weight row is multiplied with: both forms of one vector. x8 may be empty where no quantised row will be met.
 struct Vector {
-    const float* f;     // [n]
-    const BlockX8* q8;  // [n / QK]
+    const float* f;  // [n]
+    X8 x8;
 };
 
 struct Ops {
     const char* name;
 
-    // x (n) -> out (n / QK blocks); round to nearest, d = max|x| / 127; NaN or Inf in x gives NaN in d.
-    void (*quantize_x8)(size_t n, const float* x, BlockX8* out);
+    // x (n) -> out; round to nearest, d = max|x| / 127; NaN or Inf in x gives NaN in d.
+    void (*quantize_x8)(size_t n, const float* x, MutableX8 out);
     void (*quantize_batch8)(size_t n, const float* x, BatchX8* out);
 
     // out[i] = row_i . x for i < n_rows; row_i lies at `rows + i * stride` bytes. n: elements of a row.

@@ -167,14 +167,14 @@ struct Q4_0Rows {
         __m256 acc[PAIRS], excess = _mm256_setzero_ps();
         PI_UNROLL for (size_t p = 0; p < PAIRS; p++) acc[p] = _mm256_setzero_ps();
         for (size_t b = 0; b < n / QK; b++) {
-            const BlockX8& xb = x.q8[b];
+            const int8_t* xq = x.x8.q + b * QK;
             const size_t offset = b * sizeof(BlockQ4_0);
             prefetch<R>(later, offset, sizeof(BlockQ4_0));
             const __m256 d = scales<R>(rows, offset);
-            const __m256 dd = _mm256_mul_ps(d, _mm256_set1_ps(xb.d));
-            excess = _mm256_fmadd_ps(d, _mm256_set1_ps(xb.sum), excess);
-            const __m256i x_low = _mm256_broadcastsi128_si256(load_16(xb.q));
-            const __m256i x_high = _mm256_broadcastsi128_si256(load_16(xb.q + QK / 2));
+            const __m256 dd = _mm256_mul_ps(d, _mm256_set1_ps(x.x8.d[b]));
+            excess = _mm256_fmadd_ps(d, _mm256_set1_ps(x.x8.sum[b]), excess);
+            const __m256i x_low = _mm256_broadcastsi128_si256(load_16(xq));
+            const __m256i x_high = _mm256_broadcastsi128_si256(load_16(xq + QK / 2));
             PI_UNROLL for (size_t p = 0; p < PAIRS; p++) {
                 const __m256i whole = pair_dot(rows[p] + offset + 2, rows[p + PAIRS] + offset + 2, x_low, x_high);
                 acc[p] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), spread(dd, p), acc[p]);
@@ -202,8 +202,8 @@ struct Q8_0Rows {
         for (size_t b = 0; b < n / QK; b++) {
             const size_t offset = b * sizeof(BlockQ8_0);
             prefetch<R>(later, offset, sizeof(BlockQ8_0));
-            const __m256i xq = load_32(x.q8[b].q);
-            const __m256 d = _mm256_mul_ps(block_scales<R>(rows, offset), _mm256_set1_ps(x.q8[b].d));
+            const __m256i xq = load_32(x.x8.q + b * QK);
+            const __m256 d = _mm256_mul_ps(block_scales<R>(rows, offset), _mm256_set1_ps(x.x8.d[b]));
             const __m256 d_low = _mm256_permute2f128_ps(d, d, 0x00), d_high = _mm256_permute2f128_ps(d, d, 0x11);
             PI_UNROLL for (size_t r = 0; r < R; r++) {
                 const __m256i w = load_32(rows[r] + offset + 2);
@@ -432,29 +432,43 @@ int sum_bytes(__m256i q) {
     return _mm_cvtsi128_si32(s);
 }
 
-void set_sum(BlockX8& block, int sum) { block.sum = block.d * float(sum); }
-void set_sum(BatchX8& block, int sum) { block.minus8 = -8 * sum; }
+struct Quantized {
+    float d;
+    int sum;  // of q
+};
 
-template <class Block>
-void quantize(size_t n, const float* x, Block* out) {
-    for (size_t b = 0; b < n / QK; b++, x += QK, out++) {
-        __m256 v[4];
-        for (size_t e = 0; e < 4; e++) v[e] = _mm256_loadu_ps(x + e * LANES);
-        const float max = max_magnitude(v);
-        const bool finite = max < INFINITY;
-        const float inverse = finite && max >= X8_TINY ? 127 / max : 0;
-        __m256i q[4];
-        for (size_t e = 0; e < 4; e++) {
-            const __m256 scaled = _mm256_mul_ps(finite ? v[e] : _mm256_setzero_ps(), _mm256_set1_ps(inverse));
-            q[e] = _mm256_cvtps_epi32(scaled);
-        }
-        // packing works within halves, so that groups of four bytes come out as 0 2 4 6 | 1 3 5 7
-        const __m256i first = _mm256_packs_epi32(q[0], q[1]), last = _mm256_packs_epi32(q[2], q[3]);
-        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-        const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(first, last), order);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out->q), bytes);
-        out->d = !finite ? NAN : inverse > 0 ? max / 127 : 0;
-        set_sum(*out, sum_bytes(bytes));
+Quantized quantize_block(const float* x, int8_t* q) {
+    __m256 v[4];
+    for (size_t e = 0; e < 4; e++) v[e] = _mm256_loadu_ps(x + e * LANES);
+    const float max = max_magnitude(v);
+    const bool finite = max < INFINITY;
+    const float inverse = finite && max >= X8_TINY ? 127 / max : 0;
+    __m256i whole[4];
+    for (size_t e = 0; e < 4; e++) {
+        const __m256 scaled = _mm256_mul_ps(finite ? v[e] : _mm256_setzero_ps(), _mm256_set1_ps(inverse));
+        whole[e] = _mm256_cvtps_epi32(scaled);
+    }
+    // packing works within halves, so that groups of four bytes come out as 0 2 4 6 | 1 3 5 7
+    const __m256i first = _mm256_packs_epi32(whole[0], whole[1]), last = _mm256_packs_epi32(whole[2], whole[3]);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(first, last), order);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), bytes);
+    return {!finite ? NAN : inverse > 0 ? max / 127 : 0, sum_bytes(bytes)};
+}
+
+void quantize_x8(size_t n, const float* x, MutableX8 out) {
+    for (size_t b = 0; b < n / QK; b++) {
+        const auto [d, sum] = quantize_block(x + b * QK, out.q + b * QK);
+        out.d[b] = d;
+        out.sum[b] = d * float(sum);
+    }
+}
+
+void quantize_batch8(size_t n, const float* x, BatchX8* out) {
+    for (size_t b = 0; b < n / QK; b++) {
+        const auto [d, sum] = quantize_block(x + b * QK, out[b].q);
+        out[b].d = d;
+        out[b].minus8 = -8 * sum;
     }
 }
 
@@ -879,7 +893,7 @@ AllRows cache_rows(const uint16_t* cache, size_t stride, size_t n_pos) {
 
 void attention_scores(size_t head_dim, size_t n_pos, const float* q, const uint16_t* k, size_t stride, float scale,
                       float* scores) {
-    dot_rows<FloatRows<F16>>(head_dim, n_pos, cache_rows(k, stride, n_pos), {q, nullptr}, scores);
+    dot_rows<FloatRows<F16>>(head_dim, n_pos, cache_rows(k, stride, n_pos), {q, {}}, scores);
     for (size_t p = 0; p < n_pos; p++) scores[p] *= scale;
 }
 
@@ -888,26 +902,10 @@ void attention_mix(size_t head_dim, size_t n_pos, const float* weights, const ui
     add_rows<AddFloats<F16>>(head_dim, n_pos, cache_rows(v, stride, n_pos), weights, false, out);
 }
 
-constexpr Ops table = {"avx2",
-                       quantize<BlockX8>,
-                       quantize<BatchX8>,
-                       matvec,
-                       matvec_picked,
-                       add_rows,
-                       dequantize,
-                       gemm_tile,
-                       pack_rows,
-                       gemm8,
-                       pack_rows8,
-                       pack_columns8,
-                       rms_norm,
-                       layer_norm,
-                       softmax,
-                       rope,
-                       silu,
-                       attention_scores,
-                       attention_mix,
-                       to_f16};
+constexpr Ops table = {"avx2",     quantize_x8,   quantize_batch8,  matvec,        matvec_picked,
+                       add_rows,   dequantize,    gemm_tile,        pack_rows,     gemm8,
+                       pack_rows8, pack_columns8, rms_norm,         layer_norm,    softmax,
+                       rope,       silu,          attention_scores, attention_mix, to_f16};
 
 }  // namespace
 

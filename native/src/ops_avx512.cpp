@@ -12,6 +12,7 @@
 
 #if !defined(__clang__)  // GCC 12 takes the undefined vectors in its own header for a fault
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 namespace pi {
@@ -19,80 +20,168 @@ namespace {
 
 constexpr size_t LANES = 16;
 
-// ---- rows: what reads memory faster than AVX2's; other types keep AVX2's
+// ---- dot products: one row after the other, so that memory is read in its own order, which it serves fastest
 
-__m512i load_16x4(const uint8_t* const* rows, size_t offset) {
-    __m512i w = _mm512_castsi128_si512(load_16(rows[0] + offset));
-    w = _mm512_inserti32x4(w, load_16(rows[1] + offset), 1);
-    w = _mm512_inserti32x4(w, load_16(rows[2] + offset), 2);
-    return _mm512_inserti32x4(w, load_16(rows[3] + offset), 3);
+constexpr size_t AHEAD_BYTES = 4096;  // prefetched before a row is read
+constexpr size_t EIGHT = 8;           // blocks in one step
+
+// The lines of 64 bytes that begin in [offset, offset + step), counted from the row's first byte.
+[[gnu::always_inline]] inline void prefetch_lines(const uint8_t* later, size_t offset, size_t step) {
+    for (size_t line = (offset + 63) / 64 * 64; line < offset + step; line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(later + line), _MM_HINT_T0);
 }
 
-// Rows go in fours, one in each quarter of a register. The weights stay unsigned (0 .. 15); the 8 that they are too
-// large by leaves at the end, through the sums of x.
-struct Q4_0Rows {
-    static constexpr size_t WIDE = 8;
-    static size_t bytes(size_t n) { return n / QK * sizeof(BlockQ4_0); }
+__m512i load_64(const uint8_t* p) { return _mm512_loadu_si512(p); }
 
-    // R = 2: both rows twice.
-    template <size_t R>
-    static void dot(size_t n, const uint8_t* const* rows, const uint8_t* const* later, Vector x, float* out) {
-        static_assert(R == 8 || R == 2);
-        constexpr size_t FOURS = R == 8 ? 2 : 1;
-        const uint8_t* all[8];
-        for (size_t r = 0; r < 8; r++) all[r] = rows[r % R];
-        __m512 acc[FOURS];
-        __m256 excess = _mm256_setzero_ps();
-        PI_UNROLL for (size_t f = 0; f < FOURS; f++) acc[f] = _mm512_setzero_ps();
-        prefetch_end<R>(later, bytes(n));
-        for (size_t b = 0; b < n / QK; b++) {
-            const size_t offset = b * sizeof(BlockQ4_0);
-            prefetch<R>(later, offset, sizeof(BlockQ4_0));
-            const __m256 d = block_scales<FOURS * 4>(all, offset);
-            const __m512 dd = _mm512_castps256_ps512(_mm256_mul_ps(d, _mm256_set1_ps(x.q8[b].d)));
-            excess = _mm256_fmadd_ps(d, _mm256_set1_ps(x.q8[b].sum), excess);
-            PI_UNROLL for (size_t f = 0; f < FOURS; f++) {
-                const __m512i first = _mm512_set1_epi32(int32_t(f * 4));
-                const __m512i quarter = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-                const __m512 spread = _mm512_permutexvar_ps(_mm512_add_epi32(quarter, first), dd);
-                const __m512i whole = block_dot(load_16x4(all + f * 4, offset + 2), x.q8[b]);
-                acc[f] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), spread, acc[f]);
-            }
-        }
-        const __m256 sums = sum_quarters(acc[0], acc[FOURS - 1]);
-        float every[8];
-        _mm256_storeu_ps(every, _mm256_fnmadd_ps(_mm256_set1_ps(8), excess, sums));
-        memcpy(out, every, R * sizeof(float));
-    }
+// Every W-th word of the 128 bytes from p on, up to the eighth, of which those beyond the end mean nothing.
+template <int W>
+__m128i pick_words(const uint8_t* p, int first) {
+    const __m512i at =
+        _mm512_add_epi16(_mm512_castsi128_si512(_mm_setr_epi16(0, W, 2 * W, 3 * W, 4 * W, 5 * W, 6 * W, 7 * W)),
+                         _mm512_set1_epi16(short(first)));
+    return _mm512_castsi512_si128(_mm512_permutex2var_epi16(load_64(p), at, load_64(p + 64)));
+}
 
-    static __m512i block_dot(__m512i w, const BlockX8& x) {
-        const __m512i nibble = _mm512_set1_epi8(15);
-        const __m512i low = _mm512_broadcast_i32x4(load_16(x.q)), high = _mm512_broadcast_i32x4(load_16(x.q + QK / 2));
-        const __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_and_si512(w, nibble), low);
-        return _mm512_dpbusd_epi32(sum, _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble), high);
-    }
-
-    // Each quarter's (p0 + p1) + (p2 + p3), of a and then of b.
-    static __m256 sum_quarters(__m512 a, __m512 b) {
-        a = _mm512_add_ps(a, _mm512_permute_ps(a, 0xb1));
-        b = _mm512_add_ps(b, _mm512_permute_ps(b, 0xb1));
-        a = _mm512_add_ps(a, _mm512_permute_ps(a, 0x4e));
-        b = _mm512_add_ps(b, _mm512_permute_ps(b, 0x4e));
-        const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 0, 0, 0, 0, 0, 0, 0);
-        return _mm512_castps512_ps256(_mm512_permutex2var_ps(a, firsts, b));
+// Eight blocks' scales, and two blocks' weights as unsigned bytes, ZERO too large.
+struct Q4_0Pair {
+    static constexpr size_t BYTES = sizeof(BlockQ4_0);
+    static constexpr float ZERO = 8;
+    static __m256 scales(const uint8_t* blocks) { return _mm256_cvtph_ps(pick_words<BYTES / 2>(blocks, 0)); }
+    static __m512i load(const uint8_t* blocks) {
+        const __m512i twice = _mm512_broadcast_i32x4(load_16(blocks + 2));
+        const __m512i both = _mm512_mask_broadcast_i32x4(twice, 0xff00, load_16(blocks + BYTES + 2));
+        const __m512i shift = _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4);  // low nibbles, high nibbles
+        return _mm512_and_si512(_mm512_srlv_epi64(both, shift), _mm512_set1_epi8(15));
     }
 };
 
+struct Q8_0Pair {
+    static constexpr size_t BYTES = sizeof(BlockQ8_0);
+    static constexpr float ZERO = 128;
+    static __m256 scales(const uint8_t* blocks) {
+        const __m128i first = pick_words<BYTES / 2>(blocks, 0), last = pick_words<BYTES / 2>(blocks + 128, 4);
+        return _mm256_cvtph_ps(_mm_unpacklo_epi64(first, last));
+    }
+    static __m512i load(const uint8_t* blocks) {
+        const __m512i first = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(blocks + 2)));
+        const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(blocks + BYTES + 2));
+        return _mm512_xor_si512(_mm512_inserti64x4(first, second, 1), _mm512_set1_epi8(-128));
+    }
+};
+
+// The weights stay unsigned; what they are too large by leaves at the end, through the sums of x.
+template <class Pair>
+struct BlockRow {
+    struct Sums {
+        __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+        __m256 excess = _mm256_setzero_ps();
+    };
+
+    static size_t bytes(size_t n) { return n / QK * Pair::BYTES; }
+
+    static float dot(size_t n, const uint8_t* row, const uint8_t* later, Vector x) {
+        const size_t n_blocks = n / QK;
+        Sums sums;
+        size_t b = 0;
+        for (; b + EIGHT <= n_blocks; b += EIGHT) {
+            prefetch_lines(later, b * Pair::BYTES, EIGHT * Pair::BYTES);
+            add_eight(row + b * Pair::BYTES, x.x8.q + b * QK, _mm256_loadu_ps(x.x8.d + b),
+                      _mm256_loadu_ps(x.x8.sum + b), sums);
+        }
+        if (b < n_blocks) {
+            prefetch_lines(later, b * Pair::BYTES, (n_blocks - b) * Pair::BYTES);
+            add_rest(n_blocks - b, row + b * Pair::BYTES, b, x.x8, sums);
+        }
+        float excess[8];
+        _mm256_storeu_ps(excess, sums.excess);
+        const float over =
+            ((excess[0] + excess[1]) + (excess[2] + excess[3])) + ((excess[4] + excess[5]) + (excess[6] + excess[7]));
+        return _mm512_reduce_add_ps(_mm512_add_ps(sums.even, sums.odd)) - Pair::ZERO * over;
+    }
+
+    [[gnu::always_inline]] static inline void add_eight(const uint8_t* blocks, const int8_t* q, __m256 d, __m256 sum,
+                                                        Sums& sums) {
+        const __m256 scales = Pair::scales(blocks);
+        sums.excess = _mm256_fmadd_ps(scales, sum, sums.excess);
+        const __m512 both = _mm512_castps256_ps512(_mm256_mul_ps(scales, d));
+        PI_UNROLL for (size_t b = 0; b < EIGHT; b += 2) {
+            const __m512i half = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+            const __m512 spread = _mm512_permutexvar_ps(_mm512_add_epi32(half, _mm512_set1_epi32(int32_t(b))), both);
+            const __m512i whole = _mm512_dpbusd_epi32(_mm512_setzero_si512(), Pair::load(blocks + b * Pair::BYTES),
+                                                      _mm512_loadu_si512(q + b * QK));
+            __m512& to = b % 4 == 0 ? sums.even : sums.odd;
+            to = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), spread, to);
+        }
+    }
+
+    // Fewer than eight blocks: as if zeros followed.
+    [[gnu::noinline]] static void add_rest(size_t n_blocks, const uint8_t* blocks, size_t at, X8 x, Sums& sums) {
+        uint8_t rest[EIGHT * Pair::BYTES] = {};
+        int8_t q[EIGHT * QK] = {};
+        memcpy(rest, blocks, n_blocks * Pair::BYTES);
+        memcpy(q, x.q + at * QK, n_blocks * QK);
+        const __mmask8 there = __mmask8((1u << n_blocks) - 1);
+        add_eight(rest, q, _mm256_maskz_loadu_ps(there, x.d + at), _mm256_maskz_loadu_ps(there, x.sum + at), sums);
+    }
+};
+
+struct F16Row {
+    static size_t bytes(size_t n) { return n * 2; }
+    static float dot(size_t n, const uint8_t* row, const uint8_t* later, Vector x) {
+        __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+        size_t k = 0;
+        for (; k + 4 * LANES <= n; k += 4 * LANES) {
+            prefetch_lines(later, k * 2, 4 * LANES * 2);
+            PI_UNROLL for (size_t e = 0; e < 4; e++) {
+                const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + (k + e * LANES) * 2));
+                sums[e] = _mm512_fmadd_ps(_mm512_cvtph_ps(half), _mm512_loadu_ps(x.f + k + e * LANES), sums[e]);
+            }
+        }
+        for (; k < n; k += LANES) {
+            const __mmask16 there = n - k < LANES ? __mmask16((1u << (n - k)) - 1) : __mmask16(0xffff);
+            const __m256i half = _mm256_maskz_loadu_epi16(there, row + k * 2);
+            sums[0] = _mm512_fmadd_ps(_mm512_cvtph_ps(half), _mm512_maskz_loadu_ps(there, x.f + k), sums[0]);
+        }
+        return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
+    }
+};
+
+template <class Row, class Walk>
+void dot_each(size_t n, size_t n_rows, const Walk& walk, Vector x, float* out) {
+    const size_t ahead = AHEAD_BYTES / (Row::bytes(n) + 1) + 1;
+    for (size_t i = 0; i < n_rows; i++) out[i] = Row::dot(n, walk.at(i), walk.later(i + ahead), x);
+}
+
+// Whether the type has a kernel here; else AVX2's does it.
+template <class Walk>
+bool dot_each(Type type, size_t n, size_t n_rows, const Walk& walk, Vector x, float* out) {
+    switch (type) {
+        case Type::F16:
+            dot_each<F16Row>(n, n_rows, walk, x, out);
+            return true;
+        case Type::Q4_0:
+            dot_each<BlockRow<Q4_0Pair>>(n, n_rows, walk, x, out);
+            return true;
+        case Type::Q8_0:
+            dot_each<BlockRow<Q8_0Pair>>(n, n_rows, walk, x, out);
+            return true;
+        default:
+            return false;
+    }
+}
+
 void matvec(Type type, size_t n, const uint8_t* rows, size_t stride, size_t n_rows, Vector x, float* out) {
-    if (type != Type::Q4_0) return avx2_table->matvec(type, n, rows, stride, n_rows, x, out);
-    dot_rows<Q4_0Rows>(n, n_rows, AllRows{rows, stride}, x, out);
+    if (!dot_each(type, n, n_rows, AllRows{rows, stride}, x, out))
+        avx2_table->matvec(type, n, rows, stride, n_rows, x, out);
 }
 
 void matvec_picked(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, size_t n_ids,
                    const uint8_t* then, Vector x, float* out) {
-    if (type != Type::Q4_0) return avx2_table->matvec_picked(type, n, rows, stride, ids, n_ids, then, x, out);
-    dot_rows<Q4_0Rows>(n, n_ids, PickedRows{rows, stride, ids, n_ids, then}, x, out);
+    if (!dot_each(type, n, n_ids, PickedRows{rows, stride, ids, n_ids, then}, x, out))
+        avx2_table->matvec_picked(type, n, rows, stride, ids, n_ids, then, x, out);
 }
+
+// ---- sums of rows
 
 struct Q4_0Block {
     static constexpr size_t BYTES = sizeof(BlockQ4_0);

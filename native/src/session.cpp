@@ -40,7 +40,9 @@ Session::Session(const Model& model, const pi_session_params& params)
     };
     auto allocate_vector = [&](Activations& v, size_t n) {
         allocate(v.f, n);
-        allocate(v.q8, n / QK);
+        allocate(v.d, n / QK);
+        allocate(v.sum, n / QK);
+        allocate(v.q, n / QK * QK);
     };
     keys_.resize(size_t{c.n_layer} * c.kv_dim() * n_ctx);
     values_.resize(size_t{c.n_layer} * c.kv_dim() * n_ctx);

@@ -46,8 +46,12 @@ class Buffer {
 
 // A vector and its quantised form.
 struct Activations {
-    Buffer<float> f;     // (n,)
-    Buffer<BlockX8> q8;  // (n / 32,)
+    Buffer<float> f;       // (n,)
+    Buffer<float> d, sum;  // (n / 32,)
+    Buffer<int8_t> q;      // (n,)
+
+    MutableX8 x8(size_t begin) { return {&d[begin / QK], &sum[begin / QK], &q[begin]}; }
+    Vector both() const { return {f.data(), {d.data(), sum.data(), q.data()}}; }
 };
 
 // Where the time of a token goes. OTHER is what one thread does alone; SYNC is waiting for other threads.

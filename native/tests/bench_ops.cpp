@@ -98,9 +98,10 @@ void bench_type(const Ops& ops, Type type, const char* name, const uint8_t* data
     const size_t stride = row_size(type, n), n_rows = n_bytes / stride;
     const std::vector<uint32_t> tenth = pick(n_rows, 10);
     std::vector<float> x(n, 0.5f), out(n_rows), acc(n, 0.0f), h(n_rows, 0.001f);
-    std::vector<BlockX8> x8(n / QK);
-    ops.quantize_x8(n, x.data(), x8.data());
-    const Vector v{x.data(), x8.data()};
+    std::vector<float> d(n / QK), sum(n / QK);
+    std::vector<int8_t> q(n);
+    ops.quantize_x8(n, x.data(), {d.data(), sum.data(), q.data()});
+    const Vector v{x.data(), {d.data(), sum.data(), q.data()}};
     line("matvec", name, n_rows * stride, seconds([&] { ops.matvec(type, n, data, stride, n_rows, v, out.data()); }),
          ceiling);
     line("matvec_picked 10 %", name, tenth.size() * stride,

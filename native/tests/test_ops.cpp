@@ -137,19 +137,29 @@ struct Matrix {
     }
 };
 
+// A vector quantised in blocks.
+struct Blocks {
+    Guarded<float> d, sum;
+    Guarded<int8_t> q;
+
+    explicit Blocks(size_t n) : d(n / QK), sum(n / QK), q(n / QK * QK) {}
+    Blocks(const Ops& ops, size_t n, const float* x) : Blocks(n) { ops.quantize_x8(n / QK * QK, x, out()); }
+    MutableX8 out() { return {d.data(), sum.data(), q.data()}; }
+    X8 in() { return {d.data(), sum.data(), q.data()}; }
+    bool intact() { return d.intact() && sum.intact() && q.intact(); }
+};
+
 // x in both forms, and what the rows of a type are multiplied with, in float64.
 struct Input {
     Guarded<float> x;
-    Guarded<BlockX8> blocks;
+    Blocks blocks;
 
-    explicit Input(Guarded<float> values, size_t n) : x(std::move(values)), blocks(n / QK, 4) {
-        scalar().quantize_x8(n / QK * QK, x.data(), blocks.data());
-    }
+    explicit Input(Guarded<float> values, size_t n) : x(std::move(values)), blocks(scalar(), n, x.data()) {}
     explicit Input(size_t n) : Input(normals(n), n) {}
     // Only the form that the type needs: the other may be NULL.
-    Vector vector(Type type) { return quantised(type) ? Vector{nullptr, blocks.data()} : Vector{x.data(), nullptr}; }
+    Vector vector(Type type) { return quantised(type) ? Vector{nullptr, blocks.in()} : Vector{x.data(), {}}; }
     double value(Type type, size_t k) {
-        return quantised(type) ? double(blocks[k / QK].d) * blocks[k / QK].q[k % QK] : double(x[k]);
+        return quantised(type) ? double(blocks.d[k / QK]) * blocks.q[k] : double(x[k]);
     }
 };
 
@@ -213,9 +223,7 @@ void test_dequantize(const Ops& ops, Type type) {
 }
 
 void check_quantised(const Ops& ops, size_t n, Guarded<float> x, const char* what) {
-    Guarded<BlockX8> out(n / QK, 4), expected(n / QK, 4);
-    ops.quantize_x8(n, x.data(), out.data());
-    scalar().quantize_x8(n, x.data(), expected.data());
+    Blocks out(ops, n, x.data()), expected(scalar(), n, x.data());
     CHECK(out.intact(), "%s %s", ops.name, what);
     for (size_t b = 0; b < n / QK; b++) {
         const float* in = x.data() + b * QK;
@@ -224,13 +232,14 @@ void check_quantised(const Ops& ops, size_t n, Guarded<float> x, const char* wha
         bool near = true;
         for (size_t k = 0; k < QK; k++) {
             max = std::max(max, std::fabs(in[k]));
-            sum += out[b].q[k];
+            sum += out.q[b * QK + k];
             // half a step, and the rounding of the step itself; X8_TINY for blocks that count as 0
-            near = near && std::fabs(double(out[b].d) * out[b].q[k] - in[k]) <= out[b].d * 0.5001 + X8_TINY;
+            near = near && std::fabs(double(out.d[b]) * out.q[b * QK + k] - in[k]) <= out.d[b] * 0.5001 + X8_TINY;
         }
-        CHECK(near && out[b].sum == out[b].d * float(sum), "%s %s block %zu", ops.name, what, b);
-        CHECK(out[b].d == (max >= X8_TINY ? max / 127 : 0), "%s %s block %zu", ops.name, what, b);
-        CHECK(std::memcmp(&out[b], &expected[b], sizeof(BlockX8)) == 0, "%s %s block %zu", ops.name, what, b);
+        CHECK(near && out.sum[b] == out.d[b] * float(sum), "%s %s block %zu", ops.name, what, b);
+        CHECK(out.d[b] == (max >= X8_TINY ? max / 127 : 0), "%s %s block %zu", ops.name, what, b);
+        CHECK(std::memcmp(&out.q[b * QK], &expected.q[b * QK], QK) == 0 && same_bits(&out.d[b], &expected.d[b], 1),
+              "%s %s block %zu", ops.name, what, b);
     }
 }
 
@@ -245,11 +254,10 @@ void test_quantize(const Ops& ops) {
         for (size_t at : {32, 39, 40, 63}) {
             Guarded<float> x = normals(96);
             x[at] = bad;
-            Guarded<BlockX8> out(3, 4);
-            ops.quantize_x8(96, x.data(), out.data());
-            CHECK(std::isnan(out[1].d) && std::isnan(out[1].sum), "%s %g at %zu", ops.name, double(bad), at);
-            CHECK(std::all_of(out[1].q, out[1].q + QK, [](int8_t q) { return q == 0; }), "%s", ops.name);
-            CHECK(std::isfinite(out[0].d) && std::isfinite(out[2].d) && out.intact(), "%s", ops.name);
+            Blocks out(ops, 96, x.data());
+            CHECK(std::isnan(out.d[1]) && std::isnan(out.sum[1]), "%s %g at %zu", ops.name, double(bad), at);
+            CHECK(std::all_of(&out.q[QK], &out.q[QK] + QK, [](int8_t q) { return q == 0; }), "%s", ops.name);
+            CHECK(std::isfinite(out.d[0]) && std::isfinite(out.d[2]) && out.intact(), "%s", ops.name);
         }
     }
 }
@@ -350,7 +358,7 @@ void test_matvec_not_finite(const Ops& ops, Type type) {
 void test_denormals(const Ops& ops) {
     Guarded<float> weights(9), x(9), out(1);
     for (size_t k = 0; k < 9; k++) weights[k] = 1, x[k] = DENORMAL;
-    ops.matvec(Type::F32, 9, reinterpret_cast<uint8_t*>(weights.data()), 36, 1, {x.data(), nullptr}, out.data());
+    ops.matvec(Type::F32, 9, reinterpret_cast<uint8_t*>(weights.data()), 36, 1, {x.data(), {}}, out.data());
     CHECK(out[0] == 9 * DENORMAL, "%s: denormals are flushed", ops.name);
     const uint16_t smallest[] = {1, 1, 1};
     ops.dequantize(Type::F16, 0, 3, reinterpret_cast<const uint8_t*>(smallest), out.data());
@@ -498,14 +506,13 @@ void test_quantize_batch(const Ops& ops) {
         Guarded<float> x = normals(N);
         x[40] = bad;
         Guarded<BatchX8> out(N / QK, 4);
-        std::vector<BlockX8> expected(N / QK);
+        Blocks expected(scalar(), N, x.data());
         ops.quantize_batch8(N, x.data(), out.data());
-        scalar().quantize_x8(N, x.data(), expected.data());
         for (size_t b = 0; b < N / QK; b++) {
             int sum = 0;
-            for (int8_t q : expected[b].q) sum += q;
-            const bool same = std::memcmp(out[b].q, expected[b].q, QK) == 0 && out[b].minus8 == -8 * sum;
-            CHECK(same && std::memcmp(&out[b].d, &expected[b].d, 4) == 0, "%s block %zu", ops.name, b);
+            for (size_t k = 0; k < QK; k++) sum += expected.q[b * QK + k];
+            const bool same = std::memcmp(out[b].q, &expected.q[b * QK], QK) == 0 && out[b].minus8 == -8 * sum;
+            CHECK(same && std::memcmp(&out[b].d, &expected.d[b], 4) == 0, "%s block %zu", ops.name, b);
         }
         CHECK(out.intact(), "%s", ops.name);
     }
