@@ -89,7 +89,10 @@ void Session::attention_batch(const Layer& layer, size_t il, size_t n) {
     pool_.run(n, [&](size_t t, uint32_t) {
         rotate(&b_q_[t * c.q_dim()], c.n_head, t);
         rotate(&b_k_[t * c.kv_dim()], c.n_head_kv, t);
-        store_kv(il, position + t, &b_k_[t * c.kv_dim()], &b_v_[t * c.kv_dim()]);
+        for (uint32_t head = 0; head < c.n_head_kv; head++) {
+            size_t at = t * c.kv_dim() + head * c.head_dim;
+            store_kv(il, head, position + t, &b_k_[at], &b_v_[at]);
+        }
     });
     pool_.run(ceil_div(n, QUERIES) * c.n_head, [&](size_t item, uint32_t thread) {
         size_t first = item / c.n_head * QUERIES;

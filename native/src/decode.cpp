@@ -114,8 +114,11 @@ void Session::project(Part part, std::initializer_list<Job> jobs, Vector x) {
 void Session::attention(const Layer& layer, size_t il) {
     const Config& c = model.config;
     project(ATTENTION, {{&layer.q, q_.data()}, {&layer.k, k_.data()}, {&layer.v, v_.data()}}, quantised(x_, c.n_embd));
-    rotate(k_.data(), c.n_head_kv, 0);
-    store_kv(il, position, k_.data(), v_.data());
+    parallel(ATTENTION, c.n_head_kv, [&](size_t head, uint32_t) {
+        size_t at = head * c.head_dim;
+        rotate(&k_[at], 1, 0);
+        store_kv(il, static_cast<uint32_t>(head), position, &k_[at], &v_[at]);
+    });
     bool whole_blocks = c.head_dim % QK == 0;
     parallel(ATTENTION, c.n_head, [&](size_t head, uint32_t thread) {
         size_t at = head * c.head_dim;

@@ -25,10 +25,17 @@ constexpr size_t LANES = 16;
 constexpr size_t AHEAD_BYTES = 4096;  // prefetched before a row is read
 constexpr size_t EIGHT = 8;           // blocks in one step
 
-// The lines of 64 bytes that begin in [offset, offset + step), counted from the row's first byte.
-[[gnu::always_inline]] inline void prefetch_lines(const uint8_t* later, size_t offset, size_t step) {
-    for (size_t line = (offset + 63) / 64 * 64; line < offset + step; line += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(later + line), _MM_HINT_T0);
+// Rows that are prefetched while one is read: a later one, and one of those that come after all (or NULL).
+struct Ahead {
+    const uint8_t *later, *after;
+};
+
+// The lines of 64 bytes that begin in [offset, offset + step), counted from a row's first byte.
+[[gnu::always_inline]] inline void prefetch_lines(Ahead ahead, size_t offset, size_t step) {
+    for (size_t line = (offset + 63) / 64 * 64; line < offset + step; line += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(ahead.later + line), _MM_HINT_T0);
+        if (ahead.after) _mm_prefetch(reinterpret_cast<const char*>(ahead.after + line), _MM_HINT_T1);
+    }
 }
 
 __m512i load_64(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -79,17 +86,17 @@ struct BlockRow {
 
     static size_t bytes(size_t n) { return n / QK * Pair::BYTES; }
 
-    static float dot(size_t n, const uint8_t* row, const uint8_t* later, Vector x) {
+    static float dot(size_t n, const uint8_t* row, Ahead ahead, Vector x) {
         const size_t n_blocks = n / QK;
         Sums sums;
         size_t b = 0;
         for (; b + EIGHT <= n_blocks; b += EIGHT) {
-            prefetch_lines(later, b * Pair::BYTES, EIGHT * Pair::BYTES);
+            prefetch_lines(ahead, b * Pair::BYTES, EIGHT * Pair::BYTES);
             add_eight(row + b * Pair::BYTES, x.x8.q + b * QK, _mm256_loadu_ps(x.x8.d + b),
                       _mm256_loadu_ps(x.x8.sum + b), sums);
         }
         if (b < n_blocks) {
-            prefetch_lines(later, b * Pair::BYTES, (n_blocks - b) * Pair::BYTES);
+            prefetch_lines(ahead, b * Pair::BYTES, (n_blocks - b) * Pair::BYTES);
             add_rest(n_blocks - b, row + b * Pair::BYTES, b, x.x8, sums);
         }
         float excess[8];
@@ -127,11 +134,11 @@ struct BlockRow {
 
 struct F16Row {
     static size_t bytes(size_t n) { return n * 2; }
-    static float dot(size_t n, const uint8_t* row, const uint8_t* later, Vector x) {
+    static float dot(size_t n, const uint8_t* row, Ahead ahead, Vector x) {
         __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
         size_t k = 0;
         for (; k + 4 * LANES <= n; k += 4 * LANES) {
-            prefetch_lines(later, k * 2, 4 * LANES * 2);
+            prefetch_lines(ahead, k * 2, 4 * LANES * 2);
             PI_UNROLL for (size_t e = 0; e < 4; e++) {
                 const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + (k + e * LANES) * 2));
                 sums[e] = _mm512_fmadd_ps(_mm512_cvtph_ps(half), _mm512_loadu_ps(x.f + k + e * LANES), sums[e]);
@@ -148,8 +155,9 @@ struct F16Row {
 
 template <class Row, class Walk>
 void dot_each(size_t n, size_t n_rows, const Walk& walk, Vector x, float* out) {
-    const size_t ahead = AHEAD_BYTES / (Row::bytes(n) + 1) + 1;
-    for (size_t i = 0; i < n_rows; i++) out[i] = Row::dot(n, walk.at(i), walk.later(i + ahead), x);
+    const size_t n_ahead = AHEAD_BYTES / (Row::bytes(n) + 1) + 1;
+    for (size_t i = 0; i < n_rows; i++)
+        out[i] = Row::dot(n, walk.at(i), {walk.later(i + n_ahead), walk.first_after(i)}, x);
 }
 
 // Whether the type has a kernel here; else AVX2's does it.

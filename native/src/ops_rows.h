@@ -58,6 +58,8 @@ size_t rows_ahead(size_t group, size_t row_bytes) {
 
 // ---- dot products
 
+constexpr size_t GROUP = 8;  // rows in one pass over a sum
+
 // Rows that follow one another. What lies beyond the last may be prefetched: it is what the thread reads next, and a
 // prefetch of nothing is nothing.
 struct AllRows {
@@ -69,6 +71,7 @@ struct AllRows {
     const uint8_t* later(size_t i) const {
         return reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(rows) + (i < last ? i : last) * stride);
     }
+    const uint8_t* first_after(size_t) const { return nullptr; }
 };
 
 // Rows that are picked, and where those that are read after them lie (ops.h).
@@ -83,6 +86,13 @@ struct PickedRows {
     const uint8_t* later(size_t i) const {
         if (i < n_ids || !then) return at(i < n_ids ? i : n_ids - 1);
         const size_t row = ids[i - n_ids < n_ids ? i - n_ids : n_ids - 1];
+        return reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(then) + row * stride);
+    }
+
+    // For row i, one of the first rows that are read after all these; NULL but for the last of these.
+    const uint8_t* first_after(size_t i) const {
+        if (!then || i + GROUP < n_ids) return nullptr;
+        const size_t row = ids[n_ids < GROUP ? i : i + GROUP - n_ids];
         return reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(then) + row * stride);
     }
 };
@@ -108,8 +118,6 @@ void dot_rows(size_t n, size_t n_rows, const Walk& walk, Vector x, float* out) {
 }
 
 // ---- sums of rows
-
-constexpr size_t GROUP = 8;  // rows in one pass over acc
 
 // The rows to add, without those that are skipped, a little ahead of the adding. Places are taken modulo SIZE.
 struct Queue {

@@ -135,12 +135,9 @@ void Session::rotate(float* x, uint32_t n_heads, size_t t) {
     for (uint32_t h = 0; h < n_heads; h++) ops.rope(c.rotary_dim, x + h * c.head_dim, &cos_[t * half], &sin_[t * half]);
 }
 
-void Session::store_kv(size_t il, size_t pos, const float* k, const float* v) {
-    const Config& c = model.config;
-    for (uint32_t h = 0; h < c.n_head_kv; h++) {
-        ops.to_f16(c.head_dim, k + h * c.head_dim, key(il, h, pos));
-        ops.to_f16(c.head_dim, v + h * c.head_dim, value(il, h, pos));
-    }
+void Session::store_kv(size_t il, uint32_t head, size_t pos, const float* k, const float* v) {
+    ops.to_f16(model.config.head_dim, k, key(il, head, pos));
+    ops.to_f16(model.config.head_dim, v, value(il, head, pos));
 }
 
 // out = softmax(q . K / sqrt(head_dim)) . V over the first n_pos positions; q, out: (head_dim,)

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "huge_pages.h"
 #include "model.h"
 #include "sampler.h"
 #include "threads.h"
@@ -22,13 +23,15 @@ constexpr size_t PACKED_FLOATS = 8192;  // a packed tile: 512 elements of 16 row
 constexpr size_t PACKED_BLOCKS = 16;    // the same in 8 bits: 512 elements of 32 rows or columns
 constexpr size_t QUERIES = 32;          // tokens of a batch whose attention is computed together
 
-// A buffer whose start is aligned to a cache line.
+// A buffer whose start is aligned to a cache line, a large one's to a huge page.
 template <class T>
 class Buffer {
    public:
     void resize(size_t n) {
         n_ = n;
-        memory_.reset(static_cast<T*>(::operator new[]((n + 1) * sizeof(T), std::align_val_t(64))));
+        size_t align = bytes() < HUGE_PAGE ? 64 : HUGE_PAGE;
+        memory_ = {static_cast<T*>(::operator new[]((n + 1) * sizeof(T), std::align_val_t(align))), Delete{align}};
+        if (align == HUGE_PAGE) use_huge_pages(memory_.get(), bytes());
         std::fill_n(memory_.get(), n, T{});
     }
     T* data() { return memory_.get(); }
@@ -38,7 +41,8 @@ class Buffer {
 
    private:
     struct Delete {
-        void operator()(T* p) const { ::operator delete[](static_cast<void*>(p), std::align_val_t(64)); }
+        size_t align = 64;
+        void operator()(T* p) const { ::operator delete[](static_cast<void*>(p), std::align_val_t(align)); }
     };
     std::unique_ptr<T[], Delete> memory_;
     size_t n_ = 0;
@@ -95,7 +99,7 @@ class Session {
     void normalise(const Norm& norm, const float* x, float* out) const;
     void set_angles(size_t pos, size_t n);
     void rotate(float* x, uint32_t n_heads, size_t t);
-    void store_kv(size_t il, size_t pos, const float* k, const float* v);
+    void store_kv(size_t il, uint32_t head, size_t pos, const float* k, const float* v);
     void attend(size_t il, uint32_t head, size_t n_pos, const float* q, float* out, Worker& w);
     void activate(const Layer& layer, size_t n, float* a) const;
     void apply_up(size_t n, const float* a, float* up) const;
