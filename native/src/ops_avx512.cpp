@@ -11,6 +11,7 @@
 #include "ops_rows.h"
 
 #if !defined(__clang__)  // GCC 12 takes the undefined vectors in its own header for a fault
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
@@ -352,6 +353,69 @@ void gemm8(int zero, size_t n_t, size_t n_b, const BatchX8* x, size_t ldx, const
     gemm8_all<128>(n_t, n_b, x, ldx, packed, c, ldc, accumulate);
 }
 
+// The line `bytes` on, which may be beyond the end.
+[[gnu::always_inline]] inline void prefetch_far(const uint8_t* p, size_t bytes) {
+    _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(p) + bytes), _MM_HINT_T1);
+}
+
+// values[i] = row i, i < n, of 32 elements; the largest magnitudes of each column as integers, Inf and NaN above all.
+template <class Block>
+void unpack_block(size_t n, const uint8_t* rows, size_t stride, float values[QK][QK], __m512i max[VECTORS]) {
+    PI_UNROLL for (size_t v = 0; v < VECTORS; v++) max[v] = _mm512_setzero_si512();
+    for (size_t i = 0; i < n; i++, rows += stride) {
+        prefetch_far(rows, 24 * stride);
+        uint16_t half;
+        memcpy(&half, rows, 2);
+        const __m512 d = _mm512_set1_ps(_cvtsh_ss(half));
+        __m512 whole[VECTORS];
+        Block::unpack(rows, whole);
+        PI_UNROLL for (size_t v = 0; v < VECTORS; v++) {
+            const __m512 w = _mm512_mul_ps(d, whole[v]);
+            const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(w), _mm512_set1_epi32(0x7fffffff));
+            max[v] = _mm512_max_epi32(max[v], magnitude);
+            _mm512_storeu_ps(values[i] + v * LANES, w);
+        }
+    }
+    memset(values[n], 0, (QK - n) * sizeof(values[0]));
+}
+
+// Four rows of 16 columns as bytes, a column's four side by side, + 128.
+__m512i pack_four(const float* values, __m512 inverse) {
+    const __m512i by_column = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13,  //
+                                                                   2, 6, 10, 14, 3, 7, 11, 15));
+    __m512i q[4];
+    PI_UNROLL for (size_t i = 0; i < 4; i++) q[i] =
+        _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(values + i * QK), inverse));
+    const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+    return _mm512_xor_si512(_mm512_shuffle_epi8(bytes, by_column), _mm512_set1_epi8(-128));
+}
+
+// One block of 16 columns from j on.
+void pack_rounded(const float values[QK][QK], __m512i max_bits, size_t j, Packed8& packed) {
+    const __m512 max = _mm512_castsi512_ps(max_bits), limit = _mm512_set1_ps(127);
+    const __mmask16 finite = _mm512_cmp_ps_mask(max, _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
+    const __mmask16 some = _mm512_cmp_ps_mask(max, _mm512_set1_ps(X8_TINY), _CMP_GE_OQ);
+    const __m512 inverse = _mm512_maskz_div_ps(finite & some, limit, max);
+    const __m512 d = _mm512_maskz_div_ps(some, max, limit);
+    _mm512_storeu_ps(packed.d + j, _mm512_mask_blend_ps(finite, _mm512_set1_ps(__builtin_nanf("")), d));
+    for (size_t k = 0; k < QK / 4; k++) _mm512_storeu_si512(packed.q[k][j], pack_four(values[k * 4] + j, inverse));
+}
+
+template <class Block>
+void pack_columns(size_t n_rows, const uint8_t* rows, size_t stride, Packed8* packed) {
+    for (size_t i = 0; i < n_rows; i += QK, packed++) {
+        float values[QK][QK];
+        __m512i max[VECTORS];
+        unpack_block<Block>(n_rows - i < QK ? n_rows - i : QK, rows + i * stride, stride, values, max);
+        for (size_t v = 0; v < VECTORS; v++) pack_rounded(values, max[v], v * LANES, *packed);
+    }
+}
+
+void pack_columns8(Type type, size_t n_rows, const uint8_t* rows, size_t stride, Packed8* packed) {
+    if (type == Type::Q4_0) return pack_columns<Q4_0Block>(n_rows, rows, stride, packed);
+    pack_columns<Q8_0Block>(n_rows, rows, stride, packed);
+}
+
 Ops override_some(Ops table) {
     table.name = "avx512";
     table.matvec = matvec;
@@ -359,6 +423,7 @@ Ops override_some(Ops table) {
     table.add_rows = add_rows;
     table.gemm_tile = gemm_tile;
     table.gemm8 = gemm8;
+    table.pack_columns8 = pack_columns8;
     return table;
 }
 
