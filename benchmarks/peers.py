@@ -27,10 +27,11 @@ class Done:
     others: float
 
 
-def ours(model: Path, mode: str, threads: int, prompt: int, n_decode: int) -> Figures:
+def ours(model: Path, mode: str, threads: int, prompt: int, n_decode: int, kernels: str) -> Figures:
     """Tokens per second, and what decoding read. A prompt of one token: decoding starts where llama-bench's does."""
     words: list[Any] = [sys.executable, "-m", "powerinfer_tools.cli.main", "bench", model, "--json", "-q"]
     words += ["--mode", mode, "-t", threads, "--repeats", 1, "--prompt-tokens", prompt, "--decode-tokens", n_decode]
+    words += ["--kernels", kernels]
     done = run(words, model)
     found = json.loads(done.output)
     return {

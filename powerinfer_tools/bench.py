@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from powerinfer_tools.artifact import Artifact, open_artifact
 from powerinfer_tools.engine import Engine, Model, Sampling, Stats
-from powerinfer_tools.engine.native import measure_memory
+from powerinfer_tools.engine.native import KERNELS, measure_memory
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement.costs import artifact_costs
 from powerinfer_tools.placement.machine import Machine, Tier
@@ -50,6 +50,7 @@ def bench(
     n_tokens: int = 64,
     repeats: int = 3,
     threads: int | None = None,
+    kernels: str = "best",
     text: str = PROMPT,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -57,6 +58,7 @@ def bench(
 
     The prompt is `text`, repeated to prompt_tokens; decoding continues it at temperature 0.8. bytes_per_token counts
     weights and KV cache that decoding read; ceiling_gb_s is this machine's sequential read with as many threads.
+    kernels: best, scalar, avx2 or avx512.
     """
     artifact = open_artifact(path)
     if prompt_tokens + n_tokens > artifact.config.n_ctx:
@@ -70,7 +72,9 @@ def bench(
     model = Model(path)
     with default_progress(progress) as report:
         for i in range(repeats):
-            with Engine(model, ctx_size=len(ids) + n_tokens, threads=threads, mode=mode) as engine:
+            with Engine(
+                model, ctx_size=len(ids) + n_tokens, threads=threads, mode=mode, kernels=KERNELS[kernels]
+            ) as engine:
                 threads = engine.threads
                 runs.append(_run(engine, ids, n_tokens))
             report("bench, runs", i + 1, repeats)

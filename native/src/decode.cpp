@@ -22,6 +22,7 @@ size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 void Session::decode(int32_t token, float* logits_out) {
     check_tokens(&token, 1);
     auto start = std::chrono::steady_clock::now();
+    std::fill_n(spent_, +N_PARTS, 0);
     mark_ = ticks();
     embed(token, position, hidden_.data());
     set_angles(position, 1);
@@ -147,8 +148,10 @@ void Session::ffn(const Layer& layer) {
         stats.bytes_predictor += n * in.rows.row_size() + out.n_rows * (out.row_size() + sizeof(float));
     }
     size_t n_chunks = layer.chunks.size() - 1;
-    parallel(UPDOWN, n_chunks,
-             [&](size_t chunk, uint32_t thread) { ffn_chunk(layer, chunk, x, rank, workers_[thread]); });
+    bool backwards = mode_ == PI_MODE_DENSE;  // there the last chunks are the largest: they come first
+    parallel(UPDOWN, n_chunks, [&](size_t item, uint32_t thread) {
+        ffn_chunk(layer, backwards ? n_chunks - 1 - item : item, x, rank, workers_[thread]);
+    });
     sum_chunks(layer);
     collect_counts(layer);
 }
@@ -172,6 +175,7 @@ size_t Session::ask(const Layer& layer, uint32_t lo, uint32_t hi, Vector rank, W
 // partial_[chunk] = sum over the chunk's neurons of activation(select . x) * (up . x) * down
 void Session::ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w) {
     uint32_t lo = layer.chunks[chunk], hi = layer.chunks[chunk + 1];
+    uint32_t block = std::max<uint32_t>(static_cast<uint32_t>(BLOCK_BYTES / layer.down.stride), 8);
     float* sum = &partial_[chunk * model.config.n_embd];
     std::fill_n(sum, model.config.n_embd, 0.0f);
     size_t n_active = 0;
@@ -179,52 +183,88 @@ void Session::ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank,
         uint64_t begin = ticks();
         size_t n = ask(layer, lo, hi, rank, w);
         w.spent[PREDICTOR] += ticks() - begin;
-        n_active = add_neurons(layer, w.asked.data(), n, nullptr, x, sum, w);
+        decide(layer, w.asked.data(), n, x, w);
+        n_active = add_neurons(layer, w.asked.data(), w.pre.data(), n, x, sum, w);
+    } else if (mode_ == PI_MODE_DENSE && !layer.apart) {
+        for (uint32_t i = lo; i < hi; i += block) n_active += add_bundles(layer, i, std::min(block, hi - i), x, sum, w);
     } else {
         for (uint32_t i = lo; i < hi; i++) w.asked[i - lo] = i;
-        size_t step = layer.apart ? hi - lo : std::max<size_t>(BLOCK_BYTES / layer.down.stride, 8);
-        for (size_t i = 0; i < hi - lo; i += step)
-            n_active += add_neurons(layer, &w.asked[i], std::min(step, hi - lo - i), layer.select.row(step), x, sum, w);
+        decide(layer, w.asked.data(), hi - lo, x, w);
+        for (uint32_t i = 0; i < hi - lo; i += block)
+            n_active += add_neurons(layer, &w.asked[i], &w.pre[i], std::min(block, hi - lo - i), x, sum, w);
     }
     chunk_fired_[chunk] = n_active > 0;
 }
 
-// sum += the neurons' activation(select . x) * (up . x) * down; how many of them had their up and down rows read.
-// after + ids[i] * stride: what is read next (NULL: not known)
-size_t Session::add_neurons(const Layer& layer, const uint32_t* ids, size_t n, const uint8_t* after, Vector x,
-                            float* sum, Worker& w) {
+// w.pre = activation(select . x) of these neurons
+void Session::decide(const Layer& layer, const uint32_t* ids, size_t n, Vector x, Worker& w) {
     uint64_t begin = ticks();
-    const Rows &select = layer.select, &up = layer.up, &down = layer.down;
+    const Rows& select = layer.select;
     if (layer.apart) {  // no predictor: the ids follow one another
         ops.matvec(select.type, select.n, select.row(ids[0]), select.stride, n, x, w.pre.data());
     } else {
-        const uint8_t* then = up.data ? up.data : down.data;
+        const uint8_t* then = layer.up.data ? layer.up.data : layer.down.data;
         ops.matvec_picked(select.type, select.n, select.data, select.stride, ids, n, then, x, w.pre.data());
     }
+    finish_deciding(layer, ids, n, w);
+    w.spent[GATE] += ticks() - begin;
+}
+
+void Session::finish_deciding(const Layer& layer, const uint32_t* ids, size_t n, Worker& w) {
     if (layer.select_bias)
         for (size_t i = 0; i < n; i++) w.pre[i] += layer.select_bias[ids[i]];
     activate(layer, n, w.pre.data());
-    w.spent[GATE] += ticks() - begin;
+    w.n_computed += n;
+}
 
+// sum += pre * (up . x) * down of those neurons whose pre is not 0, or of all in dense mode; how many these are
+size_t Session::add_neurons(const Layer& layer, const uint32_t* ids, const float* pre, size_t n, Vector x, float* sum,
+                            Worker& w) {
+    const Rows& up = layer.up;
     size_t n_active = 0;
     for (size_t i = 0; i < n; i++) {
         w.active[n_active] = ids[i];
-        w.a[n_active] = w.pre[i];
-        n_active += w.pre[i] != 0 || mode_ == PI_MODE_DENSE;
+        w.a[n_active] = pre[i];
+        n_active += pre[i] != 0 || mode_ == PI_MODE_DENSE;
     }
+    if (up.data)
+        ops.matvec_picked(up.type, up.n, up.data, up.stride, w.active.data(), n_active, layer.down.data, x,
+                          w.up.data());
+    add_down(layer, n_active, sum, w);
+    return n_active;
+}
+
+// The same for all of [lo, lo + n), read in the order in which they lie.
+size_t Session::add_bundles(const Layer& layer, uint32_t lo, size_t n, Vector x, float* sum, Worker& w) {
+    uint64_t begin = ticks();
+    const Rows& select = layer.select;
+    size_t n_rows = layer.up.data ? 2 : 1;
+    ops.matvec_bundles(select.type, select.n, select.row(lo), n_rows + 1, n, x, w.logit.data());
+    for (size_t i = 0; i < n; i++) {
+        w.active[i] = lo + static_cast<uint32_t>(i);
+        w.pre[i] = w.logit[i * n_rows];
+        if (layer.up.data) w.up[i] = w.logit[i * n_rows + 1];
+    }
+    finish_deciding(layer, w.active.data(), n, w);
+    std::copy_n(w.pre.data(), n, w.a.data());
+    w.spent[GATE] += (ticks() - begin) / n_rows;
+    add_down(layer, n, sum, w);
+    return n;
+}
+
+// sum += w.a * w.up * down of the neurons w.active
+void Session::add_down(const Layer& layer, size_t n, float* sum, Worker& w) {
+    const Rows& down = layer.down;
     float* h = w.a.data();
-    if (up.data) {
-        ops.matvec_picked(up.type, up.n, up.data, up.stride, w.active.data(), n_active, down.data, x, w.up.data());
+    if (layer.up.data) {
         if (layer.up_bias)
-            for (size_t i = 0; i < n_active; i++) w.up[i] += layer.up_bias[w.active[i]];
-        apply_up(n_active, w.a.data(), w.up.data());
+            for (size_t i = 0; i < n; i++) w.up[i] += layer.up_bias[w.active[i]];
+        apply_up(n, w.a.data(), w.up.data());
         h = w.up.data();
     }
-    w.n_computed += n;
-    w.n_active += n_active;
-    for (size_t i = 0; i < n_active; i++) w.n_fired += h[i] != 0;
-    ops.add_rows(down.type, down.n, down.data, down.stride, w.active.data(), h, n_active, after, sum);
-    return n_active;
+    w.n_active += n;
+    for (size_t i = 0; i < n; i++) w.n_fired += h[i] != 0;
+    ops.add_rows(down.type, down.n, down.data, down.stride, w.active.data(), h, n, sum);
 }
 
 // hidden += the chunks' partial sums, in the order of the chunks, + bias

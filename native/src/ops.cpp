@@ -139,6 +139,13 @@ void matvec_picked(Type type, size_t n, const uint8_t* rows, size_t stride, cons
     for (size_t i = 0; i < n_ids; i++) out[i] = dot(type, n, rows + ids[i] * stride, x);
 }
 
+void matvec_bundles(Type type, size_t n, const uint8_t* bundles, size_t n_parts, size_t n_bundles, Vector x,
+                    float* out) {
+    const size_t row = row_bytes(type, n);
+    for (size_t i = 0; i < n_bundles; i++, bundles += n_parts * row)
+        for (size_t p = 0; p + 1 < n_parts; p++) *out++ = dot(type, n, bundles + p * row, x);
+}
+
 void add_row(Type type, size_t n, const uint8_t* row, float h, float* acc) {
     for (size_t j = 0; j < n; j++) {
         const Scaled w = element(type, row, j);
@@ -147,7 +154,7 @@ void add_row(Type type, size_t n, const uint8_t* row, float h, float* acc) {
 }
 
 void add_rows(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, const float* h,
-              size_t n_ids, const uint8_t*, float* acc) {
+              size_t n_ids, float* acc) {
     for (size_t i = 0; i < n_ids; i++) {
         if (h[i] != 0) add_row(type, n, rows + ids[i] * stride, h[i], acc);
     }
@@ -286,10 +293,11 @@ void to_f16(size_t n, const float* x, uint16_t* out) {
     for (size_t i = 0; i < n; i++) out[i] = f32_to_f16(x[i]);
 }
 
-constexpr Ops scalar_table = {"scalar",   quantize_x8,   quantize_batch8,  matvec,        matvec_picked,
-                              add_rows,   dequantize,    gemm_tile,        pack_rows,     gemm8,
-                              pack_rows8, pack_columns8, rms_norm,         layer_norm,    softmax,
-                              rope,       silu,          attention_scores, attention_mix, to_f16};
+constexpr Ops scalar_table = {
+    "scalar",         quantize_x8,   quantize_batch8, matvec,    matvec_picked, matvec_bundles,
+    add_rows,         dequantize,    gemm_tile,       pack_rows, gemm8,         pack_rows8,
+    pack_columns8,    rms_norm,      layer_norm,      softmax,   rope,          silu,
+    attention_scores, attention_mix, to_f16};
 
 bool has_avx2() {
 #if defined(__x86_64__)

@@ -74,11 +74,15 @@ struct Ops {
     void (*matvec_picked)(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, size_t n_ids,
                           const uint8_t* then, Vector x, float* out);
 
+    // The same for all rows but the last of n_bundles bundles that follow one another, each of n_parts rows:
+    // out[i * (n_parts - 1) + p] = row_p of bundle i . x. The last rows are prefetched.
+    void (*matvec_bundles)(Type type, size_t n, const uint8_t* bundles, size_t n_parts, size_t n_bundles, Vector x,
+                           float* out);
+
     // acc[j] += sum over i of h[i] * row_{ids[i]}[j], in the order of i, one fused multiply-add after the other (of
-    // h * d and q in quantised rows). n: elements of a row, or of a part of one. Rows with h == 0 are skipped. then: as
-    // for matvec_picked.
+    // h * d and q in quantised rows). n: elements of a row, or of a part of one. Rows with h == 0 are skipped.
     void (*add_rows)(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, const float* h,
-                     size_t n_ids, const uint8_t* then, float* acc);
+                     size_t n_ids, float* acc);
 
     // One row, or the part [begin, begin + n) of it (both multiples of QK for quantised types), as float.
     void (*dequantize)(Type type, size_t begin, size_t n, const uint8_t* row, float* out);

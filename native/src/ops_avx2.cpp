@@ -244,6 +244,11 @@ void matvec_picked(Type type, size_t n, const uint8_t* rows, size_t stride, cons
     dot_rows(type, n, n_ids, PickedRows{rows, stride, ids, n_ids, then}, x, out);
 }
 
+void matvec_bundles(Type type, size_t n, const uint8_t* bundles, size_t n_parts, size_t n_bundles, Vector x,
+                    float* out) {
+    dot_rows(type, n, n_bundles * (n_parts - 1), BundleRows{bundles, row_bytes(type, n), n_parts}, x, out);
+}
+
 // ---- sums of rows
 
 // R rows at once: acc is read and written once for them all; the sums run in the order of the rows. Several vectors of
@@ -360,8 +365,8 @@ struct AddBlocks {
 };
 
 void add_rows(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, const float* h,
-              size_t n_ids, const uint8_t* then, float* acc) {
-    const PickedRows walk{rows, stride, ids, n_ids, then};
+              size_t n_ids, float* acc) {
+    const PickedRows walk{rows, stride, ids, n_ids, nullptr};
     switch (type) {
         case Type::F32:
             return add_rows<AddFloats<F32>>(n, n_ids, walk, h, true, acc);
@@ -902,10 +907,10 @@ void attention_mix(size_t head_dim, size_t n_pos, const float* weights, const ui
     add_rows<AddFloats<F16>>(head_dim, n_pos, cache_rows(v, stride, n_pos), weights, false, out);
 }
 
-constexpr Ops table = {"avx2",     quantize_x8,   quantize_batch8,  matvec,        matvec_picked,
-                       add_rows,   dequantize,    gemm_tile,        pack_rows,     gemm8,
-                       pack_rows8, pack_columns8, rms_norm,         layer_norm,    softmax,
-                       rope,       silu,          attention_scores, attention_mix, to_f16};
+constexpr Ops table = {"avx2",           quantize_x8,   quantize_batch8, matvec,    matvec_picked, matvec_bundles,
+                       add_rows,         dequantize,    gemm_tile,       pack_rows, gemm8,         pack_rows8,
+                       pack_columns8,    rms_norm,      layer_norm,      softmax,   rope,          silu,
+                       attention_scores, attention_mix, to_f16};
 
 }  // namespace
 

@@ -26,13 +26,27 @@ constexpr size_t LANES = 16;
 constexpr size_t AHEAD_BYTES = 4096;  // prefetched before a row is read
 constexpr size_t EIGHT = 8;           // blocks in one step
 
-// Rows that are prefetched while one is read: a later one, and one of those that come after all (or NULL).
+// What is prefetched while a row is read: a later row, and one of those that come after all (or NULL).
 struct Ahead {
     const uint8_t *later, *after;
+
+    size_t scaled(size_t offset) const { return offset; }
+};
+
+// While a row of a bundle is read: its share of a later bundle, whose last row no other reads.
+struct AheadOfBundle {
+    const uint8_t* later;
+    size_t n_parts;
+    static constexpr const uint8_t* after = nullptr;
+
+    size_t scaled(size_t offset) const { return n_parts == 3 ? offset + offset / 2 : offset * 2; }
 };
 
 // The lines of 64 bytes that begin in [offset, offset + step), counted from a row's first byte.
+template <class Ahead>
 [[gnu::always_inline]] inline void prefetch_lines(Ahead ahead, size_t offset, size_t step) {
+    step = ahead.scaled(offset + step) - ahead.scaled(offset);
+    offset = ahead.scaled(offset);
     for (size_t line = (offset + 63) / 64 * 64; line < offset + step; line += 64) {
         _mm_prefetch(reinterpret_cast<const char*>(ahead.later + line), _MM_HINT_T0);
         if (ahead.after) _mm_prefetch(reinterpret_cast<const char*>(ahead.after + line), _MM_HINT_T1);
@@ -87,6 +101,7 @@ struct BlockRow {
 
     static size_t bytes(size_t n) { return n / QK * Pair::BYTES; }
 
+    template <class Ahead>
     static float dot(size_t n, const uint8_t* row, Ahead ahead, Vector x) {
         const size_t n_blocks = n / QK;
         Sums sums;
@@ -135,6 +150,7 @@ struct BlockRow {
 
 struct F16Row {
     static size_t bytes(size_t n) { return n * 2; }
+    template <class Ahead>
     static float dot(size_t n, const uint8_t* row, Ahead ahead, Vector x) {
         __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
         size_t k = 0;
@@ -158,7 +174,17 @@ template <class Row, class Walk>
 void dot_each(size_t n, size_t n_rows, const Walk& walk, Vector x, float* out) {
     const size_t n_ahead = AHEAD_BYTES / (Row::bytes(n) + 1) + 1;
     for (size_t i = 0; i < n_rows; i++)
-        out[i] = Row::dot(n, walk.at(i), {walk.later(i + n_ahead), walk.first_after(i)}, x);
+        out[i] = Row::dot(n, walk.at(i), Ahead{walk.later(i + n_ahead), walk.first_after(i)}, x);
+}
+
+template <class Row>
+void dot_each(size_t n, size_t n_rows, const BundleRows& walk, Vector x, float* out) {
+    const size_t share = walk.row_bytes * walk.n_parts / (walk.n_parts - 1);  // of its bundle, a row that is computed
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(walk.bundles) + AHEAD_BYTES;
+    for (size_t i = 0; i < n_rows; i++) {
+        const AheadOfBundle ahead{reinterpret_cast<const uint8_t*>(begin + i * share), walk.n_parts};
+        out[i] = Row::dot(n, walk.at(i), ahead, x);
+    }
 }
 
 // Whether the type has a kernel here; else AVX2's does it.
@@ -188,6 +214,12 @@ void matvec_picked(Type type, size_t n, const uint8_t* rows, size_t stride, cons
                    const uint8_t* then, Vector x, float* out) {
     if (!dot_each(type, n, n_ids, PickedRows{rows, stride, ids, n_ids, then}, x, out))
         avx2_table->matvec_picked(type, n, rows, stride, ids, n_ids, then, x, out);
+}
+
+void matvec_bundles(Type type, size_t n, const uint8_t* bundles, size_t n_parts, size_t n_bundles, Vector x,
+                    float* out) {
+    if (!dot_each(type, n, n_bundles * (n_parts - 1), BundleRows{bundles, row_bytes(type, n), n_parts}, x, out))
+        avx2_table->matvec_bundles(type, n, bundles, n_parts, n_bundles, x, out);
 }
 
 // ---- sums of rows
@@ -253,15 +285,15 @@ struct AddBlocks {
 };
 
 void add_rows(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, const float* h,
-              size_t n_ids, const uint8_t* then, float* acc) {
-    const PickedRows walk{rows, stride, ids, n_ids, then};
+              size_t n_ids, float* acc) {
+    const PickedRows walk{rows, stride, ids, n_ids, nullptr};
     switch (type) {
         case Type::Q4_0:
             return add_rows<AddBlocks<Q4_0Block>>(n, n_ids, walk, h, true, acc);
         case Type::Q8_0:
             return add_rows<AddBlocks<Q8_0Block>>(n, n_ids, walk, h, true, acc);
         default:
-            return avx2_table->add_rows(type, n, rows, stride, ids, h, n_ids, then, acc);
+            return avx2_table->add_rows(type, n, rows, stride, ids, h, n_ids, acc);
     }
 }
 
@@ -420,6 +452,7 @@ Ops override_some(Ops table) {
     table.name = "avx512";
     table.matvec = matvec;
     table.matvec_picked = matvec_picked;
+    table.matvec_bundles = matvec_bundles;
     table.add_rows = add_rows;
     table.gemm_tile = gemm_tile;
     table.gemm8 = gemm8;

@@ -97,6 +97,18 @@ struct PickedRows {
     }
 };
 
+// All rows but the last of each bundle, in order.
+struct BundleRows {
+    const uint8_t* bundles;
+    size_t row_bytes, n_parts;
+
+    size_t offset(size_t i) const { return (i / (n_parts - 1) * n_parts + i % (n_parts - 1)) * row_bytes; }
+    const uint8_t* at(size_t i) const { return bundles + offset(i); }
+    const uint8_t* later(size_t i) const {
+        return reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(bundles) + offset(i));
+    }
+};
+
 // Takes WIDE rows at a time and what is left in twos, an odd last row twice: each row's sums are the same either way.
 template <class Rows, class Walk>
 void dot_rows(size_t n, size_t n_rows, const Walk& walk, Vector x, float* out) {

@@ -115,8 +115,12 @@ class Session {
     void attention(const Layer& layer, size_t il);
     void ffn(const Layer& layer);
     void ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w);
-    size_t add_neurons(const Layer& layer, const uint32_t* ids, size_t n, const uint8_t* after, Vector x, float* sum,
+    void decide(const Layer& layer, const uint32_t* ids, size_t n, Vector x, Worker& w);
+    void finish_deciding(const Layer& layer, const uint32_t* ids, size_t n, Worker& w);
+    size_t add_neurons(const Layer& layer, const uint32_t* ids, const float* pre, size_t n, Vector x, float* sum,
                        Worker& w);
+    size_t add_bundles(const Layer& layer, uint32_t lo, size_t n, Vector x, float* sum, Worker& w);
+    void add_down(const Layer& layer, size_t n, float* sum, Worker& w);
     template <class Task>
     void parallel(Part part, size_t n_items, Task&& task);
     void lap(Part part);

@@ -331,6 +331,32 @@ void test_quantised_input(const Ops& ops) {
 }
 
 // A number that is not finite, in x or in one row.
+void test_matvec_bundles(const Ops& ops, Type type) {
+    for (size_t n : SIZES) {
+        if (!fits(type, n)) continue;
+        Input in(n);
+        for (size_t n_parts : {2, 3}) {
+            for (size_t n_bundles : {0, 1, 3, 4, 9}) {
+                Guarded<uint8_t> bundles(n_bundles * n_parts * bytes_of(type, n));
+                Matrix m(type, n, n_bundles * n_parts);
+                for (size_t i = 0; i < n_bundles * n_parts; i++)
+                    std::memcpy(&bundles[i * bytes_of(type, n)], m.row(i), bytes_of(type, n));
+                Guarded<float> out(n_bundles * (n_parts - 1));
+                ops.matvec_bundles(type, n, bundles.data(), n_parts, n_bundles, in.vector(type), out.data());
+                bool same = true;
+                for (size_t i = 0; i < n_bundles * (n_parts - 1); i++) {
+                    float alone;
+                    size_t row = i / (n_parts - 1) * n_parts + i % (n_parts - 1);
+                    ops.matvec(type, n, m.row(row), m.stride, 1, in.vector(type), &alone);
+                    same = same && same_bits(&alone, &out[i], 1);
+                }
+                CHECK(same && out.intact(), "%s %s n %zu parts %zu bundles %zu", ops.name, TYPE_NAMES[int(type)], n,
+                      n_parts, n_bundles);
+            }
+        }
+    }
+}
+
 void test_matvec_not_finite(const Ops& ops, Type type) {
     constexpr size_t N_ROWS = 11;
     for (size_t n : {32, 64, 96, 4096}) {
@@ -379,8 +405,8 @@ void test_add_rows(const Ops& ops, Type type) {
                 h.push_back(i % 3 == 1 ? (i % 2 ? 0.0f : -0.0f) : normal());
             }
             Guarded<float> acc = normals(n), before = acc, expected = acc;
-            ops.add_rows(type, n, m.bytes.data(), m.stride, ids.data(), h.data(), n_ids, nullptr, acc.data());
-            scalar().add_rows(type, n, m.bytes.data(), m.stride, ids.data(), h.data(), n_ids, nullptr, expected.data());
+            ops.add_rows(type, n, m.bytes.data(), m.stride, ids.data(), h.data(), n_ids, acc.data());
+            scalar().add_rows(type, n, m.bytes.data(), m.stride, ids.data(), h.data(), n_ids, expected.data());
             bool near = true;
             for (size_t j = 0; j < n; j++) {
                 Exact exact;
@@ -407,12 +433,12 @@ void test_add_rows_skips(const Ops& ops, Type type) {
         if (h.back() != 0) kept_ids.push_back(i), kept.push_back(h.back());
     }
     Guarded<float> with = normals(N), without = with, parts = with;
-    ops.add_rows(type, N, m.bytes.data(), m.stride, ids.data(), h.data(), 30, nullptr, with.data());
-    ops.add_rows(type, N, m.bytes.data(), m.stride, kept_ids.data(), kept.data(), kept.size(), nullptr, without.data());
+    ops.add_rows(type, N, m.bytes.data(), m.stride, ids.data(), h.data(), 30, with.data());
+    ops.add_rows(type, N, m.bytes.data(), m.stride, kept_ids.data(), kept.data(), kept.size(), without.data());
     CHECK(same_bits(with.data(), without.data(), N), "%s %s", ops.name, TYPE_NAMES[int(type)]);
     for (size_t begin : {0, 64}) {
         const size_t count = begin == 0 ? 64 : 32;
-        ops.add_rows(type, count, m.bytes.data() + bytes_of(type, begin), m.stride, ids.data(), h.data(), 30, nullptr,
+        ops.add_rows(type, count, m.bytes.data() + bytes_of(type, begin), m.stride, ids.data(), h.data(), 30,
                      parts.data() + begin);
     }
     CHECK(same_bits(with.data(), parts.data(), N), "%s %s", ops.name, TYPE_NAMES[int(type)]);
@@ -422,14 +448,14 @@ void test_add_rows_skips(const Ops& ops, Type type) {
     Guarded<float> acc(N), before(N);
     for (size_t j = 0; j < N; j++) acc[j] = before[j] = j % 2 ? -0.0f : NaN;
     const std::vector<float> zeros(30, -0.0f);
-    ops.add_rows(type, N, m.bytes.data(), m.stride, ids.data(), zeros.data(), 30, nullptr, acc.data());
+    ops.add_rows(type, N, m.bytes.data(), m.stride, ids.data(), zeros.data(), 30, acc.data());
     CHECK(same_bits(acc.data(), before.data(), N), "%s %s", ops.name, TYPE_NAMES[int(type)]);
 
     Matrix finite(type, N, 3);
     const uint32_t rows[] = {0, 1, 2};
     const float broken[] = {1, NaN, 1};
     Guarded<float> sums = normals(N);
-    ops.add_rows(type, N, finite.bytes.data(), finite.stride, rows, broken, 3, nullptr, sums.data());
+    ops.add_rows(type, N, finite.bytes.data(), finite.stride, rows, broken, 3, sums.data());
     CHECK(std::all_of(sums.begin(), sums.end(), [](float v) { return std::isnan(v); }), "%s %s", ops.name,
           TYPE_NAMES[int(type)]);
 }
@@ -797,6 +823,7 @@ void test_table(const Ops& ops) {
         test_dequantize(ops, type);
         test_matvec(ops, type);
         test_picked(ops, type);
+        test_matvec_bundles(ops, type);
         test_matvec_not_finite(ops, type);
         test_add_rows(ops, type);
         test_add_rows_skips(ops, type);

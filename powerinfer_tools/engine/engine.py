@@ -107,8 +107,7 @@ class Engine:
 
     model: an artifact's path, or weights that are already loaded. mode: auto (what the artifact says, layer by
     layer), dense, gate or predictor; uncut ignores the activation thresholds; kernels: 0 best, 1 scalar, 2 AVX2,
-    3 AVX-512;
-    ctx_size in positions; threads: default one a processor, up to MAX_THREADS.
+    3 AVX-512; ctx_size in positions; threads: default one a processor, up to MAX_THREADS.
     """
 
     def __init__(

@@ -21,6 +21,7 @@ KINDS = {
     7: "memory",
     8: "internal",
 }
+KERNELS = {"best": 0, "scalar": 1, "avx2": 2, "avx512": 3}
 MODES = {"auto": 0, "dense": 1, "gate": 2, "predictor": 3}
 
 u32, u64, size_t, f32, f64 = c.c_uint32, c.c_uint64, c.c_size_t, c.c_float, c.c_double
