@@ -175,7 +175,7 @@ size_t Session::ask(const Layer& layer, uint32_t lo, uint32_t hi, Vector rank, W
 // partial_[chunk] = sum over the chunk's neurons of activation(select . x) * (up . x) * down
 void Session::ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w) {
     uint32_t lo = layer.chunks[chunk], hi = layer.chunks[chunk + 1];
-    uint32_t block = std::max<uint32_t>(static_cast<uint32_t>(BLOCK_BYTES / layer.down.stride), 8);
+    uint32_t block = std::max<uint32_t>(static_cast<uint32_t>(BLOCK_BYTES / layer.down.stride) / 8 * 8, 8);
     float* sum = &partial_[chunk * model.config.n_embd];
     std::fill_n(sum, model.config.n_embd, 0.0f);
     size_t n_active = 0;

@@ -37,12 +37,6 @@ float sum(__m256 v) {
     return low_half(v) + high_half(v);
 }
 
-float half_to_float(const uint8_t* p) {
-    uint16_t bits;
-    memcpy(&bits, p, 2);
-    return _cvtsh_ss(bits);
-}
-
 // Up to 7 floats, the rest 0.
 __m256 load_tail(const float* x, size_t n) {
     float all[LANES] = {};

@@ -69,9 +69,9 @@ struct Q4_0Pair {
     static constexpr size_t BYTES = sizeof(BlockQ4_0);
     static constexpr float ZERO = 8;
     static __m256 scales(const uint8_t* blocks) { return _mm256_cvtph_ps(pick_words<BYTES / 2>(blocks, 0)); }
-    static __m512i load(const uint8_t* blocks) {
-        const __m512i twice = _mm512_broadcast_i32x4(load_16(blocks + 2));
-        const __m512i both = _mm512_mask_broadcast_i32x4(twice, 0xff00, load_16(blocks + BYTES + 2));
+    static __m512i load(const uint8_t* first, const uint8_t* second) {
+        const __m512i twice = _mm512_broadcast_i32x4(load_16(first + 2));
+        const __m512i both = _mm512_mask_broadcast_i32x4(twice, 0xff00, load_16(second + 2));
         const __m512i shift = _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4);  // low nibbles, high nibbles
         return _mm512_and_si512(_mm512_srlv_epi64(both, shift), _mm512_set1_epi8(15));
     }
@@ -84,10 +84,10 @@ struct Q8_0Pair {
         const __m128i first = pick_words<BYTES / 2>(blocks, 0), last = pick_words<BYTES / 2>(blocks + 128, 4);
         return _mm256_cvtph_ps(_mm_unpacklo_epi64(first, last));
     }
-    static __m512i load(const uint8_t* blocks) {
-        const __m512i first = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(blocks + 2)));
-        const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(blocks + BYTES + 2));
-        return _mm512_xor_si512(_mm512_inserti64x4(first, second, 1), _mm512_set1_epi8(-128));
+    static __m512i load(const uint8_t* first, const uint8_t* second) {
+        const __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + 2)));
+        const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second + 2));
+        return _mm512_xor_si512(_mm512_inserti64x4(low, high, 1), _mm512_set1_epi8(-128));
     }
 };
 
@@ -111,14 +111,15 @@ struct BlockRow {
             add_eight(row + b * Pair::BYTES, x.x8.q + b * QK, _mm256_loadu_ps(x.x8.d + b),
                       _mm256_loadu_ps(x.x8.sum + b), sums);
         }
+        float rest = 0;
         if (b < n_blocks) {
             prefetch_lines(ahead, b * Pair::BYTES, (n_blocks - b) * Pair::BYTES);
-            add_rest(n_blocks - b, row + b * Pair::BYTES, b, x.x8, sums);
+            rest = add_rest(n_blocks - b, row + b * Pair::BYTES, b, x.x8, sums);
         }
         float excess[8];
         _mm256_storeu_ps(excess, sums.excess);
-        const float over =
-            ((excess[0] + excess[1]) + (excess[2] + excess[3])) + ((excess[4] + excess[5]) + (excess[6] + excess[7]));
+        const float over = ((excess[0] + excess[1]) + (excess[2] + excess[3])) +
+                           ((excess[4] + excess[5]) + (excess[6] + excess[7])) + rest;
         return _mm512_reduce_add_ps(_mm512_add_ps(sums.even, sums.odd)) - Pair::ZERO * over;
     }
 
@@ -130,21 +131,31 @@ struct BlockRow {
         PI_UNROLL for (size_t b = 0; b < EIGHT; b += 2) {
             const __m512i half = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
             const __m512 spread = _mm512_permutexvar_ps(_mm512_add_epi32(half, _mm512_set1_epi32(int32_t(b))), both);
-            const __m512i whole = _mm512_dpbusd_epi32(_mm512_setzero_si512(), Pair::load(blocks + b * Pair::BYTES),
-                                                      _mm512_loadu_si512(q + b * QK));
+            const __m512i whole = _mm512_dpbusd_epi32(
+                _mm512_setzero_si512(), Pair::load(blocks + b * Pair::BYTES, blocks + (b + 1) * Pair::BYTES),
+                _mm512_loadu_si512(q + b * QK));
             __m512& to = b % 4 == 0 ? sums.even : sums.odd;
             to = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), spread, to);
         }
     }
 
-    // Fewer than eight blocks: as if zeros followed.
-    [[gnu::noinline]] static void add_rest(size_t n_blocks, const uint8_t* blocks, size_t at, X8 x, Sums& sums) {
-        uint8_t rest[EIGHT * Pair::BYTES] = {};
-        int8_t q[EIGHT * QK] = {};
-        memcpy(rest, blocks, n_blocks * Pair::BYTES);
-        memcpy(q, x.q + at * QK, n_blocks * QK);
-        const __mmask8 there = __mmask8((1u << n_blocks) - 1);
-        add_eight(rest, q, _mm256_maskz_loadu_ps(there, x.d + at), _mm256_maskz_loadu_ps(there, x.sum + at), sums);
+    // Fewer than eight blocks, from the block `at` on; returns their excess.
+    [[gnu::always_inline]] static inline float add_rest(size_t n_blocks, const uint8_t* blocks, size_t at, X8 x,
+                                                        Sums& sums) {
+        float excess = 0;
+        for (size_t b = 0; b < n_blocks; b += 2, blocks += 2 * Pair::BYTES, at += 2) {
+            const bool two = b + 1 < n_blocks;
+            const uint8_t* second = two ? blocks + Pair::BYTES : blocks;  // met by zeros where there is none
+            const __m512i q = _mm512_maskz_loadu_epi8(two ? ~uint64_t{0} : 0xffffffff, x.q + at * QK);
+            const float d0 = half_to_float(blocks), d1 = two ? half_to_float(second) : 0;
+            excess += d0 * x.sum[at];
+            if (two) excess += d1 * x.sum[at + 1];
+            const __m512 spread =
+                _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(d0 * x.d[at]), _mm512_set1_ps(two ? d1 * x.d[at + 1] : 0));
+            const __m512i whole = _mm512_dpbusd_epi32(_mm512_setzero_si512(), Pair::load(blocks, second), q);
+            sums.even = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), spread, sums.even);
+        }
+        return excess;
     }
 };
 

@@ -17,6 +17,12 @@
 namespace pi {
 namespace {
 
+float half_to_float(const uint8_t* p) {
+    uint16_t bits;
+    memcpy(&bits, p, 2);
+    return _cvtsh_ss(bits);
+}
+
 __m128i load_16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
 // The scales of one block in up to 8 rows, as float; lane r is row r's.
