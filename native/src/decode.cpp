@@ -230,7 +230,7 @@ size_t Session::add_neurons(const Layer& layer, const uint32_t* ids, const float
     if (up.data)
         ops.matvec_picked(up.type, up.n, up.data, up.stride, w.active.data(), n_active, layer.down.data, x,
                           w.up.data());
-    add_down(layer, n_active, sum, w);
+    add_down(layer, n_active, nullptr, sum, w);
     return n_active;
 }
 
@@ -248,12 +248,12 @@ size_t Session::add_bundles(const Layer& layer, uint32_t lo, size_t n, Vector x,
     finish_deciding(layer, w.active.data(), n, w);
     std::copy_n(w.pre.data(), n, w.a.data());
     w.spent[GATE] += (ticks() - begin) / n_rows;
-    add_down(layer, n, sum, w);
+    add_down(layer, n, select.data + (lo + n) * select.stride, sum, w);
     return n;
 }
 
-// sum += w.a * w.up * down of the neurons w.active
-void Session::add_down(const Layer& layer, size_t n, float* sum, Worker& w) {
+// sum += w.a * w.up * down of the neurons w.active; next: see add_rows
+void Session::add_down(const Layer& layer, size_t n, const uint8_t* next, float* sum, Worker& w) {
     const Rows& down = layer.down;
     float* h = w.a.data();
     if (layer.up.data) {
@@ -264,7 +264,7 @@ void Session::add_down(const Layer& layer, size_t n, float* sum, Worker& w) {
     }
     w.n_active += n;
     for (size_t i = 0; i < n; i++) w.n_fired += h[i] != 0;
-    ops.add_rows(down.type, down.n, down.data, down.stride, w.active.data(), h, n, sum);
+    ops.add_rows(down.type, down.n, down.data, down.stride, w.active.data(), h, n, next, sum);
 }
 
 // hidden += the chunks' partial sums, in the order of the chunks, + bias

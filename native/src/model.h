@@ -12,7 +12,7 @@
 namespace pi {
 
 // Ranges of neurons with a partial sum of their own, at most. Fixed: the order of sums must not depend on threads.
-constexpr uint32_t MAX_CHUNKS = 16;
+constexpr uint32_t MAX_CHUNKS = 24;
 
 enum class Arch { Llama, Opt };
 enum class Activation { Relu, Relu2, FatRelu, DRelu, Silu };

@@ -154,7 +154,7 @@ void add_row(Type type, size_t n, const uint8_t* row, float h, float* acc) {
 }
 
 void add_rows(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, const float* h,
-              size_t n_ids, float* acc) {
+              size_t n_ids, const uint8_t*, float* acc) {
     for (size_t i = 0; i < n_ids; i++) {
         if (h[i] != 0) add_row(type, n, rows + ids[i] * stride, h[i], acc);
     }

@@ -359,17 +359,17 @@ struct AddBlocks {
 };
 
 void add_rows(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, const float* h,
-              size_t n_ids, float* acc) {
+              size_t n_ids, const uint8_t* next, float* acc) {
     const PickedRows walk{rows, stride, ids, n_ids, nullptr};
     switch (type) {
         case Type::F32:
-            return add_rows<AddFloats<F32>>(n, n_ids, walk, h, true, acc);
+            return add_rows<AddFloats<F32>>(n, n_ids, walk, h, true, next, acc);
         case Type::F16:
-            return add_rows<AddFloats<F16>>(n, n_ids, walk, h, true, acc);
+            return add_rows<AddFloats<F16>>(n, n_ids, walk, h, true, next, acc);
         case Type::Q4_0:
-            return add_rows<AddBlocks<Q4_0Block>>(n, n_ids, walk, h, true, acc);
+            return add_rows<AddBlocks<Q4_0Block>>(n, n_ids, walk, h, true, next, acc);
         case Type::Q8_0:
-            return add_rows<AddBlocks<Q8_0Block>>(n, n_ids, walk, h, true, acc);
+            return add_rows<AddBlocks<Q8_0Block>>(n, n_ids, walk, h, true, next, acc);
         case Type::I32:
             return;  // never a matrix
     }
@@ -898,7 +898,7 @@ void attention_scores(size_t head_dim, size_t n_pos, const float* q, const uint1
 
 void attention_mix(size_t head_dim, size_t n_pos, const float* weights, const uint16_t* v, size_t stride, float* out) {
     for (size_t j = 0; j < head_dim; j++) out[j] = 0;
-    add_rows<AddFloats<F16>>(head_dim, n_pos, cache_rows(v, stride, n_pos), weights, false, out);
+    add_rows<AddFloats<F16>>(head_dim, n_pos, cache_rows(v, stride, n_pos), weights, false, nullptr, out);
 }
 
 constexpr Ops table = {"avx2",           quantize_x8,   quantize_batch8, matvec,    matvec_picked, matvec_bundles,

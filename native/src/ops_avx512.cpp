@@ -296,15 +296,15 @@ struct AddBlocks {
 };
 
 void add_rows(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, const float* h,
-              size_t n_ids, float* acc) {
+              size_t n_ids, const uint8_t* next, float* acc) {
     const PickedRows walk{rows, stride, ids, n_ids, nullptr};
     switch (type) {
         case Type::Q4_0:
-            return add_rows<AddBlocks<Q4_0Block>>(n, n_ids, walk, h, true, acc);
+            return add_rows<AddBlocks<Q4_0Block>>(n, n_ids, walk, h, true, next, acc);
         case Type::Q8_0:
-            return add_rows<AddBlocks<Q8_0Block>>(n, n_ids, walk, h, true, acc);
+            return add_rows<AddBlocks<Q8_0Block>>(n, n_ids, walk, h, true, next, acc);
         default:
-            return avx2_table->add_rows(type, n, rows, stride, ids, h, n_ids, acc);
+            return avx2_table->add_rows(type, n, rows, stride, ids, h, n_ids, next, acc);
     }
 }
 

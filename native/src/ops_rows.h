@@ -163,8 +163,9 @@ void add_rest(size_t n, const uint8_t* const* rows, const float* h, size_t n_row
 
 // acc += h[i] * row i of the walk, i < n_rows, but for those where h is 0 if they are to be skipped.
 template <class Add, class Walk>
-void add_rows(size_t n, size_t n_rows, const Walk& walk, const float* h, bool skip, float* acc) {
+void add_rows(size_t n, size_t n_rows, const Walk& walk, const float* h, bool skip, const uint8_t* next, float* acc) {
     const size_t ahead = rows_ahead(GROUP, Add::bytes(n));
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(next);
     Queue queue;
     const uint8_t* later[GROUP];
     for (size_t i = 0, at = 0;; at += GROUP) {
@@ -173,8 +174,11 @@ void add_rows(size_t n, size_t n_rows, const Walk& walk, const float* h, bool sk
         }
         const size_t place = at % Queue::SIZE;
         if (queue.end < at + GROUP) return add_rest<Add>(n, queue.rows + place, queue.h + place, queue.end - at, acc);
-        for (size_t r = at + ahead; r < at + ahead + GROUP; r++)
-            later[r - at - ahead] = r < queue.end ? queue.rows[r % Queue::SIZE] : walk.later(n_rows + r - queue.end);
+        for (size_t r = 0; r < GROUP; r++) {
+            const size_t i = at + ahead + r;
+            later[r] = i < queue.end ? queue.rows[i % Queue::SIZE] : walk.later(n_rows + i - queue.end);
+            if (next) later[r] = reinterpret_cast<const uint8_t*>(begin + (at + r) * Add::bytes(n));
+        }
         Add::template add<GROUP>(n, queue.rows + place, later, queue.h + place, acc);
     }
 }

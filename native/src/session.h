@@ -120,7 +120,7 @@ class Session {
     size_t add_neurons(const Layer& layer, const uint32_t* ids, const float* pre, size_t n, Vector x, float* sum,
                        Worker& w);
     size_t add_bundles(const Layer& layer, uint32_t lo, size_t n, Vector x, float* sum, Worker& w);
-    void add_down(const Layer& layer, size_t n, float* sum, Worker& w);
+    void add_down(const Layer& layer, size_t n, const uint8_t* next, float* sum, Worker& w);
     template <class Task>
     void parallel(Part part, size_t n_items, Task&& task);
     void lap(Part part);

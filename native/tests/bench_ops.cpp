@@ -107,8 +107,9 @@ void bench_type(const Ops& ops, Type type, const char* name, const uint8_t* data
     line("matvec_picked 10 %", name, tenth.size() * stride,
          seconds([&] { ops.matvec_picked(type, n, data, stride, tenth.data(), tenth.size(), nullptr, v, out.data()); }),
          ceiling);
-    line("add_rows 10 %", name, tenth.size() * stride,
-         seconds([&] { ops.add_rows(type, n, data, stride, tenth.data(), h.data(), tenth.size(), acc.data()); }),
+    line("add_rows 10 %", name, tenth.size() * stride, seconds([&] {
+             ops.add_rows(type, n, data, stride, tenth.data(), h.data(), tenth.size(), nullptr, acc.data());
+         }),
          ceiling);
     // the same in the second-level cache: what the operation itself can do
     const size_t few = std::min(n_rows, (size_t(256) << 10) / stride), rounds = 1000;
@@ -120,7 +121,7 @@ void bench_type(const Ops& ops, Type type, const char* name, const uint8_t* data
          ceiling);
     line("add_rows, in cache", name, few * stride * rounds, seconds([&] {
              for (size_t i = 0; i < rounds; i++)
-                 ops.add_rows(type, n, data, stride, all.data(), h.data(), few, acc.data());
+                 ops.add_rows(type, n, data, stride, all.data(), h.data(), few, nullptr, acc.data());
          }),
          ceiling);
 }

@@ -405,8 +405,8 @@ void test_add_rows(const Ops& ops, Type type) {
                 h.push_back(i % 3 == 1 ? (i % 2 ? 0.0f : -0.0f) : normal());
             }
             Guarded<float> acc = normals(n), before = acc, expected = acc;
-            ops.add_rows(type, n, m.bytes.data(), m.stride, ids.data(), h.data(), n_ids, acc.data());
-            scalar().add_rows(type, n, m.bytes.data(), m.stride, ids.data(), h.data(), n_ids, expected.data());
+            ops.add_rows(type, n, m.bytes.data(), m.stride, ids.data(), h.data(), n_ids, nullptr, acc.data());
+            scalar().add_rows(type, n, m.bytes.data(), m.stride, ids.data(), h.data(), n_ids, nullptr, expected.data());
             bool near = true;
             for (size_t j = 0; j < n; j++) {
                 Exact exact;
@@ -433,12 +433,12 @@ void test_add_rows_skips(const Ops& ops, Type type) {
         if (h.back() != 0) kept_ids.push_back(i), kept.push_back(h.back());
     }
     Guarded<float> with = normals(N), without = with, parts = with;
-    ops.add_rows(type, N, m.bytes.data(), m.stride, ids.data(), h.data(), 30, with.data());
-    ops.add_rows(type, N, m.bytes.data(), m.stride, kept_ids.data(), kept.data(), kept.size(), without.data());
+    ops.add_rows(type, N, m.bytes.data(), m.stride, ids.data(), h.data(), 30, nullptr, with.data());
+    ops.add_rows(type, N, m.bytes.data(), m.stride, kept_ids.data(), kept.data(), kept.size(), nullptr, without.data());
     CHECK(same_bits(with.data(), without.data(), N), "%s %s", ops.name, TYPE_NAMES[int(type)]);
     for (size_t begin : {0, 64}) {
         const size_t count = begin == 0 ? 64 : 32;
-        ops.add_rows(type, count, m.bytes.data() + bytes_of(type, begin), m.stride, ids.data(), h.data(), 30,
+        ops.add_rows(type, count, m.bytes.data() + bytes_of(type, begin), m.stride, ids.data(), h.data(), 30, nullptr,
                      parts.data() + begin);
     }
     CHECK(same_bits(with.data(), parts.data(), N), "%s %s", ops.name, TYPE_NAMES[int(type)]);
@@ -448,14 +448,14 @@ void test_add_rows_skips(const Ops& ops, Type type) {
     Guarded<float> acc(N), before(N);
     for (size_t j = 0; j < N; j++) acc[j] = before[j] = j % 2 ? -0.0f : NaN;
     const std::vector<float> zeros(30, -0.0f);
-    ops.add_rows(type, N, m.bytes.data(), m.stride, ids.data(), zeros.data(), 30, acc.data());
+    ops.add_rows(type, N, m.bytes.data(), m.stride, ids.data(), zeros.data(), 30, nullptr, acc.data());
     CHECK(same_bits(acc.data(), before.data(), N), "%s %s", ops.name, TYPE_NAMES[int(type)]);
 
     Matrix finite(type, N, 3);
     const uint32_t rows[] = {0, 1, 2};
     const float broken[] = {1, NaN, 1};
     Guarded<float> sums = normals(N);
-    ops.add_rows(type, N, finite.bytes.data(), finite.stride, rows, broken, 3, sums.data());
+    ops.add_rows(type, N, finite.bytes.data(), finite.stride, rows, broken, 3, nullptr, sums.data());
     CHECK(std::all_of(sums.begin(), sums.end(), [](float v) { return std::isnan(v); }), "%s %s", ops.name,
           TYPE_NAMES[int(type)]);
 }

@@ -22,7 +22,7 @@ KV_ELEMENT_BYTES = 2  # the cache is float16
 BATCH = 256  # tokens of a prompt that are worked on at once
 TILES = 8192 + 16 * 288 + BATCH * 64  # float32 numbers of a thread's matrix tiles, or as many bytes
 QUERIES, TILE_ROWS = 32, 16  # tokens whose attention is computed at once; positions of a tile
-CHUNKS = 16  # partial sums of an FFN
+CHUNKS = 24  # partial sums of an FFN
 
 BESIDE = ("ffn_select.weight", "ffn_gate.bias", "ffn_up.bias")
 PREDICTOR = ("predictor_out.weight", "predictor_out.bias")
