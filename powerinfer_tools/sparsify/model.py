@@ -121,14 +121,14 @@ class StudentFfn:
     def neurons(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """gate and up before their activation, and h, [b, n, n_ff] each."""
         gate, up = self.gate(x), self.up(x)
-        a = activate(gate, self.activation, self.threshold)
+        a = activate(gate.float(), self.activation, self.threshold).to(gate.dtype)  # bfloat16 would round the cut
         return gate, up, a * (relu(up) if self.activation == "drelu" else up)
 
     def _firing(self, gate: Tensor, up: Tensor, h: Tensor) -> Firing:
         with torch.no_grad():
             share = (h != 0).flatten(1).float().mean(1)
             places = _places(gate[0].numel(), gate.device)
-            magnitudes = activate(gate.flatten(1)[:, places], self.activation).abs().float()
+            magnitudes = activate(gate.flatten(1)[:, places].float(), self.activation).abs()
             if self.activation == "drelu":  # what is to fire must have both signs right
                 magnitudes = magnitudes * (up.flatten(1)[:, places] > 0)
         return Firing(share, magnitudes, _pressure(gate) if self.activation == "relu" else torch.zeros_like(share))

@@ -60,4 +60,4 @@ def merge(base: Checkpoint, path: Path) -> Merged:
     table = read_table(path, KIND)
     remedy = "a patch goes with the checkpoint that it was trained on"
     require_same("checkpoint", path, table.header["inputs"]["checkpoint"], base.digest(), remedy)
-    return Merged(base, table.header["activation"], tuple(table.header["thresholds"]), table.arrays)
+    return Merged(base, table.header["activation"], tuple(table.header["thresholds"]), dict(table.arrays))

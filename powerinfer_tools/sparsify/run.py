@@ -156,7 +156,7 @@ class _Run:
     def finish(self, student: Student, sources: list[Source], output: Path, fingerprint: dict[str, Any]) -> Result:
         """Writes everything and evaluates what was written."""
         recipe = self.recipe
-        merged = Merged(self.checkpoint, recipe.activation, student.thresholds, _changes(student))
+        merged = Merged(self.checkpoint, recipe.activation, student.thresholds, learnt_changes(student))
         patch = beside(output, ".patch.safetensors") if recipe.rank else None
         if patch is not None:
             write_patch(patch, merged, force=True)
@@ -180,7 +180,7 @@ class _Run:
         return Result(output, patch, beside(output, ".chats.jsonl") if recipe.self_tokens else None, teacher, learnt)
 
 
-def _changes(student: Student) -> dict[str, np.ndarray[Any, Any]]:
+def learnt_changes(student: Student) -> dict[str, np.ndarray[Any, Any]]:
     """What was learnt, by name; patches as float16, in which they are shipped and evaluated."""
     return {
         name: (weight.detach().half() if name.endswith((".a", ".b")) else weight.detach()).cpu().numpy()

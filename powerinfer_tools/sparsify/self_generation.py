@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from powerinfer_tools.checkpoint.source import Checkpoint
@@ -133,7 +134,8 @@ def _write_rows(teacher: Teacher, tokenizer: Tokenizer, frame: Frame, most: int,
     """One batch of chats; those whose question does not end are left out."""
     length = min(CHAT, teacher.config.n_ctx)
     n_rows = max(1, min(most, CACHE_BYTES[teacher.device] // row_bytes(teacher, length)))
-    generator = torch.Generator(teacher.device).manual_seed((seed << 32) + piece)
+    mixed = np.random.SeedSequence([seed, piece]).generate_state(1)[0]  # torch looks at 32 bits of a seed alone
+    generator = torch.Generator(teacher.device).manual_seed(int(mixed))
     rows = [_Row(frame.link, tokenizer.control) for _ in range(n_rows)]
     live = list(rows)
     with teacher.precision():

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from powerinfer_tools.sparsify.model import Student
 
-STEP = 0.25  # of the way to the quantile that a training step found
+STEP = 0.25  # of the way to the quantile that a training step found: single steps are noisy
 
 
 def quantiles(magnitudes: Tensor, active: float) -> Tensor:
@@ -15,9 +15,11 @@ def quantiles(magnitudes: Tensor, active: float) -> Tensor:
     return magnitudes.kthvalue(min(n, k + 1), dim=-1).values if k > 0 else torch.zeros_like(magnitudes[..., 0])
 
 
-def moved(thresholds: tuple[float, ...], found: list[float]) -> list[float]:
-    """The thresholds after a step in which the quantiles were `found`."""
-    return [t + STEP * (q - t) for t, q in zip(thresholds, found, strict=True)]
+def moved(thresholds: tuple[float, ...], now: list[float], following: list[float]) -> list[float]:
+    """The thresholds for the next step, where this step's activations have the quantile `now` at this step's share
+    and `following` at the next one's: all of the change that is wanted, and a part of what was amiss.
+    """
+    return [t + STEP * (n - t) + (f - n) for t, n, f in zip(thresholds, now, following, strict=True)]
 
 
 @torch.no_grad()

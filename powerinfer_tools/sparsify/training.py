@@ -88,21 +88,22 @@ class Training:
         """One step; returns its loss, divergence and active share."""
         recipe, student = self.recipe, self.student
         n = recipe.step_windows
-        wanted = wanted_active(recipe.active, self.step / recipe.n_steps)
-        sums = torch.zeros(2 + 2 * len(student.layers), device=student.teacher.device)
+        wanted, following = (wanted_active(recipe.active, (self.step + k) / recipe.n_steps) for k in (0, 1))
+        sums = torch.zeros(2 + 3 * len(student.layers), device=student.teacher.device)
         mine = range(self.step * n + self.team.rank, (self.step + 1) * n, self.team.size)
         for tokens in self._batches(mixture, mine):
-            sums += len(tokens) / n * _figures(add_gradients(student, tokens, wanted, n), wanted)
+            sums += len(tokens) / n * _figures(add_gradients(student, tokens, wanted, n), wanted, following)
         self.team.add([sums, *self._gradients()])
-        divergence, error, *layers = sums.tolist()
+        divergence, error = sums[:2].tolist()
+        active, now, then = sums[2:].reshape(3, -1).tolist()
         loss = divergence + LAYER_WEIGHT * error
         if not math.isfinite(loss):
             raise PowerinferError(f"training diverged at step {self.step + 1}: try a lower --lr", "infeasible")
         self._update(learning_rate(recipe.peak_rate, (self.step + 0.5) / recipe.n_steps))
         if recipe.to != "relu":  # relu has no threshold: other programs are to compute the same
-            student.set_thresholds(moved(student.thresholds, layers[len(student.layers) :]))
+            student.set_thresholds(moved(student.thresholds, now, then))
         self.step += 1
-        return loss, divergence, sum(layers[: len(student.layers)]) / len(student.layers)
+        return loss, divergence, sum(active) / len(active)
 
     def _batches(self, mixture: Mixture, numbers: range) -> Iterator[Tensor]:
         """Windows of these numbers, as many at once as the device takes."""
@@ -152,7 +153,7 @@ class Training:
             moments["step"].fill_(self.step)
 
 
-def _figures(outcome: Outcome, wanted: float) -> Tensor:
-    """What is averaged over a step: divergence, error, each layer's active share, each layer's quantile."""
-    found = quantiles(outcome.magnitudes, wanted).mean(1)
-    return torch.cat([torch.stack([outcome.divergence, outcome.error]), outcome.share, found])
+def _figures(outcome: Outcome, wanted: float, following: float) -> Tensor:
+    """What is averaged over a step: divergence, error; a layer each: active share, quantile now and for the next."""
+    found = [quantiles(outcome.magnitudes, share).mean(1) for share in (wanted, following)]
+    return torch.cat([torch.stack([outcome.divergence, outcome.error]), outcome.share, *found])
