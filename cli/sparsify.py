@@ -79,7 +79,7 @@ def sparsify(
             "--lr",
             metavar="X",
             rich_help_panel=options.BUILD,
-            help="Peak learning rate; without it 3e-4, or 1e-3 with --rank.",
+            help="Peak learning rate; without it 3e-4, or 3e-3 with --rank.",
         ),
     ] = None,
     precision: Annotated[

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from powerinfer_tools.checkpoint.source import Checkpoint, FloatArray, check_rows
-from powerinfer_tools.files import Array, canonical_json, read_table, require_same, sha256_bytes, write_table
+from powerinfer_tools.files import Array, Table, canonical_json, read_table, require_same, sha256_bytes, write_table
 
 KIND = "patch"
 
@@ -55,9 +55,14 @@ def write_patch(path: Path, merged: Merged, force: bool = False) -> str:
     return write_table(path, KIND, header, merged.changes, force)
 
 
+def read_patch(path: Path) -> Table:
+    """The patch at `path`. Errors: not a file of this kind, or of a newer format."""
+    return read_table(path, KIND)
+
+
 def merge(base: Checkpoint, path: Path) -> Merged:
     """The checkpoint that a patch makes of its base. Errors: no patch, or the patch of another checkpoint."""
-    table = read_table(path, KIND)
+    table = read_patch(path)
     remedy = "a patch goes with the checkpoint that it was trained on"
     require_same("checkpoint", path, table.header["inputs"]["checkpoint"], base.digest(), remedy)
     return Merged(base, table.header["activation"], tuple(table.header["thresholds"]), dict(table.arrays))

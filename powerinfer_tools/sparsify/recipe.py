@@ -9,7 +9,7 @@ ACTIVATIONS = {"cut": "silu", "relu": "relu", "fatrelu": "fatrelu", "drelu": "dr
 """The student's activation by the word that asks for it; cut: silu, 0 where |silu(gate)| is below a threshold."""
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-FULL_RATE, PATCH_RATE = 3e-4, 1e-3  # peak learning rates: of whole matrices, of low-rank patches
+FULL_RATE, PATCH_RATE = 3e-4, 3e-3  # peak learning rates: of whole matrices, of low-rank patches
 
 
 @dataclass(frozen=True)

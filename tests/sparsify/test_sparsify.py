@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from powerinfer_tools.checkpoint import open_checkpoint
+from powerinfer_tools.describe import describe
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.sparsify import Step, merge
 from tests.sparsify.conftest import Bench
@@ -105,6 +106,9 @@ def test_a_patch_is_what_was_trained(bench: Bench) -> None:
     np.testing.assert_array_equal(merged.read("blk.1.ffn_up.weight", slice(3, 9)), up[3:9])
     with pytest.raises(PowerinferError, match="made from another checkpoint"):
         merge(written, result.patch)
+    shown = describe(result.patch, check=True)
+    assert (shown["kind"], shown["rank"], shown["activation"], shown["verified"]) == ("patch", 4, "silu", True)
+    assert shown["inputs"] == {"checkpoint": bench.checkpoint.digest()}
 
 
 def test_a_run_that_diverges_says_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The folder is a checkpoint: for the reference, for transformers where it knows the activation, for build and engine."""
+"""The folder is a checkpoint: for the reference, for build and engine, for transformers if it knows the activation."""
 
 import json
 from dataclasses import replace
