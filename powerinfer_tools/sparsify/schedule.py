@@ -4,7 +4,7 @@ import math
 
 WARMUP = 0.03  # share of the tokens over which the learning rate rises
 FIRST_ACTIVE = 0.6  # active share that training begins with: what a model loses there it soon learns again
-RAMP = 0.5  # share of the tokens over which the active share falls to the wanted one
+RAMP = 0.25  # share of the tokens over which the active share falls to the wanted one
 
 
 def learning_rate(peak: float, done: float) -> float:

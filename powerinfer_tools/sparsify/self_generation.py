@@ -21,7 +21,7 @@ from powerinfer_tools.sparsify.team import Team
 from powerinfer_tools.tokens import Tokenizer, chat_ids
 from powerinfer_tools.tokens.template import Message
 
-CACHE_BYTES = {"cpu": 1 << 30, "cuda": 16 << 30}  # of keys and values: decides how many rows are written at once
+CACHE_BYTES = {"cpu": 2 << 30, "cuda": 16 << 30}  # of keys and values: decides how many rows are written at once
 MOST_ROWS = 1024
 QUESTION, CHAT = 160, 768  # tokens at most, of a user's text and of a chat
 TEMPERATURE = 0.9
@@ -114,7 +114,9 @@ class _Row:
     done: bool = False
 
     def take(self, drawn: int) -> int:
-        """The token that comes next, where the model drew this one."""
+        """The token that comes next, where the model drew this one; a row that is done changes no more."""
+        if self.done:
+            return drawn
         if self.ahead:
             return self.ahead.pop(0)
         if self.ahead is not None:
