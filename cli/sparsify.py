@@ -69,7 +69,7 @@ def sparsify(
         typer.Option(
             "--step-tokens", metavar="N", min=1, rich_help_panel=options.BUILD, help="Tokens of one training step."
         ),
-    ] = 2048,
+    ] = 1024,
     window: Annotated[
         int, typer.Option("--window", min=2, rich_help_panel=options.BUILD, help="Tokens of one text passage.")
     ] = 512,

@@ -27,7 +27,7 @@ class Recipe:
     n_tokens: int = 32768
     rank: int | None = None
     rate: float | None = None
-    step_tokens: int = 2048
+    step_tokens: int = 1024
     window: int = 512
     self_tokens: int = 0
     chat_share: float = 0.5

@@ -19,7 +19,7 @@ def test_cut(bench: Bench) -> None:
     result = bench.sparsify()
     assert bench.checkpoint.digest() == before
     assert all(abs(share - 0.3) < 0.03 for share in result.student.active)
-    assert [round(step.wanted, 3) for step in (bench.steps[0], bench.steps[-1])] == [0.575, 0.3]
+    assert [round(step.wanted, 3) for step in (bench.steps[0], bench.steps[-1])] == [0.55, 0.3]
     config = open_checkpoint(result.output).config
     assert config.activation == "silu"
     assert len(config.thresholds) == 2
