@@ -72,122 +72,175 @@ __m256 load_tail(const uint8_t* p, size_t n) {
     return Format::load(all);
 }
 
-// ---- dot products
-
+// Dot products of R rows with one x. Two sums a row, for the even and the odd groups of 8.
 template <class Format>
-struct FloatRow {
+struct FloatRows {
+    static constexpr size_t WIDE = 4;
     static size_t bytes(size_t n) { return n * Format::BYTES; }
 
-    template <class Ahead>
-    static float dot(size_t n, const uint8_t* row, Ahead ahead, Vector x) {
-        __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+    template <size_t R>
+    static void dot(size_t n, const uint8_t* const* rows, const uint8_t* const* later, Vector x, float* out) {
+        __m256 even[R], odd[R];
+        prefetch_end<R>(later, bytes(n));
+        PI_UNROLL for (size_t r = 0; r < R; r++) even[r] = odd[r] = _mm256_setzero_ps();
         size_t k = 0;
-        for (; k + 4 * LANES <= n; k += 4 * LANES) {
-            prefetch_lines(ahead, bytes(k), bytes(4 * LANES));
-            PI_UNROLL for (size_t e = 0; e < 4; e++) {
-                const __m256 w = Format::load(row + bytes(k + e * LANES));
-                sums[e] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x.f + k + e * LANES), sums[e]);
+        for (; k + 2 * LANES <= n; k += 2 * LANES) {
+            const __m256 x0 = _mm256_loadu_ps(x.f + k), x1 = _mm256_loadu_ps(x.f + k + LANES);
+            prefetch<R>(later, k * Format::BYTES, 2 * LANES * Format::BYTES);
+            PI_UNROLL for (size_t r = 0; r < R; r++) {
+                const uint8_t* p = rows[r] + k * Format::BYTES;
+                even[r] = _mm256_fmadd_ps(Format::load(p), x0, even[r]);
+                odd[r] = _mm256_fmadd_ps(Format::load(p + LANES * Format::BYTES), x1, odd[r]);
             }
         }
-        prefetch_lines(ahead, bytes(k), bytes(n - k));
-        for (; k + LANES <= n; k += LANES)
-            sums[0] = _mm256_fmadd_ps(Format::load(row + bytes(k)), _mm256_loadu_ps(x.f + k), sums[0]);
-        if (k < n)
-            sums[1] = _mm256_fmadd_ps(load_tail<Format>(row + bytes(k), n - k), load_tail(x.f + k, n - k), sums[1]);
-        return sum(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
+        if (k + LANES <= n) {
+            const __m256 x0 = _mm256_loadu_ps(x.f + k);
+            prefetch_end<R>(later, bytes(n));
+            PI_UNROLL for (size_t r = 0; r < R; r++) even[r] =
+                _mm256_fmadd_ps(Format::load(rows[r] + k * Format::BYTES), x0, even[r]);
+            k += LANES;
+        }
+        if (k < n) {
+            const __m256 x1 = load_tail(x.f + k, n - k);
+            PI_UNROLL for (size_t r = 0; r < R; r++) odd[r] =
+                _mm256_fmadd_ps(load_tail<Format>(rows[r] + k * Format::BYTES, n - k), x1, odd[r]);
+        }
+        PI_UNROLL for (size_t r = 0; r < R; r++) out[r] = sum(_mm256_add_ps(even[r], odd[r]));
     }
 };
+
+// ---- rows of quantised blocks
 
 __m256i load_32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
-// One block's products, summed in eights. Q4_0's weights stay unsigned (0 .. 15); what they are too large by, ZERO,
-// leaves at the end, through the sums of x.
-struct Q4_0Dot {
-    static constexpr size_t BYTES = sizeof(BlockQ4_0);
-    static constexpr float ZERO = 8;
-    static __m256i products(const uint8_t* block, __m256i x) {
-        const __m256i shift = _mm256_setr_epi64x(0, 0, 4, 4);  // low nibbles, high nibbles
-        const __m256i both = _mm256_srlv_epi64(_mm256_broadcastsi128_si256(load_16(block + 2)), shift);
-        const __m256i pairs = _mm256_maddubs_epi16(_mm256_and_si256(both, _mm256_set1_epi8(15)), x);
-        return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+// Lane p of each half, all over that half.
+template <size_t P>
+__m256 spread(__m256 v) {
+    return _mm256_permute_ps(v, P * 0x55);
+}
+
+__m256 spread(__m256 v, size_t p) {
+    switch (p) {
+        case 0:
+            return spread<0>(v);
+        case 1:
+            return spread<1>(v);
+        case 2:
+            return spread<2>(v);
+        default:
+            return spread<3>(v);
     }
-};
+}
 
-struct Q8_0Dot {
-    static constexpr size_t BYTES = sizeof(BlockQ8_0);
-    static constexpr float ZERO = 0;
-    static __m256i products(const uint8_t* block, __m256i x) {
-        const __m256i w = load_32(block + 2);
-        // |w| * (x with w's sign); -128 as a weight is 128 unsigned, and 2 * 128 * 127 still fits 16 bits
-        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-        return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+// Rows go in pairs, one in each half of a register: pair p is rows p and p + R / 2. The weights stay unsigned (0 ..
+// 15); the 8 that they are too large by leaves at the end, through the sums of x.
+struct Q4_0Rows {
+    static constexpr size_t WIDE = 8;
+    static size_t bytes(size_t n) { return n / QK * sizeof(BlockQ4_0); }
+
+    template <size_t R>
+    static __m256 scales(const uint8_t* const* rows, size_t offset) {
+        if constexpr (R == LANES) return block_scales<R>(rows, offset);
+        static_assert(R == LANES || R == 2);
+        const float low = half_to_float(rows[0] + offset), high = half_to_float(rows[R - 1] + offset);
+        return _mm256_setr_ps(low, 0, 0, 0, high, 0, 0, 0);
     }
-};
 
-template <class Dot>
-struct BlockRow {
-    static size_t bytes(size_t n) { return n / QK * Dot::BYTES; }
+    static __m256i pair_dot(const uint8_t* low_row, const uint8_t* high_row, __m256i x_low, __m256i x_high) {
+        const __m256i nibble = _mm256_set1_epi8(15);
+        const __m256i w = _mm256_inserti128_si256(_mm256_castsi128_si256(load_16(low_row)), load_16(high_row), 1);
+        const __m256i low = _mm256_maddubs_epi16(_mm256_and_si256(w, nibble), x_low);
+        const __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(w, 4), nibble), x_high);
+        return _mm256_madd_epi16(_mm256_add_epi16(low, high), _mm256_set1_epi16(1));  // |low + high| <= 4 * 15 * 127
+    }
 
-    template <class Ahead>
-    static float dot(size_t n, const uint8_t* row, Ahead ahead, Vector x) {
-        const size_t n_blocks = n / QK;
-        __m256 sums[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()}, excess = _mm256_setzero_ps();
-        size_t b = 0;
-        for (; b + EIGHT <= n_blocks; b += EIGHT) {
-            const uint8_t *blocks = row + b * Dot::BYTES, *each[EIGHT];
-            prefetch_lines(ahead, b * Dot::BYTES, EIGHT * Dot::BYTES);
-            PI_UNROLL for (size_t e = 0; e < EIGHT; e++) each[e] = blocks + e * Dot::BYTES;
-            const __m256 scales = block_scales<EIGHT>(each, 0);
-            if (Dot::ZERO != 0) excess = _mm256_fmadd_ps(scales, _mm256_loadu_ps(x.x8.sum + b), excess);
-            float d[EIGHT];
-            _mm256_storeu_ps(d, _mm256_mul_ps(scales, _mm256_loadu_ps(x.x8.d + b)));
-            PI_UNROLL for (size_t e = 0; e < EIGHT; e++) {
-                const __m256 whole = _mm256_cvtepi32_ps(Dot::products(each[e], load_32(x.x8.q + (b + e) * QK)));
-                sums[e % 2] = _mm256_fmadd_ps(whole, _mm256_broadcast_ss(d + e), sums[e % 2]);
+    template <size_t R>
+    static void dot(size_t n, const uint8_t* const* rows, const uint8_t* const* later, Vector x, float* out) {
+        constexpr size_t PAIRS = R / 2;
+        prefetch_end<R>(later, bytes(n));
+        __m256 acc[PAIRS], excess = _mm256_setzero_ps();
+        PI_UNROLL for (size_t p = 0; p < PAIRS; p++) acc[p] = _mm256_setzero_ps();
+        for (size_t b = 0; b < n / QK; b++) {
+            const int8_t* xq = x.x8.q + b * QK;
+            const size_t offset = b * sizeof(BlockQ4_0);
+            prefetch<R>(later, offset, sizeof(BlockQ4_0));
+            const __m256 d = scales<R>(rows, offset);
+            const __m256 dd = _mm256_mul_ps(d, _mm256_set1_ps(x.x8.d[b]));
+            excess = _mm256_fmadd_ps(d, _mm256_set1_ps(x.x8.sum[b]), excess);
+            const __m256i x_low = _mm256_broadcastsi128_si256(load_16(xq));
+            const __m256i x_high = _mm256_broadcastsi128_si256(load_16(xq + QK / 2));
+            PI_UNROLL for (size_t p = 0; p < PAIRS; p++) {
+                const __m256i whole = pair_dot(rows[p] + offset + 2, rows[p + PAIRS] + offset + 2, x_low, x_high);
+                acc[p] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), spread(dd, p), acc[p]);
             }
         }
-        prefetch_lines(ahead, b * Dot::BYTES, (n_blocks - b) * Dot::BYTES);
-        float rest = 0;
-        for (; b < n_blocks; b++) {
-            const uint8_t* block = row + b * Dot::BYTES;
-            const float d = half_to_float(block);
-            rest += d * x.x8.sum[b];
-            const __m256 whole = _mm256_cvtepi32_ps(Dot::products(block, load_32(x.x8.q + b * QK)));
-            sums[0] = _mm256_fmadd_ps(whole, _mm256_set1_ps(d * x.x8.d[b]), sums[0]);
+        float over[LANES];
+        _mm256_storeu_ps(over, excess);
+        PI_UNROLL for (size_t p = 0; p < PAIRS; p++) {
+            const __m256 sums = sum_halves(acc[p]);
+            out[p] = low_half(sums) - 8 * over[p];
+            out[p + PAIRS] = high_half(sums) - 8 * over[p + 4];
         }
-        const float products = sum(_mm256_add_ps(sums[0], sums[1]));
-        return Dot::ZERO == 0 ? products : products - Dot::ZERO * (sum(excess) + rest);
     }
 };
 
+struct Q8_0Rows {
+    static constexpr size_t WIDE = 8;
+    static size_t bytes(size_t n) { return n / QK * sizeof(BlockQ8_0); }
+
+    template <size_t R>
+    static void dot(size_t n, const uint8_t* const* rows, const uint8_t* const* later, Vector x, float* out) {
+        prefetch_end<R>(later, bytes(n));
+        __m256 acc[R];
+        PI_UNROLL for (size_t r = 0; r < R; r++) acc[r] = _mm256_setzero_ps();
+        for (size_t b = 0; b < n / QK; b++) {
+            const size_t offset = b * sizeof(BlockQ8_0);
+            prefetch<R>(later, offset, sizeof(BlockQ8_0));
+            const __m256i xq = load_32(x.x8.q + b * QK);
+            const __m256 d = _mm256_mul_ps(block_scales<R>(rows, offset), _mm256_set1_ps(x.x8.d[b]));
+            const __m256 d_low = _mm256_permute2f128_ps(d, d, 0x00), d_high = _mm256_permute2f128_ps(d, d, 0x11);
+            PI_UNROLL for (size_t r = 0; r < R; r++) {
+                const __m256i w = load_32(rows[r] + offset + 2);
+                // |w| * (x with w's sign); -128 as a weight is 128 unsigned, and 2 * 128 * 127 still fits 16 bits
+                const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(xq, w));
+                const __m256 whole = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+                acc[r] = _mm256_fmadd_ps(whole, spread(r < 4 ? d_low : d_high, r % 4), acc[r]);
+            }
+        }
+        PI_UNROLL for (size_t r = 0; r < R; r++) out[r] = sum(acc[r]);
+    }
+};
+
+// ---- matvec
+
 template <class Walk>
-void dot_each(Type type, size_t n, size_t n_rows, const Walk& walk, Vector x, float* out) {
+void dot_rows(Type type, size_t n, size_t n_rows, const Walk& walk, Vector x, float* out) {
     switch (type) {
         case Type::F32:
-            return dot_each<FloatRow<F32>>(n, n_rows, walk, x, out);
+            return dot_rows<FloatRows<F32>>(n, n_rows, walk, x, out);
         case Type::F16:
-            return dot_each<FloatRow<F16>>(n, n_rows, walk, x, out);
+            return dot_rows<FloatRows<F16>>(n, n_rows, walk, x, out);
         case Type::Q4_0:
-            return dot_each<BlockRow<Q4_0Dot>>(n, n_rows, walk, x, out);
+            return dot_rows<Q4_0Rows>(n, n_rows, walk, x, out);
         case Type::Q8_0:
-            return dot_each<BlockRow<Q8_0Dot>>(n, n_rows, walk, x, out);
+            return dot_rows<Q8_0Rows>(n, n_rows, walk, x, out);
         case Type::I32:
             return;  // never a matrix
     }
 }
 
 void matvec(Type type, size_t n, const uint8_t* rows, size_t stride, size_t n_rows, Vector x, float* out) {
-    dot_each(type, n, n_rows, AllRows{rows, stride}, x, out);
+    dot_rows(type, n, n_rows, AllRows{rows, stride}, x, out);
 }
 
 void matvec_picked(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, size_t n_ids,
                    const uint8_t* then, Vector x, float* out) {
-    dot_each(type, n, n_ids, PickedRows{rows, stride, ids, n_ids, then}, x, out);
+    dot_rows(type, n, n_ids, PickedRows{rows, stride, ids, n_ids, then}, x, out);
 }
 
 void matvec_bundles(Type type, size_t n, const uint8_t* bundles, size_t n_parts, size_t n_bundles, Vector x,
                     float* out) {
-    dot_each(type, n, n_bundles * (n_parts - 1), BundleRows{bundles, row_bytes(type, n), n_parts}, x, out);
+    dot_rows(type, n, n_bundles * (n_parts - 1), BundleRows{bundles, row_bytes(type, n), n_parts}, x, out);
 }
 
 // ---- sums of rows
@@ -839,7 +892,7 @@ AllRows cache_rows(const uint16_t* cache, size_t stride, size_t n_pos) {
 
 void attention_scores(size_t head_dim, size_t n_pos, const float* q, const uint16_t* k, size_t stride, float scale,
                       float* scores) {
-    dot_each<FloatRow<F16>>(head_dim, n_pos, cache_rows(k, stride, n_pos), {q, {}}, scores);
+    dot_rows<FloatRows<F16>>(head_dim, n_pos, cache_rows(k, stride, n_pos), {q, {}}, scores);
     for (size_t p = 0; p < n_pos; p++) scores[p] *= scale;
 }
 

@@ -21,7 +21,37 @@ namespace {
 
 constexpr size_t LANES = 16;
 
-// ---- dot products
+// ---- dot products: one row after the other, so that memory is read in its own order, which it serves fastest
+
+constexpr size_t AHEAD_BYTES = 4096;  // prefetched before a row is read
+constexpr size_t EIGHT = 8;           // blocks in one step
+
+// What is prefetched while a row is read: a later row, and one of those that come after all (or NULL).
+struct Ahead {
+    const uint8_t *later, *after;
+
+    size_t scaled(size_t offset) const { return offset; }
+};
+
+// While a row of a bundle is read: its share of a later bundle, whose last row no other reads.
+struct AheadOfBundle {
+    const uint8_t* later;
+    size_t n_parts;
+    static constexpr const uint8_t* after = nullptr;
+
+    size_t scaled(size_t offset) const { return n_parts == 3 ? offset + offset / 2 : offset * 2; }
+};
+
+// The lines of 64 bytes that begin in [offset, offset + step), counted from a row's first byte.
+template <class Ahead>
+[[gnu::always_inline]] inline void prefetch_lines(Ahead ahead, size_t offset, size_t step) {
+    step = ahead.scaled(offset + step) - ahead.scaled(offset);
+    offset = ahead.scaled(offset);
+    for (size_t line = (offset + 63) / 64 * 64; line < offset + step; line += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(ahead.later + line), _MM_HINT_T0);
+        if (ahead.after) _mm_prefetch(reinterpret_cast<const char*>(ahead.after + line), _MM_HINT_T1);
+    }
+}
 
 __m512i load_64(const uint8_t* p) { return _mm512_loadu_si512(p); }
 
@@ -150,6 +180,23 @@ struct F16Row {
         return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
     }
 };
+
+template <class Row, class Walk>
+void dot_each(size_t n, size_t n_rows, const Walk& walk, Vector x, float* out) {
+    const size_t n_ahead = AHEAD_BYTES / (Row::bytes(n) + 1) + 1;
+    for (size_t i = 0; i < n_rows; i++)
+        out[i] = Row::dot(n, walk.at(i), Ahead{walk.later(i + n_ahead), walk.first_after(i)}, x);
+}
+
+template <class Row>
+void dot_each(size_t n, size_t n_rows, const BundleRows& walk, Vector x, float* out) {
+    const size_t share = walk.row_bytes * walk.n_parts / (walk.n_parts - 1);  // of its bundle, a row that is computed
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(walk.bundles) + AHEAD_BYTES;
+    for (size_t i = 0; i < n_rows; i++) {
+        const AheadOfBundle ahead{reinterpret_cast<const uint8_t*>(begin + i * share), walk.n_parts};
+        out[i] = Row::dot(n, walk.at(i), ahead, x);
+    }
+}
 
 // Whether the type has a kernel here; else AVX2's does it.
 template <class Walk>

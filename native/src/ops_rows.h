@@ -62,7 +62,7 @@ size_t rows_ahead(size_t group, size_t row_bytes) {
     return group * (groups < 1 ? 1 : groups < MOST ? groups : MOST);
 }
 
-// ---- dot products: one row after the other, so that memory is read in its own order, which it serves fastest
+// ---- dot products
 
 constexpr size_t GROUP = 8;  // rows in one pass over a sum
 
@@ -89,7 +89,12 @@ struct PickedRows {
     const uint8_t* then;
 
     const uint8_t* at(size_t i) const { return rows + ids[i] * stride; }
-    const uint8_t* later(size_t i) const { return at(i < n_ids ? i : n_ids - 1); }
+    const uint8_t* later(size_t i) const {
+        if (i < n_ids || !then) return at(i < n_ids ? i : n_ids - 1);
+        const size_t row = ids[i - n_ids < n_ids ? i - n_ids : n_ids - 1];
+        return reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(then) + row * stride);
+    }
+
     // For row i, one of the first rows that are read after all these; NULL but for the last of these.
     const uint8_t* first_after(size_t i) const {
         if (!then || i + GROUP < n_ids) return nullptr;
@@ -103,55 +108,30 @@ struct BundleRows {
     const uint8_t* bundles;
     size_t row_bytes, n_parts;
 
-    const uint8_t* at(size_t i) const {
-        return bundles + (i / (n_parts - 1) * n_parts + i % (n_parts - 1)) * row_bytes;
+    size_t offset(size_t i) const { return (i / (n_parts - 1) * n_parts + i % (n_parts - 1)) * row_bytes; }
+    const uint8_t* at(size_t i) const { return bundles + offset(i); }
+    const uint8_t* later(size_t i) const {
+        return reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(bundles) + offset(i));
     }
 };
 
-constexpr size_t AHEAD_BYTES = 4096;  // prefetched before a row is read
-constexpr size_t EIGHT = 8;           // blocks in one step
-
-// What is prefetched while a row is read: a later row, and one of those that come after all (or NULL).
-struct Ahead {
-    const uint8_t *later, *after;
-
-    size_t scaled(size_t offset) const { return offset; }
-};
-
-// While a row of a bundle is read: its share of a later bundle, whose last row no other reads.
-struct AheadOfBundle {
-    const uint8_t* later;
-    size_t n_parts;
-    static constexpr const uint8_t* after = nullptr;
-
-    size_t scaled(size_t offset) const { return n_parts == 3 ? offset + offset / 2 : offset * 2; }
-};
-
-// The lines of 64 bytes that begin in [offset, offset + step), counted from a row's first byte.
-template <class Ahead>
-[[gnu::always_inline]] inline void prefetch_lines(Ahead ahead, size_t offset, size_t step) {
-    step = ahead.scaled(offset + step) - ahead.scaled(offset);
-    offset = ahead.scaled(offset);
-    for (size_t line = (offset + 63) / 64 * 64; line < offset + step; line += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(ahead.later + line), _MM_HINT_T0);
-        if (ahead.after) _mm_prefetch(reinterpret_cast<const char*>(ahead.after + line), _MM_HINT_T1);
+// Takes WIDE rows at a time and what is left in twos, an odd last row twice: each row's sums are the same either way.
+template <class Rows, class Walk>
+void dot_rows(size_t n, size_t n_rows, const Walk& walk, Vector x, float* out) {
+    constexpr size_t WIDE = Rows::WIDE;
+    const size_t ahead = rows_ahead(WIDE, Rows::bytes(n));
+    const uint8_t *rows[WIDE], *later[WIDE];
+    size_t i = 0;
+    for (; i + WIDE <= n_rows; i += WIDE) {
+        for (size_t r = 0; r < WIDE; r++) rows[r] = walk.at(i + r), later[r] = walk.later(i + r + ahead);
+        Rows::template dot<WIDE>(n, rows, later, x, out + i);
     }
-}
-
-template <class Row, class Walk>
-void dot_each(size_t n, size_t n_rows, const Walk& walk, Vector x, float* out) {
-    const size_t n_ahead = AHEAD_BYTES / (Row::bytes(n) + 1) + 1;
-    for (size_t i = 0; i < n_rows; i++)
-        out[i] = Row::dot(n, walk.at(i), Ahead{walk.later(i + n_ahead), walk.first_after(i)}, x);
-}
-
-template <class Row>
-void dot_each(size_t n, size_t n_rows, const BundleRows& walk, Vector x, float* out) {
-    const size_t share = walk.row_bytes * walk.n_parts / (walk.n_parts - 1);  // of its bundle, a row that is computed
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(walk.bundles) + AHEAD_BYTES;
-    for (size_t i = 0; i < n_rows; i++) {
-        const AheadOfBundle ahead{reinterpret_cast<const uint8_t*>(begin + i * share), walk.n_parts};
-        out[i] = Row::dot(n, walk.at(i), ahead, x);
+    for (; i < n_rows; i += 2) {
+        float two[2];
+        for (size_t r = 0; r < 2; r++) rows[r] = walk.at(i + r < n_rows ? i + r : i), later[r] = walk.later(i + r + 2);
+        Rows::template dot<2>(n, rows, later, x, two);
+        out[i] = two[0];
+        if (i + 1 < n_rows) out[i + 1] = two[1];
     }
 }
 
