@@ -209,7 +209,7 @@ def _machine(path: Path, check: bool) -> Description:
 def _patch(path: Path, check: bool) -> Description:
     import numpy as np
 
-    from powerinfer_tools.sparsify.patch import read_patch
+    from powerinfer_tools.checkpoint.patch import read_patch
 
     table = read_patch(path)
     for name in table.arrays if check else ():

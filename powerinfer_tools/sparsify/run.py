@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from powerinfer_tools.checkpoint import Checkpoint, open_checkpoint
+from powerinfer_tools.checkpoint import Checkpoint, Merged, open_checkpoint
+from powerinfer_tools.checkpoint.patch import write_patch
 from powerinfer_tools.files import atomic_write, canonical_json, sha256_file
 from powerinfer_tools.progress import Progress, default_progress, silent
 from powerinfer_tools.sparsify.closed_form import refit
 from powerinfer_tools.sparsify.documents import Ids, Mixture, Source, make_source, read_documents
 from powerinfer_tools.sparsify.evaluation import Quality, evaluate
 from powerinfer_tools.sparsify.model import Student, choose_precision, load_teacher, make_student
-from powerinfer_tools.sparsify.patch import Merged, write_patch
 from powerinfer_tools.sparsify.recipe import Recipe, check
 from powerinfer_tools.sparsify.schedule import wanted_active
 from powerinfer_tools.sparsify.self_generation import make_frame, self_generate, write_chats

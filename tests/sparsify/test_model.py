@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from powerinfer_tools.checkpoint import Merged
 from powerinfer_tools.reference import forward
-from powerinfer_tools.sparsify import Merged
 from powerinfer_tools.sparsify.loss import add_gradients, follow
 from powerinfer_tools.sparsify.model import Projection, Student, StudentFfn, load_teacher, make_student
 from powerinfer_tools.sparsify.run import learnt_changes

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from powerinfer_tools.checkpoint import open_checkpoint
+from powerinfer_tools.checkpoint import merge, open_checkpoint
 from powerinfer_tools.describe import describe
 from powerinfer_tools.errors import PowerinferError
-from powerinfer_tools.sparsify import Step, merge
+from powerinfer_tools.sparsify import Step
 from tests.sparsify.conftest import Bench
 from tests.tiny import make_llama, make_opt
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from powerinfer_tools.build import build
-from powerinfer_tools.checkpoint import open_checkpoint
+from powerinfer_tools.checkpoint import Merged, open_checkpoint
 from powerinfer_tools.engine import Engine, Sampling, generate
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement import Machine, Tier
 from powerinfer_tools.progress import silent
 from powerinfer_tools.reference import forward
-from powerinfer_tools.sparsify import Merged, write_folder
+from powerinfer_tools.sparsify import write_folder
 from powerinfer_tools.sparsify.write import base_config
 from tests.reference.test_transformers import assert_equal
 from tests.sparsify.conftest import Bench
