@@ -40,6 +40,7 @@ def build(
     ] = None,
     machine: options.Machine = None,
     activation: options.Activation = None,
+    patch: options.Patch = None,
     seed: options.BuildSeed = options.BUILD_SEED,
     keep: Annotated[
         bool,
@@ -58,6 +59,8 @@ def build(
     powerinfer build model/ --corpus text.txt -o model.gguf
 
     powerinfer build model.gguf --corpus a.txt --corpus b.txt --sparsity 0.25 --quant q8_0 -o sparse.gguf
+
+    powerinfer build model.gguf --patch sparse.patch.safetensors --corpus text.txt -o sparse.gguf
 
     powerinfer build model/ --corpus text.txt --keep -o model.gguf && ls model.*
     """
@@ -79,6 +82,7 @@ def build(
             corpus,
             output,
             activation=activation,
+            patch=patch,
             quant=quant,
             sparsity=sparsity,
             n_tokens=tokens,

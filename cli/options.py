@@ -36,6 +36,11 @@ def _quieten(quiet: bool) -> bool:
     return quiet
 
 
+def named(model: Path, patch: Path | None) -> str:
+    """MODEL and its patch, as the next command takes them."""
+    return f"{model} --patch {patch}" if patch else str(model)
+
+
 def settings(
     sampling: "Sampling", seed: int | None, max_tokens: int | None, stop: list[str] | None, verbose: bool
 ) -> "Settings":
@@ -84,6 +89,15 @@ Activation = Annotated[
         metavar="NAME",
         rich_help_panel=BUILD,
         help="For a GGUF checkpoint that does not record it: relu, relu2, fatrelu, drelu or silu.",
+    ),
+]
+Patch = Annotated[
+    Path | None,
+    typer.Option(
+        "--patch",
+        metavar="FILE",
+        rich_help_panel=BUILD,
+        help="What `powerinfer sparsify --rank` wrote; MODEL is then the model that it was trained on.",
     ),
 ]
 Tokens = Annotated[

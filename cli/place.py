@@ -30,6 +30,7 @@ def place(
     quant: options.Quant = options.QUANT,
     objective: options.Objective = options.OBJECTIVE,
     activation: options.Activation = None,
+    patch: options.Patch = None,
     threads: options.Threads = None,
     explain: Explain = False,
     force: options.Force = False,
@@ -57,14 +58,14 @@ def place(
     from powerinfer_tools.predictors import read_predictors
 
     check_writable(output, force)
-    checkpoint = open_checkpoint(model, activation)
+    checkpoint = open_checkpoint(model, activation, patch)
     profile = read_activations(activations)
     apply(profile, checkpoint)
     inputs = {"checkpoint": profile.checkpoint_digest}
     plans, ratios = [LayerPlan(MODE_GATE)] * checkpoint.config.n_layer, None
     if predictors is not None:
         trained = read_predictors(predictors)
-        remedy = f"make them with: powerinfer train {model} --activations {activations}"
+        remedy = f"make them with: powerinfer train {options.named(model, patch)} --activations {activations}"
         require_same("profile", predictors, profile.digest, trained.activations_digest, remedy)
         plans, ratios = trained.plans, let_through(trained.plans, trained.figures)
         inputs["predictors"] = trained.digest
@@ -89,7 +90,8 @@ def place(
         _show(placement, explain)
     with_predictors = f" --predictors {predictors}" if predictors else ""
     files = f"--activations {activations}{with_predictors} --placement {output}"
-    console.wrote(output, f"powerinfer split {model} {files} --quant {quant} -o {output.with_suffix('.gguf')}")
+    following = f"powerinfer split {options.named(model, patch)} {files} --quant {quant}"
+    console.wrote(output, f"{following} -o {output.with_suffix('.gguf')}")
 
 
 def _machine(path: Path | None, output: Path, threads: int | None) -> "Machine":

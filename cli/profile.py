@@ -31,6 +31,7 @@ def profile(
         ),
     ] = None,
     activation: options.Activation = None,
+    patch: options.Patch = None,
     seed: options.BuildSeed = options.BUILD_SEED,
     force: options.Force = False,
     json: options.Json = False,
@@ -51,7 +52,7 @@ def profile(
     if plot is not None:
         library.check_plot()
         check_writable(plot, force)
-    checkpoint = open_checkpoint(model, activation)
+    checkpoint = open_checkpoint(model, activation, patch)
     with console.progress() as progress:
         activations = library.profile(
             checkpoint,
@@ -71,7 +72,8 @@ def profile(
     if plot is not None:
         library.plot(activations, plot, force)
         console.wrote(plot)
-    console.wrote(output, f"powerinfer train {model} --activations {output} -o {output.with_suffix('.predictors')}")
+    following = f"powerinfer train {options.named(model, patch)} --activations {output}"
+    console.wrote(output, f"{following} -o {output.with_suffix('.predictors')}")
     if json:
         console.print_json(report)
     else:

@@ -11,6 +11,7 @@ def split(
     placement: options.Placement = None,
     quant: options.Quant = options.QUANT,
     activation: options.Activation = None,
+    patch: options.Patch = None,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -28,7 +29,7 @@ def split(
     from powerinfer_tools.placement import read_placement
     from powerinfer_tools.predictors import read_predictors
 
-    checkpoint = open_checkpoint(model, activation)
+    checkpoint = open_checkpoint(model, activation, patch)
     with console.progress() as progress:
         artifact = split_checkpoint(
             checkpoint,

@@ -13,6 +13,7 @@ def train(
     error: options.Error = options.ERROR,
     quant: options.Quant = options.QUANT,
     activation: options.Activation = None,
+    patch: options.Patch = None,
     seed: options.BuildSeed = options.BUILD_SEED,
     force: options.Force = False,
     json: options.Json = False,
@@ -30,7 +31,7 @@ def train(
     from powerinfer_tools.checkpoint import open_checkpoint
     from powerinfer_tools.predictors import train as train_predictors
 
-    checkpoint = open_checkpoint(model, activation)
+    checkpoint = open_checkpoint(model, activation, patch)
     with console.progress() as progress:
         predictors = train_predictors(
             checkpoint,
@@ -48,7 +49,8 @@ def train(
     gates = [figures["layer"] for figures in predictors.figures if figures["mode"] == "gate"]
     if gates:
         console.say(f"in gate mode, where no predictor saved enough bytes: layers {', '.join(map(str, gates))}")
-    following = f"powerinfer split {model} --activations {activations} --predictors {output} --quant {quant}"
+    files = f"--activations {activations} --predictors {output}"
+    following = f"powerinfer split {options.named(model, patch)} {files} --quant {quant}"
     console.wrote(output, f"{following} -o {output.with_suffix('.gguf')}")
     if json:
         kind = "relu" if predictors.relu else "linear"

@@ -64,6 +64,7 @@ def build(
     output: Path,
     *,
     activation: str | None = None,
+    patch: Path | None = None,
     quant: str = "auto",
     sparsity: float | None = None,
     n_tokens: int = 32768,
@@ -78,14 +79,14 @@ def build(
     progress: Progress | None = None,
     report: Callable[[Stage], None] = lambda stage: None,
 ) -> Artifact:
-    """Makes the artifact `output` from the checkpoint `model`, and returns it.
+    """Makes the artifact `output` from the checkpoint `model`, with what `patch` changes of it, and returns it.
 
     A killed build goes on where it stopped; an artifact of the same recipe is left as it is. The files between the
     stages lie in a hidden folder until the artifact is done; with `keep`, beside it, as output.activations, .predictors
     and .placement. quant auto: q8_0 below 10^9 parameters, else q4_0. report is called after each stage.
     Errors: those of the stages; `output`, or with `keep` a file of a stage, is of another recipe and not `force`.
     """
-    checkpoint = open_checkpoint(model, activation)
+    checkpoint = open_checkpoint(model, activation, patch)
     if quant == "auto":
         quant = default_quant(checkpoint.config)
     ctx_size = min(ctx_size or CTX_SIZE, checkpoint.config.n_ctx)

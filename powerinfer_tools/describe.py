@@ -207,14 +207,11 @@ def _machine(path: Path, check: bool) -> Description:
 
 
 def _patch(path: Path, check: bool) -> Description:
-    import numpy as np
-
-    from powerinfer_tools.checkpoint.patch import read_patch
+    from powerinfer_tools.checkpoint.patch import check_numbers, read_patch
 
     table = read_patch(path)
-    for name in table.arrays if check else ():
-        if not np.isfinite(table.arrays[name]).all():
-            raise PowerinferError(f"{path}: {name}: expected finite weights, found others", "malformed")
+    if check:
+        check_numbers(path, table)
     names = ("inputs", "model", "activation", "thresholds")
     ranks = {table.arrays[name].shape[1] for name in table.arrays if name.endswith(".a")}
     return {

@@ -166,22 +166,34 @@ def read_table(path: Path, kind: str) -> Table:
     try:
         with safe_open(path, framework="np") as file:
             text = (file.metadata() or {}).get("powerinfer")
-            names = list(file.keys())
+            types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise PowerinferError(f"{path}: expected a powerinfer {kind} file, found {error}", "malformed") from error
     if text is None:
         raise PowerinferError(
             f"{path}: expected a powerinfer {kind} file, found safetensors of another program", "mismatch"
         )
-    header = json.loads(text)
-    if header.get("kind") != kind:
-        raise PowerinferError(f"{path}: expected a file of kind {kind}, found kind {header.get('kind')}", "mismatch")
-    if header.get("format", 0) > FORMAT_VERSION:
-        found = header["format"]
+    header = _table_header(path, kind, text)
+    for name, type in types.items():
+        if type not in _SAFETENSORS_TYPES.values():
+            known = ", ".join(_SAFETENSORS_TYPES.values())
+            raise PowerinferError(f"{path}: {name}: expected one of {known}, found {type}", "malformed")
+    return Table(header, _LazyArrays(path, list(types)), sha256_file(path))
+
+
+def _table_header(path: Path, kind: str, text: str) -> dict[str, Any]:
+    try:
+        header: dict[str, Any] = json.loads(text)
+        found, version = header.get("kind"), int(header.get("format", 0))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise PowerinferError(f"{path}: expected a header of powerinfer, found {error}", "malformed") from error
+    if found != kind:
+        raise PowerinferError(f"{path}: expected a file of kind {kind}, found kind {found}", "mismatch")
+    if version > FORMAT_VERSION:
         raise PowerinferError(
-            f"{path}: format {found} is newer than this program reads ({FORMAT_VERSION})", "unsupported"
+            f"{path}: format {version} is newer than this program reads ({FORMAT_VERSION})", "unsupported"
         )
-    return Table(header, _LazyArrays(path, names), sha256_file(path))
+    return header
 
 
 class _LazyArrays(Mapping[str, Array]):
@@ -198,6 +210,9 @@ class _LazyArrays(Mapping[str, Array]):
         with safe_open(self._path, framework="np") as file:
             array: Array = file.get_tensor(name)
             return array
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

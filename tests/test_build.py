@@ -4,13 +4,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from powerinfer_tools import build as library
 from powerinfer_tools.artifact import Artifact, verify
 from powerinfer_tools.artifact.layout import MODE_GATE
 from powerinfer_tools.build import Stage, build, default_quant, n_parameters
-from powerinfer_tools.checkpoint import open_checkpoint
+from powerinfer_tools.checkpoint import Merged, open_checkpoint
+from powerinfer_tools.checkpoint.gguf_file import raw_rows
+from powerinfer_tools.checkpoint.patch import write_patch
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement import Machine, Tier
 from powerinfer_tools.progress import silent
@@ -122,6 +125,31 @@ def test_silu_without_a_threshold_runs_in_gate_mode(tmp_path: Path) -> None:
     cut = bench.build(sparsity=0.5, force=True)
     assert bench.fresh() == ["profile", "train", "place", "split"]
     assert cut.config.exactly_sparse
+
+
+def test_a_patch_on_its_base_is_a_model(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(CORPUS * 20)
+    bench = Bench(tmp_path, make_llama(tmp_path / "model", n_embd=32, n_ff=64, activation="silu"), text)
+    base, rng = open_checkpoint(bench.model), np.random.default_rng(3)
+    factors = {"a": rng.standard_normal((64, 2)), "b": rng.standard_normal((2, 32))}
+    learnt = {f"blk.1.ffn_up.weight.{part}": factor.astype(np.float16) for part, factor in factors.items()}
+    for name, threshold in (("p", 0.1), ("other", 0.2)):
+        write_patch(tmp_path / name, Merged(base, "silu", (threshold,) * 2, learnt))
+    artifact = bench.build(patch=tmp_path / "p", quant="f32")
+    merged = open_checkpoint(bench.model, patch=tmp_path / "p")
+    inputs = artifact.provenance["inputs"]
+    assert inputs["checkpoint"] == merged.digest()
+    assert {key: inputs[key] for key in ("base", "patch")} == merged.inputs
+    np.testing.assert_allclose(artifact.config.thresholds, 0.1)
+    stored = raw_rows(artifact.file, "blk.1.ffn_neurons.weight").view(np.float32).reshape(64, -1, 32)
+    up = merged.read("blk.1.ffn_up.weight")[artifact.order(1)]
+    np.testing.assert_array_equal(stored[:, -2], up)
+    bench.build(patch=tmp_path / "p", quant="f32")
+    assert bench.fresh() == []
+    for another in (tmp_path / "other", None):
+        with pytest.raises(PowerinferError, match="built with another checkpoint: use --force"):
+            bench.build(patch=another, quant="f32")
 
 
 def test_opt_builds_from_end_to_end(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def describe(
     arguments: dict[str, Any],
 ) -> dict[str, Any]:
     """What the artifact records of its making. Names no path: the same inputs give the same bytes on any machine."""
-    inputs = {"checkpoint": checkpoint.digest(), "activations": activations.digest}
+    inputs = {"checkpoint": checkpoint.digest(), **checkpoint.inputs, "activations": activations.digest}
     if predictors is not None:
         inputs["predictors"] = predictors.digest
     if placement is not None:

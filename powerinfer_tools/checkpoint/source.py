@@ -43,6 +43,11 @@ class Checkpoint(ABC):
         """SHA-256 over config and all weight bytes: what the files made from this checkpoint record."""
 
     @property
+    def inputs(self) -> dict[str, str]:
+        """Digests of what the checkpoint was put together from, by kind; none for one that others publish."""
+        return {}
+
+    @property
     def biases(self) -> frozenset[str]:
         """The bias tensors, for artifact.layout.tensor_table."""
         return frozenset(name for name in self.names() if name.endswith(".bias"))
@@ -68,8 +73,15 @@ def check_finite(name: str, array: FloatArray, first_row: int = 0) -> None:
         raise PowerinferError(f"{name}: expected finite weights, found {found} at {index}", "malformed")
 
 
-def open_checkpoint(path: Path, activation: str | None = None) -> Checkpoint:
-    """Opens a Hugging Face folder or a GGUF file. `activation` answers for files that do not record it (GGUF)."""
+def open_checkpoint(path: Path, activation: str | None = None, patch: Path | None = None) -> Checkpoint:
+    """Opens a Hugging Face folder or a GGUF file, with what `patch` changes of it.
+
+    `activation` answers for files that do not record it (GGUF).
+    """
+    if patch is not None:
+        from powerinfer_tools.checkpoint.patch import merge
+
+        return merge(open_checkpoint(path, activation), patch)
     if path.is_dir():
         from powerinfer_tools.checkpoint.huggingface import HuggingFaceCheckpoint
 
