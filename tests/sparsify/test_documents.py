@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from powerinfer_tools.errors import PowerinferError
-from powerinfer_tools.sparsify.documents import LONGEST, Mixture, make_source, read_documents
+from powerinfer_tools.sparsify.documents import (
+    LONGEST,
+    Mixture,
+    cut_windows,
+    encode,
+    held_out_documents,
+    make_source,
+    read_documents,
+)
 from powerinfer_tools.tokens import Tokenizer
 from tests.tiny import TEMPLATE, make_tokenizer
 
@@ -63,6 +71,15 @@ def test_no_text(tmp_path: Path) -> None:
         read_documents(tmp_path / "x.txt")
     with pytest.raises(PowerinferError, match=r"y\.txt: expected a text file"):
         read_documents(tmp_path / "y.txt")
+
+
+def test_held_out_documents_are_those_of_the_source(tokenizer: Tokenizer) -> None:
+    chats = [[{"role": "user", "content": f"{i} " * 20}, {"role": "assistant", "content": "x"}] for i in range(60)]
+    held_out = held_out_documents([*chats, "plain " * 40], tokenizer, TEMPLATE, 8)
+    source = make_source("s", [*chats, "plain " * 40], tokenizer, TEMPLATE, 8)
+    assert 1 < len(held_out) < 8
+    again = cut_windows([encode(document, tokenizer, TEMPLATE) for document in held_out], 8)
+    np.testing.assert_array_equal(again, source.held_out)
 
 
 def test_no_held_out_document_is_trained_on(tokenizer: Tokenizer) -> None:
