@@ -71,7 +71,7 @@ def test_what_the_patch_costs_and_skips(checkpoint: Checkpoint, sparse: Checkpoi
     ids = Tokenizer.from_str(checkpoint.tokenizer_json).encode(HELDOUT.read_text(encoding="utf-8")).ids
     windows = {"text": cut_windows([ids], 256)[::14][:4]}
     dense, cut = (evaluate(model, windows, "cpu", silent, "") for model in (checkpoint, sparse))
-    assert dense.active == [1.0] * 30
+    assert min(dense.active) > 0.999
     assert sum(cut.active) / 30 < 0.4
     assert cut.perplexity["text"] < 1.25 * dense.perplexity["text"]
 
