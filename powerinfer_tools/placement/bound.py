@@ -4,8 +4,8 @@ With a price for a byte of vram and of ram, layers no longer compete: each takes
 that cost it least, and the sum of these minima, less what the budgets are worth, is at most the cost of every plan that
 fits (weak duality). Blocks are large and cannot be cut, so every number of them in vram is bounded apart.
 
-The longer of a layer's two shares is at least any weighted mean of them, and that mean is a function of k1 plus one of
-k2. Both are looked at in knots; what lies between them is at most `between` better.
+Curves are looked at in knots and where the shares of card and processor cross; what lies between is at most
+`between_ram` or `between_disk` better. With a disk, the longer share is bounded by weighted means of both: those are a function of k1 plus one of k2.
 """
 
 from collections.abc import Sequence
@@ -54,29 +54,41 @@ class Relaxation:
         self.uses_disk = self.limits_ram and p.machine.disk is not None
         self.beside = p.beside_bytes(each, self.k)
         self.bundles = p.bundle[:, None] * self.k
+        self.stored = self.beside + self.bundles
         self.in_ram = objective.ram(each, self.k)
         self.in_vram = objective.card(each, self.k) if self.uses_card else np.zeros_like(self.in_ram)
-        self.shared = np.repeat(objective.ram(each, full), self.k.shape[1], axis=1)
+        self.longer, self.longer_stored = self._longer()
+        self.shared = np.zeros_like(self.in_ram)
         if self.uses_disk:  # all from ram and disk, with [0, k) in ram
             self.shared = self.in_ram + objective.disk(each, full) - objective.disk(each, self.k)
-        self.between = self._between()
-
-    def _between(self) -> float:
-        """How much a whole number of neurons between two knots can be better than the line between them."""
-        p = self.problem
         short = np.array([shortfall(p.fired[i], self.k[i]) for i in range(p.n_layer)])
-        in_ram, on_disk = self.objective.firing
-        return float((short * (in_ram * self.uses_card + on_disk * self.uses_disk)).sum())
+        self.between_ram, self.between_disk = (short * seconds for seconds in objective.firing)
 
-    def left_over(self, prices: Prices) -> float:
-        """What plans are bounded too high by: the budgets' worth, but for what always stays in ram, and `between`."""
+    def _longer(self) -> tuple[Floats, Floats]:
+        """The longer share without a disk and the bytes in vram, at the knots from `least` on and where shares cross."""
+        each, processor = self.problem.each, self.in_ram[:, -1:] - self.in_ram
+        excess = self.in_vram - processor
+        after = np.maximum(np.argmax(excess > 0, axis=1), 1)
+        before = after - 1
+        rise = excess[each, after] - excess[each, before]
+        part = np.clip(np.divide(-excess[each, before], rise, out=np.zeros_like(rise), where=rise > 0), 0, 1)
+
+        def crossing(curve: Floats) -> Floats:
+            return curve[each, before] + part * (curve[each, after] - curve[each, before])
+
+        worth = np.c_[self.k, self.k[each, before]] >= self.objective.least[:, None]
+        longer = np.c_[np.maximum(self.in_vram, processor), crossing(self.in_vram)]
+        return np.where(worth, longer, np.inf), np.c_[self.stored, crossing(self.stored)]
+
+    def worth(self, prices: Prices) -> float:
+        """What the budgets are worth, but for what always stays in ram."""
         costs = self.problem.costs
         fixed = costs.host + costs.scratch + sum(layer.table for layer in costs.layers)
-        return prices.vram * self.room + prices.ram * (self.budgets.ram - fixed) + self.between
+        return prices.vram * self.room + prices.ram * (self.budgets.ram - fixed)
 
     def bounds(self, prices: Prices) -> Floats:
         """Costs that no plan within the budgets beats: [head in vram, number of dense blocks in vram]."""
-        return np.asarray(self._chain(prices) - self.left_over(prices))
+        return np.asarray(self._chain(prices) - self.worth(prices))
 
     def search(self) -> tuple[Floats, Prices]:
         """The best bounds found, and the prices of the lowest of them, which the search raises."""
@@ -113,7 +125,7 @@ class Relaxation:
         """The least cost of all layers and the head: [head in vram, number of blocks in vram]. The hidden state begins
         and ends in ram and pays for each change of sides."""
         n = self.problem.n_layer
-        sides = np.stack([self._layer(prices, dense) for dense in (False, True)])
+        sides = self.table(prices).min(axis=(1, 2))
         change = self.objective.hand_over / 2
         cost = np.full((2, n + 1), np.inf)
         cost[0, 0] = 0.0
@@ -129,76 +141,47 @@ class Relaxation:
             return np.array([in_ram + size * prices.ram, np.inf])
         return np.array([in_ram + size * prices.ram, in_vram + size * prices.vram + self.objective.hand_over / 2])
 
-    def _block(self, prices: Prices, dense: bool) -> Floats:
-        p = self.problem
-        price = prices.vram if dense else prices.ram
-        return np.asarray(self.objective.blocks[int(dense)] + price * (p.dense + p.kv))
-
-    def _layer(self, prices: Prices, dense: bool) -> Floats:
-        """The least that each layer can cost with its dense block in vram or in ram."""
-        if dense and not self.uses_card:
-            return np.full(self.problem.n_layer, np.inf)
-        cost = self._balanced_ffn(prices, self._starts(dense, None), self._ends(None))
-        if self.uses_card:
-            cost = np.minimum(cost, self._whole_ffn(prices, dense))
-        return self._block(prices, dense) + cost
-
     def table(self, prices: Prices) -> Floats:
-        """The least cost of every layer by what is in vram and on disk: [block, NONE / SOME / ALL, disk, n_layer]."""
-        costs = np.full((2, 3, 2, self.problem.n_layer), np.inf)
-        for dense, disk in product(range(1 + self.uses_card), range(1 + self.uses_disk)):
-            for card in (NONE, SOME)[: 1 + self.uses_card]:
-                ffn = self._balanced_ffn(prices, self._starts(bool(dense), card), self._ends(bool(disk)))
-                costs[dense, card, disk] = self._block(prices, bool(dense)) + ffn
-            if self.uses_card:
-                costs[dense, ALL, disk] = self._block(prices, bool(dense)) + self._whole_ffn(prices, bool(dense))
-        return costs
+        """The least cost of every layer by what is in vram and on disk: [block, NONE / SOME / ALL, disk, layer]."""
+        p, both = self.problem, self.objective.hand_over
+        sizes, beside = prices.ram * self.stored[:, -1], prices.ram * self.beside[:, -1]
+        ffn = np.full((2, 3, 2, p.n_layer), np.inf)
+        ffn[0, NONE, 0] = self.in_ram[:, -1] + sizes
+        if self.uses_disk:
+            ffn[0, NONE, 1] = (self.shared + prices.ram * self.bundles).min(axis=1) + beside - self.between_disk
+            ffn[0, NONE, 1] += self.objective.latency
+        if self.uses_card:
+            ffn[1, NONE] = ffn[0, NONE] + both
+            without_disk = self.longer + (prices.vram - prices.ram) * self.longer_stored
+            ffn[:, SOME, 0] = without_disk.min(axis=1) + sizes + both - self.between_ram
+            ffn[1, ALL] = self.in_vram[:, -1] + prices.vram * self.stored[:, -1]
+            ffn[0, ALL] = ffn[1, ALL] + both
+        if self.uses_card and self.uses_disk:
+            ffn[:, SOME, 1] = self._balanced(prices) + beside - self.between_ram - self.between_disk
+            ffn[:, SOME, 1] += self.objective.latency + both
+        block_prices = np.array([[prices.ram], [prices.vram]])
+        return np.asarray(ffn + (self.objective.blocks + block_prices * (p.dense + p.kv))[:, None, None])
 
-    def _starts(self, dense: bool, card: int | None) -> Floats:
-        """What k1 costs beside its shares where NONE or SOME neurons are in vram, or either (None)."""
-        both = self.objective.hand_over
-        if card == SOME:
-            return np.where(self.k >= self.objective.least[:, None], both, np.inf)
-        none = np.where(self.k == 0, both * dense, np.inf)
-        if card == NONE or not self.uses_card:
-            return none
-        some = (self.k >= self.objective.least[:, None]) & (self.k < self.problem.n_ff)
-        return np.where(some, both, none)
-
-    def _ends(self, disk: bool | None) -> Floats:
-        """What k2 costs beside its shares where some neurons are on disk, none are, or either (None)."""
-        on_disk = np.full(self.k.shape, self.objective.latency if self.uses_disk else np.inf)
-        none = np.where(self.k == self.problem.n_ff, 0.0, np.inf)
-        if disk is None:
-            return np.asarray(np.minimum(on_disk, none))
-        return on_disk if disk else none
-
-    def _whole_ffn(self, prices: Prices, dense: bool) -> Floats:
-        """Cost of having all neurons in vram, where the processor's share is nothing and no mean is needed."""
-        hand_over = 0.0 if dense else self.objective.hand_over
-        return np.asarray(self.in_vram[:, -1] + hand_over + prices.vram * (self.beside + self.bundles)[:, -1])
-
-    def _balanced_ffn(self, prices: Prices, starts: Floats, ends: Floats) -> Floats:
-        """The least with the weights of the mean that make it largest: more on the share that is the longer one."""
+    def _balanced(self, prices: Prices) -> Floats:
+        """The least mean of both shares with a disk, with the weights that make it largest: more on the longer one."""
         low = weight = np.zeros(self.problem.n_layer)
         high = low + 1
-        cost, excess = self._ffn(prices, starts, ends, weight)
+        cost, excess = self._mean(prices, weight)
         if not np.any(excess > 0):
             return cost
         for _ in range(BISECTIONS):
             weight = (low + high) / 2
-            trial, excess = self._ffn(prices, starts, ends, weight)
+            trial, excess = self._mean(prices, weight)
             cost = np.maximum(cost, trial)
             low, high = np.where(excess > 0, weight, low), np.where(excess > 0, high, weight)
         return cost
 
-    def _ffn(self, prices: Prices, starts: Floats, ends: Floats, weight: Floats) -> tuple[Floats, Floats]:
-        """Cheapest prefixes: the function of k1 and the one of k2, each at its least; and by how much the vram share is
-        then longer than the other."""
+    def _mean(self, prices: Prices, weight: Floats) -> tuple[Floats, Floats]:
+        """The function of k1 and the one of k2, each at its least; and by how much the card's share is then longer."""
         each, on_card, on_ram = self.problem.each, weight[:, None], 1 - weight[:, None]
-        of_k2 = on_ram * self.shared + prices.ram * self.bundles + ends
-        of_k1 = starts + on_card * self.in_vram - on_ram * self.in_ram + prices.vram * (self.beside + self.bundles)
-        of_k1 = of_k1 + prices.ram * (self.beside[:, -1:] - self.beside - self.bundles)
+        of_k1 = on_card * self.in_vram - on_ram * self.in_ram + (prices.vram - prices.ram) * self.stored
+        of_k1 = np.where(self.k >= self.objective.least[:, None], of_k1, np.inf)
+        of_k2 = on_ram * self.shared + prices.ram * self.bundles
         at1, at2 = np.argmin(of_k1, axis=1), np.argmin(of_k2, axis=1)
         excess = self.in_vram[each, at1] - (self.shared[each, at2] - self.in_ram[each, at1])
         return of_k1[each, at1] + of_k2[each, at2], excess

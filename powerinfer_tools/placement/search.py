@@ -86,7 +86,7 @@ class Search:
         best = np.full((len(cell.dense), len(cell.disks)), -np.inf)
         for prices, table in tables:
             layers = table[cell.dense.astype(int), cell.card, :, self.problem.each]  # [card, layer, disk]
-            fixed = self.relaxation.head(prices)[int(cell.head)] + changes - self.relaxation.left_over(prices)
+            fixed = self.relaxation.head(prices)[int(cell.head)] + changes - self.relaxation.worth(prices)
             best = np.maximum(best, fixed[:, None] + _sums(layers, cell.disks))
         return np.asarray(best)
 
