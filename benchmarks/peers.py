@@ -1,100 +1,95 @@
-"""Our `bench` and llama.cpp's `llama-bench` in turn on one shape: medians, spread and ratios.
+"""One run of our `bench`, or of llama.cpp's `llama-bench`, in a process of its own."""
 
-    python benchmarks/peers.py LLAMA_BENCH llama-2-7b q4_0 0.1 [--rounds 3] [--threads 2] [--folder DIR]
-
-LLAMA_BENCH is the program of that name, built for example from the sources that the package llama-cpp-python carries:
-
-    pip download --no-deps --no-binary :all: llama-cpp-python && tar xf llama_cpp_python-*.tar.gz
-    cmake -S llama_cpp_python-*/vendor/llama.cpp -B build -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF
-    cmake --build build --target llama-bench
-
-Both files are written to DIR (twice the model's size) where they are not there yet; weights are random, of equal bytes.
-"""
-
-import argparse
 import json
-import statistics
+import os
 import subprocess
 import sys
 import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+SECTOR = 512  # bytes of ru_inblock
+COLD_SHARE = 0.01  # of the model's bytes: a run that reads more than this from disk measures the disk
+BLOCK = 16 << 20
 
-from benchmarks.shapes import write_plain, write_shape
+Figures = dict[str, float]
+"""Of one run, by name; "others" is the share of the machine's processor time that other programs took meanwhile."""
 
-PROMPT, DECODE = 128, 32
+
+@dataclass(frozen=True)
+class Done:
+    """What a program printed, the bytes that it made the system read from disk, and how far it had the machine."""
+
+    output: str
+    bytes_read: int
+    others: float
 
 
-def ours(path: Path, mode: str, threads: int) -> dict[str, float]:
-    """Tokens per second of one run."""
-    words = [sys.executable, "-m", "powerinfer_tools.cli.main", "bench", path, "--mode", mode, "--json", "-q"]
-    words += ["-t", threads, "--repeats", 1, "--prompt-tokens", PROMPT, "--decode-tokens", DECODE]
-    found = json.loads(run(words))
+def ours(model: Path, mode: str, threads: int, prompt: int, n_decode: int, kernels: str) -> Figures:
+    """Tokens per second, and what decoding read. A prompt of one token: decoding starts where llama-bench's does."""
+    words: list[Any] = [sys.executable, "-m", "powerinfer_tools.cli.main", "bench", model, "--json", "-q"]
+    words += ["--mode", mode, "-t", threads, "--repeats", 1, "--prompt-tokens", prompt, "--decode-tokens", n_decode]
+    words += ["--kernels", kernels]
+    done = run(words, model)
+    found = json.loads(done.output)
     return {
         "prompt": found["prefill"]["tokens_per_s"],
         "decode": found["decode"]["tokens_per_s"],
-        "ceiling_share": found["ceiling_share"],
+        "bytes": found["bytes_per_token"],
         "active": found["active_ratio"],
+        "ceiling": found["ceiling_gb_s"],
+        "ceiling_share": found["ceiling_share"],
+        "others": done.others,
     }
 
 
-def theirs(program: Path, path: Path, threads: int) -> dict[str, float]:
-    """Tokens per second of one run."""
-    words = [program, "-m", path, "-t", threads, "-p", PROMPT, "-n", DECODE, "-r", 1, "-o", "json"]
-    tests = json.loads(run(words))
-    return {"prompt" if test["n_prompt"] else "decode": test["avg_ts"] for test in tests}
+def theirs(program: Path, model: Path, threads: int, prompts: tuple[int, ...], n_decode: int) -> Figures:
+    """Tokens per second of each prompt, as "prompt 128", and of decoding from an empty context."""
+    words: list[Any] = [program, "-m", model, "-t", threads, "-n", n_decode, "-r", 1, "-o", "json"]
+    words += ["-p", ",".join(map(str, prompts or (0,)))]
+    done = run(words, model)
+    names = {f"prompt {n}": n for n in prompts} | {"decode": 0}
+    rates = {test["n_prompt"]: test["avg_ts"] for test in json.loads(done.output)}
+    return {name: rates[n] for name, n in names.items()} | {"others": done.others}
 
 
-def run(words: list[Any]) -> str:
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{words[0]}: {done.stderr[-500:]}")
-    return done.stdout
+def run(words: list[Any], model: Path) -> Done:
+    """A run that found the model in the page cache. Fails where a second one does not, either."""
+    for _ in range(2):
+        done = _child([str(word) for word in words])
+        if done.bytes_read <= COLD_SHARE * model.stat().st_size:
+            return done
+        warm(model)
+    raise SystemExit(f"{model}: {done.bytes_read} bytes came from disk: too little memory to keep it cached")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("llama_bench", type=Path)
-    parser.add_argument("shape")
-    parser.add_argument("quant")
-    parser.add_argument("active", type=float)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
-    given = parser.parse_args()
-    sparse = given.folder / f"{given.shape}-{given.quant}-{given.active}.gguf"
-    plain = given.folder / f"{given.shape}-{given.quant}-plain.gguf"
-    if not sparse.exists():
-        write_shape(given.shape, given.quant, given.active, sparse)
-    if not plain.exists():
-        write_plain(given.shape, given.quant, plain)
-    runs: dict[str, list[dict[str, float]]] = {"sparse": [], "dense": [], "llama.cpp": []}
-    for _ in range(given.rounds):  # in turn, so that the machine's drift meets all alike
-        runs["sparse"].append(ours(sparse, "sparse", given.threads))
-        runs["dense"].append(ours(sparse, "dense", given.threads))
-        runs["llama.cpp"].append(theirs(given.llama_bench, plain, given.threads))
-    show(runs)
+def warm(path: Path) -> None:
+    """Reads the file once, so that it lies in the page cache."""
+    with path.open("rb", buffering=0) as file:
+        while file.read(BLOCK):
+            pass
 
 
-def show(runs: dict[str, list[dict[str, float]]]) -> None:
-    """A table on stderr, one JSON document on stdout."""
-    result: dict[str, Any] = {}
-    for name, found in runs.items():
-        for what in ("decode", "prompt"):
-            values = [one[what] for one in found]
-            median = statistics.median(values)
-            ratios = [a[what] / b[what] for a, b in zip(found, runs["llama.cpp"], strict=True)]
-            result[f"{name} {what}"] = {"tokens_per_s": median, "min": min(values), "max": max(values)}
-            result[f"{name} {what}"]["ratio"] = statistics.median(ratios)
-            line = f"{name:10} {what:7} {median:8.2f} tokens/s ({min(values):.2f} to {max(values):.2f})"
-            print(f"{line}   {statistics.median(ratios):.2f} x llama.cpp", file=sys.stderr)
-    for key in ("ceiling_share", "active"):
-        result[key] = statistics.median(one[key] for one in runs["sparse"])
-        print(f"sparse {key}: {result[key]:.1%}", file=sys.stderr)
-    print(json.dumps(result))
+def _child(words: list[str]) -> Done:
+    start, busy = time.monotonic(), _busy_seconds()
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert process.stdout is not None
+        with process.stdout as stream:
+            output = stream.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            errors.seek(0)
+            raise SystemExit(f"{' '.join(words)}: exit status {process.returncode}\n{errors.read()[-1000:]}")
+    others = _busy_seconds() - busy - usage.ru_utime - usage.ru_stime
+    available = (time.monotonic() - start) * (os.cpu_count() or 1)
+    return Done(output, usage.ru_inblock * SECTOR, max(0.0, others / available))
 
 
-if __name__ == "__main__":
-    main()
+def _busy_seconds() -> float:
+    """Processor time since the start of the system that was not idle, what a hypervisor kept to itself included."""
+    user, nice, system, _idle, _wait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")

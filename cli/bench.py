@@ -1,7 +1,7 @@
 """`powerinfer bench`: how fast an artifact runs here."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -15,6 +15,9 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of the prompt.")] = 128,
     tokens: Annotated[int, typer.Option("--decode-tokens", min=1, help="Tokens to decode.")] = 64,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs; medians are shown.")] = 3,
+    kernels: Annotated[
+        Literal["best", "scalar", "avx2", "avx512"], typer.Option("--kernels", help="What the engine may use.")
+    ] = "best",
     file: Annotated[Path | None, typer.Option("-f", "--file", help="Text to use as the prompt.")] = None,
     breakdown: Annotated[bool, typer.Option("--breakdown", help="Show where a token's time and bytes go.")] = False,
     json: options.Json = False,
@@ -40,6 +43,7 @@ def bench(
             n_tokens=tokens,
             repeats=repeats,
             threads=threads,
+            kernels=kernels,
             text=text,
             progress=progress,
         )

@@ -16,6 +16,7 @@ from powerinfer_tools.cli import console
 from powerinfer_tools.errors import PowerinferError
 
 COMMANDS = {
+    "sparsify": "Turn a dense gated model into an exactly sparse one",
     "profile": "Count how often each neuron fires on a text",
     "train": "Train predictors that foresee which neurons fire",
     "place": "Decide which neurons go to GPU memory, RAM and disk",
@@ -29,7 +30,7 @@ COMMANDS = {
     "machine": "Measure this machine's memories",
 }
 """Command: its line of help. The command is the function of that name in cli/<name>.py. The order is the pipeline's:
-profile, train, place, split, build, chat, generate, bench, eval, inspect, machine."""
+sparsify, profile, train, place, split, build, chat, generate, bench, eval, inspect, machine."""
 
 ELSEWHERE = {
     "-ngl": "--vram SIZE says how much GPU memory to use; neurons are placed, not layers",

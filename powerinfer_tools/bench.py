@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from powerinfer_tools.artifact import Artifact, open_artifact
 from powerinfer_tools.engine import Engine, Model, Sampling, Stats
-from powerinfer_tools.engine.native import measure_memory
+from powerinfer_tools.engine.native import KERNELS, measure_memory
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement.costs import artifact_costs
 from powerinfer_tools.placement.machine import Machine, Tier
@@ -50,6 +50,7 @@ def bench(
     n_tokens: int = 64,
     repeats: int = 3,
     threads: int | None = None,
+    kernels: str = "best",
     text: str = PROMPT,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -57,6 +58,7 @@ def bench(
 
     The prompt is `text`, repeated to prompt_tokens; decoding continues it at temperature 0.8. bytes_per_token counts
     weights and KV cache that decoding read; ceiling_gb_s is this machine's sequential read with as many threads.
+    kernels: best, scalar, avx2 or avx512.
     """
     artifact = open_artifact(path)
     if prompt_tokens + n_tokens > artifact.config.n_ctx:
@@ -70,7 +72,9 @@ def bench(
     model = Model(path)
     with default_progress(progress) as report:
         for i in range(repeats):
-            with Engine(model, ctx_size=len(ids) + n_tokens, threads=threads, mode=mode) as engine:
+            with Engine(
+                model, ctx_size=len(ids) + n_tokens, threads=threads, mode=mode, kernels=KERNELS[kernels]
+            ) as engine:
                 threads = engine.threads
                 runs.append(_run(engine, ids, n_tokens))
             report("bench, runs", i + 1, repeats)
@@ -147,11 +151,15 @@ def breakdown(runs: list[Timed]) -> list[dict[str, Any]]:
     n, stats = len(run.ids), run.stats
     parts = {
         "attention": (stats.seconds_attention, stats.bytes_attention),
-        "ffn": (stats.seconds_ffn, stats.bytes_predictor + stats.bytes_gate + stats.bytes_updown),
-        "head": (stats.seconds_head, stats.bytes_head),
+        "predictor": (stats.seconds_predictor, stats.bytes_predictor),
+        "gate": (stats.seconds_gate, stats.bytes_gate),
+        "up and down": (stats.seconds_updown, stats.bytes_updown),
+        "output head": (stats.seconds_head, stats.bytes_head),
+        "synchronisation": (stats.seconds_sync, 0),
+        "norms and other serial work": (stats.seconds_other, 0),
     }
     rest = sum(run.decode_s) - sum(seconds for seconds, _ in parts.values())
-    rows = [*((name, *values) for name, values in parts.items()), ("embedding, sampling, calls", rest, 0)]
+    rows = [*((name, *values) for name, values in parts.items()), ("sampling, calls", rest, 0)]
     return [{"part": name, "ms": seconds / n * 1e3, "bytes": size / n} for name, seconds, size in rows]
 
 

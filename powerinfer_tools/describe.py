@@ -21,7 +21,7 @@ def describe(path: Path, check: bool = False) -> Description:
 
 
 def kind_of(path: Path) -> str:
-    """artifact, checkpoint, activations, predictors, placement or machine. Errors: none of these."""
+    """artifact, checkpoint, activations, predictors, placement, machine or patch. Errors: none of these."""
     if path.is_dir():
         return "checkpoint"
     try:
@@ -206,6 +206,25 @@ def _machine(path: Path, check: bool) -> Description:
     return {"digest": machine.digest, **asdict(machine)}
 
 
+def _patch(path: Path, check: bool) -> Description:
+    import numpy as np
+
+    from powerinfer_tools.sparsify.patch import read_patch
+
+    table = read_patch(path)
+    for name in table.arrays if check else ():
+        if not np.isfinite(table.arrays[name]).all():
+            raise PowerinferError(f"{path}: {name}: expected finite weights, found others", "malformed")
+    names = ("inputs", "model", "activation", "thresholds")
+    ranks = {table.arrays[name].shape[1] for name in table.arrays if name.endswith(".a")}
+    return {
+        "digest": table.digest,
+        **{name: table.header[name] for name in names},
+        "rank": max(ranks, default=0),
+        "tensors": len(table.arrays),
+    }
+
+
 _KINDS = {
     "artifact": _artifact,
     "checkpoint": _checkpoint,
@@ -213,4 +232,5 @@ _KINDS = {
     "predictors": _predictors,
     "placement": _placement,
     "machine": _machine,
+    "patch": _patch,
 }

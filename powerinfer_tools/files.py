@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -125,13 +126,20 @@ def write_table(
     `arrays` is asked for each array twice (for its shape, then for its bytes), so it may read them lazily.
     """
     full = {"kind": kind, "format": FORMAT_VERSION, "tool": f"powerinfer {__version__}", **header}
-    index: dict[str, Any] = {"__metadata__": {"powerinfer": canonical_json(full)}}
+    return write_safetensors(path, {"powerinfer": canonical_json(full)}, arrays, force)
+
+
+def write_safetensors(path: Path, metadata: Mapping[str, str], arrays: Mapping[str, Array], force: bool = False) -> str:
+    """Writes a safetensors file, one array at a time, each asked for twice; returns its digest."""
+    index: dict[str, Any] = {"__metadata__": dict(metadata)}
+    forms = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+    names = sorted(forms, key=lambda name: (-forms[name][0].itemsize, name))  # keeps every array aligned
     end = 0
-    names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))  # keeps every array aligned
     for name in names:
-        begin, end = end, end + arrays[name].nbytes
-        type = _SAFETENSORS_TYPES[arrays[name].dtype.name]
-        index[name] = {"dtype": type, "shape": list(arrays[name].shape), "data_offsets": [begin, end]}
+        dtype, shape = forms[name]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        type = _SAFETENSORS_TYPES[dtype.name]
+        index[name] = {"dtype": type, "shape": list(shape), "data_offsets": [begin, end]}
     text = canonical_json(index).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()

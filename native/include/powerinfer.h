@@ -19,7 +19,7 @@ extern "C" {
 #define PI_API __attribute__((visibility("default")))
 #endif
 
-#define PI_ABI_VERSION 1u
+#define PI_ABI_VERSION 2u
 
 typedef enum {
     PI_OK = 0,
@@ -56,7 +56,7 @@ typedef struct {
     uint32_t n_threads; /* 1 .. 256 */
     uint32_t mode;      /* pi_mode */
     uint32_t uncut;     /* not 0: ignore the activation thresholds (the model before it was cut) */
-    uint32_t kernels;   /* 0: the best for this processor; 1: scalar; 2: AVX2 */
+    uint32_t kernels;   /* 0: the best for this processor; 1: scalar; 2: AVX2; 3: AVX-512 */
 } pi_session_params;
 
 /* What was done since the session was made or pi_session_reset_stats. Bytes are weight and KV bytes that were read. */
@@ -67,8 +67,9 @@ typedef struct {
     uint64_t neurons_active;      /* fired, decode, over tokens and layers */
     uint64_t neurons_computed;    /* gate rows computed, decode */
     uint64_t neurons_total;       /* n_ff over tokens and layers, decode */
-    /* seconds of decode: attention, predictor + FFN, output head, everything else */
-    double seconds_attention, seconds_ffn, seconds_head, seconds_other;
+    /* seconds of decode by part, the mean over the threads; sync: waiting for one another; other: done by one alone */
+    double seconds_attention, seconds_predictor, seconds_gate, seconds_updown, seconds_head, seconds_other,
+        seconds_sync;
     uint64_t bytes_attention, bytes_predictor, bytes_gate, bytes_updown, bytes_head;
 } pi_stats;
 

@@ -1,5 +1,7 @@
-// Many tokens through the matrix-matrix path: weights are dequantised tile by tile and met with up to BATCH tokens.
-// Every token's sums run in an order of their own: the same results however a prompt is cut into batches.
+// Many tokens through the matrix-matrix path: weights are packed tile by tile and met with up to BATCH tokens, those of
+// Q4_0 and Q8_0 as 8-bit integers, others as floats. Every token's sums run in an order of their own: the same results
+// however a prompt is cut into batches.
+#include <cmath>
 #include <cstring>
 
 #include "session.h"
@@ -8,8 +10,13 @@ namespace pi {
 
 namespace {
 
-constexpr size_t PACK_ROWS_K = PACKED_FLOATS / TILE_ROWS;     // elements of a row packed at a time
-constexpr size_t PACK_DOWN_K = PACKED_FLOATS / DOWN_COLUMNS;  // neurons packed at a time
+constexpr size_t PACK_ROWS_K = PACKED_FLOATS / TILE_ROWS;        // elements of a row packed at a time
+constexpr size_t PACK_COLUMNS_K = PACKED_FLOATS / DOWN_COLUMNS;  // elements of a column packed at a time
+constexpr size_t PACK8_K = PACKED_BLOCKS * QK;                   // the same in 8 bits
+
+size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+
+bool in_blocks(const Rows& rows) { return rows.type == Type::Q4_0 || rows.type == Type::Q8_0; }
 
 }  // namespace
 
@@ -30,8 +37,7 @@ void Session::score(const int32_t* tokens, size_t n, float* logits_out, pi_layer
     for (size_t done = 0; done < n; done += BATCH) {
         size_t m = std::min(BATCH, n - done);
         forward_batch(tokens + done, m, true, scores);
-        for (size_t t = 0; t < m; t++)
-            normalise(model.weights.output_norm, &b_hidden_[t * c.n_embd], &b_x_[t * c.n_embd]);
+        normalise_batch(model.weights.output_norm, m);
         gemm(model.weights.output, nullptr, b_x_.data(), m, logits_out + done * c.n_vocab, false);
     }
     has_logits = false;
@@ -43,12 +49,36 @@ void Session::forward_batch(const int32_t* tokens, size_t n, bool selective, pi_
     set_angles(position, n);
     for (size_t il = 0; il < c.n_layer; il++) {
         const Layer& layer = model.weights.layers[il];
-        for (size_t t = 0; t < n; t++) normalise(layer.attn_norm, &b_hidden_[t * c.n_embd], &b_x_[t * c.n_embd]);
+        normalise_batch(layer.attn_norm, n);
         attention_batch(layer, il, n);
-        for (size_t t = 0; t < n; t++) normalise(layer.ffn_norm, &b_hidden_[t * c.n_embd], &b_x_[t * c.n_embd]);
+        normalise_batch(layer.ffn_norm, n);
         ffn_batch(layer, n, selective, scores ? scores + il : nullptr);
     }
     position += n;
+}
+
+// b_x_ = the normalised b_hidden_, in both forms
+void Session::normalise_batch(const Norm& norm, size_t n) {
+    size_t n_embd = model.config.n_embd;
+    pool_.run(n, [&](size_t t, uint32_t) {
+        normalise(norm, &b_hidden_[t * n_embd], &b_x_[t * n_embd]);
+        quantise_token(&b_x_[t * n_embd], n_embd, t);
+    });
+}
+
+// Row t of b_q8_ = x (len)
+void Session::quantise_token(const float* x, size_t len, size_t t) {
+    BatchX8* out = &b_q8_[t * ceil_div(len, QK)];
+    size_t whole = len / QK * QK;
+    ops.quantize_batch8(whole, x, out);
+    if (whole == len) return;
+    float rest[QK] = {};
+    std::copy(x + whole, x + len, rest);
+    ops.quantize_batch8(QK, rest, out + whole / QK);
+}
+
+void Session::quantise_batch(const float* x, size_t n, size_t len) {
+    pool_.run(n, [&](size_t t, uint32_t) { quantise_token(x + t * len, len, t); });
 }
 
 void Session::attention_batch(const Layer& layer, size_t il, size_t n) {
@@ -56,107 +86,212 @@ void Session::attention_batch(const Layer& layer, size_t il, size_t n) {
     gemm(layer.q.rows, layer.q.bias, b_x_.data(), n, b_q_.data(), false);
     gemm(layer.k.rows, layer.k.bias, b_x_.data(), n, b_k_.data(), false);
     gemm(layer.v.rows, layer.v.bias, b_x_.data(), n, b_v_.data(), false);
-    for (size_t t = 0; t < n; t++) {
+    pool_.run(n, [&](size_t t, uint32_t) {
         rotate(&b_q_[t * c.q_dim()], c.n_head, t);
         rotate(&b_k_[t * c.kv_dim()], c.n_head_kv, t);
-        store_kv(il, position + t, &b_k_[t * c.kv_dim()], &b_v_[t * c.kv_dim()]);
-    }
-    pool_.run(n * c.n_head, [&](size_t item, uint32_t thread) {
-        size_t t = item / c.n_head, head = item % c.n_head, at = t * c.q_dim() + head * c.head_dim;
-        attend(il, static_cast<uint32_t>(head), position + t + 1, &b_q_[at], &b_x_[at], workers_[thread]);
+        for (uint32_t head = 0; head < c.n_head_kv; head++) {
+            size_t at = t * c.kv_dim() + head * c.head_dim;
+            store_kv(il, head, position + t, &b_k_[at], &b_v_[at]);
+        }
     });
+    pool_.run(ceil_div(n, QUERIES) * c.n_head, [&](size_t item, uint32_t thread) {
+        size_t first = item / c.n_head * QUERIES;
+        attend_queries(il, static_cast<uint32_t>(item % c.n_head), first, std::min(QUERIES, n - first),
+                       workers_[thread]);
+    });
+    quantise_batch(b_x_.data(), n, c.q_dim());
     gemm(layer.o.rows, layer.o.bias, b_x_.data(), n, b_hidden_.data(), true);
 }
 
-void Session::ffn_batch(const Layer& layer, size_t n, bool selective, pi_layer_score* score) {
+// b_x_ = attention of one head for the batch's tokens [first, first + n)
+void Session::attend_queries(size_t il, uint32_t head, size_t first, size_t n, Worker& w) {
+    float scale = 1.0f / std::sqrt(static_cast<float>(model.config.head_dim));
+    size_t n_all = position + first + n;
+    score_queries(il, head, first, n, w);
+    for (size_t t = 0; t < n; t++) {
+        float* scores = &w.scores[t * ld_scores()];
+        size_t n_pos = position + first + t + 1;
+        for (size_t p = 0; p < n_pos; p++) scores[p] *= scale;
+        ops.softmax(n_pos, scores);
+        std::fill(scores + n_pos, scores + n_all, 0.0f);  // what comes later
+    }
+    mix_queries(il, head, first, n, w);
+}
+
+// w.scores[t][p] = q_t . k_p, a tile of positions after the other
+void Session::score_queries(size_t il, uint32_t head, size_t first, size_t n, Worker& w) {
     const Config& c = model.config;
+    uint32_t kv = head / (c.n_head / c.n_head_kv);
+    size_t n_pos = position + first + n, stride = c.head_dim * sizeof(uint16_t);
+    const float* q = &b_q_[first * c.q_dim() + head * c.head_dim];
+    for (size_t p = 0; p < n_pos; p += TILE_ROWS) {
+        size_t m = std::min(TILE_ROWS, n_pos - p);
+        for (size_t k = 0; k < c.head_dim; k += PACK_ROWS_K) {
+            size_t n_k = std::min<size_t>(PACK_ROWS_K, c.head_dim - k);
+            auto keys = reinterpret_cast<const uint8_t*>(key(il, kv, p) + k);
+            ops.pack_rows(Type::F16, n_k, keys, stride, m, w.packed.data());
+            ops.gemm_tile(n, n_k, q + k, c.q_dim(), w.packed.data(), &w.scores[p], ld_scores(), k > 0);
+        }
+    }
+}
+
+// b_x_[t] = sum over p of w.scores[t][p] * v_p
+void Session::mix_queries(size_t il, uint32_t head, size_t first, size_t n, Worker& w) {
+    const Config& c = model.config;
+    uint32_t kv = head / (c.n_head / c.n_head_kv);
+    Rows values;
+    values.type = Type::F16;
+    values.n = c.head_dim;
+    values.n_rows = position + first + n;
+    values.stride = c.head_dim * sizeof(uint16_t);
+    values.data = reinterpret_cast<const uint8_t*>(value(il, kv, 0));
+    for (size_t begin = 0; begin < c.head_dim; begin += DOWN_COLUMNS) {
+        size_t m = std::min<size_t>(DOWN_COLUMNS, c.head_dim - begin);
+        tile_of_columns(values, begin, m, w.scores.data(), ld_scores(), n, w);
+        for (size_t t = 0; t < n; t++)
+            std::copy_n(&w.tile[t * DOWN_COLUMNS], m, &b_x_[(first + t) * c.q_dim() + head * c.head_dim + begin]);
+    }
+}
+
+void Session::ffn_batch(const Layer& layer, size_t n, bool selective, pi_layer_score* score) {
     bool asked = selective && asks(layer);
     if (asked) predict_batch(layer, n);
     gemm(layer.select, layer.select_bias, b_x_.data(), n, b_select_.data(), false);
     if (layer.up.data) gemm(layer.up, layer.up_bias, b_x_.data(), n, b_up_.data(), false);
-    for (size_t t = 0; t < n; t++) {
-        float* a = &b_select_[t * c.n_ff];
-        float* h = a;
-        activate(layer, c.n_ff, a);
-        if (layer.up.data) {
-            h = &b_up_[t * c.n_ff];
-            apply_up(c.n_ff, a, h);
-        }
-        uint64_t n_true = 0, n_predicted = 0, n_hit = 0;
-        for (size_t i = 0; i < c.n_ff; i++) {
-            bool fires = h[i] != 0;
-            bool predicted = asked ? i < layer.always || !(b_asked_[t * c.n_ff + i] < 0) : a[i] != 0;
-            n_true += fires;
-            n_predicted += predicted;
-            n_hit += fires && predicted;
-            if (asked && !predicted) h[i] = 0;
-        }
-        if (!score) continue;
-        score->n_tokens++;
-        score->n_true += n_true;
-        score->n_predicted += n_predicted;
-        score->n_hit += n_hit;
+    for (Worker& w : workers_) w.counted = {};
+    pool_.run(n, [&](size_t t, uint32_t thread) {
+        activate_token(layer, t, asked, selective ? &workers_[thread].counted : nullptr);
+    });
+    for (const Worker& w : workers_) {
+        if (!score) break;
+        score->n_tokens += w.counted.n_tokens;
+        score->n_true += w.counted.n_true;
+        score->n_predicted += w.counted.n_predicted;
+        score->n_hit += w.counted.n_hit;
     }
     gemm_down(layer, layer.up.data ? b_up_.data() : b_select_.data(), n);
 }
 
-// b_asked_[t][i] < 0 where the predictor holds neuron i of token t back
-void Session::predict_batch(const Layer& layer, size_t n) {
-    const Predictor& p = *layer.predictor;
-    gemm(p.in, nullptr, b_x_.data(), n, b_rank_.data(), false);
-    if (model.config.predictor_relu)
-        for (size_t i = 0; i < n * p.in.n_rows; i++) b_rank_[i] = b_rank_[i] <= 0 ? 0 : b_rank_[i];
-    gemm(p.out, p.bias, b_rank_.data(), n, b_up_.data(), false);
-    for (size_t t = 0; t < n; t++)
-        std::memcpy(&b_asked_[t * model.config.n_ff + layer.always], &b_up_[t * p.out.n_rows],
-                    p.out.n_rows * sizeof(float));
+// What token t's neurons hand on: 0 where they do not fire, or where the predictor was asked and holds them back.
+void Session::activate_token(const Layer& layer, size_t t, bool asked, pi_layer_score* score) {
+    size_t n_ff = model.config.n_ff;
+    float *a = &b_select_[t * n_ff], *h = a;
+    activate(layer, n_ff, a);
+    if (layer.up.data) {
+        h = &b_up_[t * n_ff];
+        apply_up(n_ff, a, h);
+    }
+    if (score) {
+        const float* forecast = asked ? &b_asked_[t * (n_ff - layer.always)] : nullptr;
+        score->n_tokens++;
+        for (size_t i = 0; i < n_ff; i++) {
+            bool fires = h[i] != 0;
+            bool predicted = asked ? i < layer.always || !(forecast[i - layer.always] < 0) : a[i] != 0;
+            score->n_true += fires;
+            score->n_predicted += predicted;
+            score->n_hit += fires && predicted;
+            if (asked && !predicted) h[i] = 0;
+        }
+    }
+    if (in_blocks(layer.down)) quantise_token(h, n_ff, t);
 }
 
-// out[t] (+)= rows . x[t] + bias;   x: (n, rows.n), out: (n, rows.n_rows)
+// b_asked_[t][i] < 0 where the predictor holds neuron always + i of token t back; b_q8_ holds x again in the end
+void Session::predict_batch(const Layer& layer, size_t n) {
+    const Predictor& p = *layer.predictor;
+    size_t rank = p.in.n_rows;
+    gemm(p.in, nullptr, b_x_.data(), n, b_rank_.data(), false);
+    pool_.run(n, [&](size_t t, uint32_t) {
+        float* r = &b_rank_[t * rank];
+        for (size_t i = 0; model.config.predictor_relu && i < rank; i++) r[i] = r[i] <= 0 ? 0 : r[i];
+        quantise_token(r, rank, t);
+    });
+    gemm(p.out, p.bias, b_rank_.data(), n, b_asked_.data(), false);
+    quantise_batch(b_x_.data(), n, model.config.n_embd);
+}
+
+// out[t] (+)= rows . x[t] + bias;   x: (n, rows.n), b_q8_ its blocks; out: (n, rows.n_rows)
 void Session::gemm(const Rows& rows, const float* bias, const float* x, size_t n, float* out, bool add) {
-    size_t n_items = (rows.n_rows + TILE_ROWS - 1) / TILE_ROWS;
-    pool_.run(n_items, [&](size_t item, uint32_t thread) {
+    size_t height = in_blocks(rows) ? TILE8_ROWS : TILE_ROWS;
+    pool_.run(ceil_div(rows.n_rows, height), [&](size_t item, uint32_t thread) {
         Worker& w = workers_[thread];
-        size_t begin = item * TILE_ROWS, m = std::min<size_t>(TILE_ROWS, rows.n_rows - begin);
-        for (size_t k = 0; k < rows.n; k += PACK_ROWS_K) {
-            size_t n_k = std::min<size_t>(PACK_ROWS_K, rows.n - k);
-            ops.pack_rows(rows.type, n_k, rows.row(begin) + row_bytes(rows.type, k), rows.stride, m, w.packed.data());
-            ops.gemm_tile(n, n_k, x + k, rows.n, w.packed.data(), w.tile.data(), TILE_ROWS, k > 0);
-        }
+        size_t begin = item * height, m = std::min<size_t>(height, rows.n_rows - begin);
+        if (in_blocks(rows))
+            tile_of_rows8(rows, begin, m, n, w);
+        else
+            tile_of_rows(rows, begin, m, x, n, w);
         for (size_t t = 0; t < n; t++) {
             float* to = out + t * rows.n_rows + begin;
-            const float* from = &w.tile[t * TILE_ROWS];
+            const float* from = &w.tile[t * height];
             for (size_t j = 0; j < m; j++) to[j] = (add ? to[j] : 0.0f) + (from[j] + (bias ? bias[begin + j] : 0.0f));
         }
     });
 }
 
-// hidden[t] += sum over neurons i of h[t][i] * down_i + bias;   h: (n, n_ff)
+// w.tile[t][j] = row_{begin + j} . x[t], j < m
+void Session::tile_of_rows(const Rows& rows, size_t begin, size_t m, const float* x, size_t n, Worker& w) {
+    for (size_t k = 0; k < rows.n; k += PACK_ROWS_K) {
+        size_t n_k = std::min<size_t>(PACK_ROWS_K, rows.n - k);
+        ops.pack_rows(rows.type, n_k, rows.row(begin) + row_bytes(rows.type, k), rows.stride, m, w.packed.data());
+        ops.gemm_tile(n, n_k, x + k, rows.n, w.packed.data(), w.tile.data(), TILE_ROWS, k > 0);
+    }
+}
+
+// The same with x in b_q8_
+void Session::tile_of_rows8(const Rows& rows, size_t begin, size_t m, size_t n, Worker& w) {
+    for (size_t k = 0; k < rows.n; k += PACK8_K) {
+        size_t n_k = std::min<size_t>(PACK8_K, rows.n - k);
+        ops.pack_rows8(rows.type, n_k, rows.row(begin) + row_bytes(rows.type, k), rows.stride, m, w.packed8.data());
+        ops.gemm8(zero_of_rows(rows.type), n, n_k / QK, &b_q8_[k / QK], rows.n / QK, w.packed8.data(), w.tile.data(),
+                  TILE8_ROWS, k > 0);
+    }
+}
+
+// hidden[t] += sum over neurons i of h[t][i] * down_i + bias;   h: (n, n_ff), b_q8_ its blocks
 void Session::gemm_down(const Layer& layer, const float* h, size_t n) {
     const Rows& down = layer.down;
-    size_t n_items = (down.n + DOWN_COLUMNS - 1) / DOWN_COLUMNS;
-    pool_.run(n_items, [&](size_t item, uint32_t thread) {
+    size_t width = in_blocks(down) ? TILE8_ROWS : DOWN_COLUMNS;
+    pool_.run(ceil_div(down.n, width), [&](size_t item, uint32_t thread) {
         Worker& w = workers_[thread];
-        size_t begin = item * DOWN_COLUMNS, m = std::min<size_t>(DOWN_COLUMNS, down.n - begin);
-        size_t n_tiles = (m + TILE_ROWS - 1) / TILE_ROWS;
-        float row[DOWN_COLUMNS] = {};
-        for (size_t k = 0; k < down.n_rows; k += PACK_DOWN_K) {
-            size_t n_k = std::min<size_t>(PACK_DOWN_K, down.n_rows - k);
-            for (size_t i = 0; i < n_k; i++) {
-                ops.dequantize(down.type, begin, m, down.row(k + i), row);
-                for (size_t tile = 0; tile < n_tiles; tile++)
-                    std::memcpy(&w.packed[(tile * PACK_DOWN_K + i) * TILE_ROWS], row + tile * TILE_ROWS,
-                                TILE_ROWS * sizeof(float));
-            }
-            for (size_t tile = 0; tile < n_tiles; tile++)
-                ops.gemm_tile(n, n_k, h + k, down.n_rows, &w.packed[tile * PACK_DOWN_K * TILE_ROWS],
-                              &w.tile[tile * TILE_ROWS], DOWN_COLUMNS, k > 0);
-        }
+        size_t begin = item * width, m = std::min<size_t>(width, down.n - begin);
+        if (in_blocks(down))
+            tile_of_columns8(down, begin, n, w);
+        else
+            tile_of_columns(down, begin, m, h, down.n_rows, n, w);
         for (size_t t = 0; t < n; t++)
             for (size_t j = 0; j < m; j++)
                 b_hidden_[t * down.n + begin + j] +=
-                    w.tile[t * DOWN_COLUMNS + j] + (layer.down_bias ? layer.down_bias[begin + j] : 0.0f);
+                    w.tile[t * width + j] + (layer.down_bias ? layer.down_bias[begin + j] : 0.0f);
     });
+}
+
+// w.tile[t][j] = sum over rows i of x[t][i] * row_i[begin + j], j < m
+void Session::tile_of_columns(const Rows& rows, size_t begin, size_t m, const float* x, size_t ldx, size_t n,
+                              Worker& w) {
+    size_t n_tiles = ceil_div(m, TILE_ROWS);
+    float row[DOWN_COLUMNS] = {};
+    for (size_t k = 0; k < rows.n_rows; k += PACK_COLUMNS_K) {
+        size_t n_k = std::min<size_t>(PACK_COLUMNS_K, rows.n_rows - k);
+        for (size_t i = 0; i < n_k; i++) {
+            ops.dequantize(rows.type, begin, m, rows.row(k + i), row);
+            for (size_t tile = 0; tile < n_tiles; tile++)
+                std::memcpy(&w.packed[(tile * PACK_COLUMNS_K + i) * TILE_ROWS], row + tile * TILE_ROWS,
+                            TILE_ROWS * sizeof(float));
+        }
+        for (size_t tile = 0; tile < n_tiles; tile++)
+            ops.gemm_tile(n, n_k, x + k, ldx, &w.packed[tile * PACK_COLUMNS_K * TILE_ROWS], &w.tile[tile * TILE_ROWS],
+                          DOWN_COLUMNS, k > 0);
+    }
+}
+
+// The same with x in b_q8_, for TILE8_ROWS columns
+void Session::tile_of_columns8(const Rows& rows, size_t begin, size_t n, Worker& w) {
+    for (size_t k = 0; k < rows.n_rows; k += PACK8_K) {
+        size_t n_k = std::min<size_t>(PACK8_K, rows.n_rows - k);
+        ops.pack_columns8(rows.type, n_k, rows.row(k) + row_bytes(rows.type, begin), rows.stride, w.packed8.data());
+        ops.gemm8(ZERO_OF_COLUMNS, n, ceil_div(n_k, QK), &b_q8_[k / QK], ceil_div(rows.n_rows, QK), w.packed8.data(),
+                  w.tile.data(), TILE8_ROWS, k > 0);
+    }
 }
 
 }  // namespace pi

@@ -1,7 +1,9 @@
 // One token through the sparse path. A layer's FFN is one parallel step: each item asks the predictor about its range
 // of neurons, computes the deciding rows of those it lets through, then up and down of those that fire, and keeps its
 // own partial sum. The ranges are fixed, so the sums are the same for any number of threads.
+#include <chrono>
 #include <cstring>
+#include <utility>
 
 #include "session.h"
 
@@ -9,8 +11,9 @@ namespace pi {
 
 namespace {
 
-constexpr size_t ITEM_ROWS = 64;     // rows of a matrix that one item computes
-constexpr size_t SUM_COLUMNS = 512;  // columns of the partial sums that one item adds
+constexpr size_t ITEM_ROWS = 32;           // rows of a matrix that one item computes
+constexpr size_t SUM_COLUMNS = 512;        // columns of the partial sums that one item adds
+constexpr size_t BLOCK_BYTES = 256 << 10;  // of bundles that are read whole before the next ones, where all are: in L2
 
 size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
@@ -18,64 +21,114 @@ size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
 void Session::decode(int32_t token, float* logits_out) {
     check_tokens(&token, 1);
-    Stopwatch watch;
+    auto start = std::chrono::steady_clock::now();
+    std::fill_n(spent_, +N_PARTS, 0);
+    mark_ = ticks();
     embed(token, position, hidden_.data());
     set_angles(position, 1);
-    watch.lap(stats.seconds_other);
     for (size_t il = 0; il < model.weights.layers.size(); il++) {
         const Layer& layer = model.weights.layers[il];
         normalise(layer.attn_norm, hidden_.data(), x_.f.data());
         attention(layer, il);
-        watch.lap(stats.seconds_attention);
         normalise(layer.ffn_norm, hidden_.data(), x_.f.data());
         ffn(layer);
-        watch.lap(stats.seconds_ffn);
     }
     position++;
     output_head(hidden_.data());
-    watch.lap(stats.seconds_head);
     stats.n_decode++;
     stats.bytes_head += model.weights.output.n_rows * model.weights.output.row_size();
     stats.bytes_decode =
         stats.bytes_attention + stats.bytes_predictor + stats.bytes_gate + stats.bytes_updown + stats.bytes_head;
     if (logits_out) std::memcpy(logits_out, logits.data(), logits.bytes());
+    lap(OTHER);
+    collect_seconds(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+}
+
+// Counts the ticks since the last call.
+void Session::lap(Part part) {
+    uint64_t now = ticks();
+    spent_[part] += now - mark_;
+    mark_ = now;
+}
+
+// One parallel step, whose items' time counts as `part` (or as what they noted themselves), and the threads' waiting
+// as SYNC.
+template <class Task>
+void Session::parallel(Part part, size_t n_items, Task&& task) {
+    lap(OTHER);
+    pool_.run(n_items, task);
+    lap(SYNC);
+    uint64_t busy = std::min(pool_.take_busy(), spent_[SYNC]);
+    spent_[SYNC] -= busy;
+    for (Worker& w : workers_) {
+        for (size_t p = 0; p < N_PARTS; p++) {
+            uint64_t noted = std::min(std::exchange(w.spent[p], 0) / workers_.size(), busy);
+            spent_[p] += noted;
+            busy -= noted;
+        }
+    }
+    spent_[part] += busy;
+}
+
+// The parts of a token that took so many seconds.
+void Session::collect_seconds(double seconds) {
+    double* sums[N_PARTS] = {};
+    sums[ATTENTION] = &stats.seconds_attention;
+    sums[PREDICTOR] = &stats.seconds_predictor;
+    sums[GATE] = &stats.seconds_gate;
+    sums[UPDOWN] = &stats.seconds_updown;
+    sums[HEAD] = &stats.seconds_head;
+    sums[OTHER] = &stats.seconds_other;
+    sums[SYNC] = &stats.seconds_sync;
+    double all = 0;
+    for (uint64_t spent : spent_) all += static_cast<double>(spent);
+    for (size_t p = 0; p < N_PARTS; p++)
+        *sums[p] += static_cast<double>(std::exchange(spent_[p], 0)) / std::max(all, 1.0) * seconds;
 }
 
 Vector Session::quantised(Activations& x, size_t n) {
-    if (n % QK != 0) return {x.f.data(), nullptr};
-    ops.quantize_x8(n, x.f.data(), x.q8.data());
-    return {x.f.data(), x.q8.data()};
+    if (n % QK != 0) return {x.f.data(), {}};
+    ops.quantize_x8(n, x.f.data(), x.x8(0));
+    return x.both();
 }
 
-// out = rows . x + bias for each job, all in one parallel step
-void Session::project(std::initializer_list<Job> jobs, Vector x) {
+// out (+)= rows . x + bias for each job, all in one parallel step
+void Session::project(Part part, std::initializer_list<Job> jobs, Vector x) {
     size_t n_items = 0;
     for (const Job& job : jobs) n_items += ceil_div(job.linear->rows.n_rows, ITEM_ROWS);
-    pool_.run(n_items, [&](size_t item, uint32_t) {
+    parallel(part, n_items, [&](size_t item, uint32_t) {
         const Job* job = jobs.begin();
         for (; item >= ceil_div(job->linear->rows.n_rows, ITEM_ROWS); job++)
             item -= ceil_div(job->linear->rows.n_rows, ITEM_ROWS);
         const Rows& rows = job->linear->rows;
         size_t begin = item * ITEM_ROWS, n = std::min<size_t>(ITEM_ROWS, rows.n_rows - begin);
-        ops.matvec(rows.type, rows.n, rows.row(begin), rows.stride, n, x, job->out + begin);
+        float sums[ITEM_ROWS];
+        ops.matvec(rows.type, rows.n, rows.row(begin), rows.stride, n, x, sums);
         if (const float* bias = job->linear->bias)
-            for (size_t i = begin; i < begin + n; i++) job->out[i] += bias[i];
+            for (size_t i = 0; i < n; i++) sums[i] += bias[begin + i];
+        float* out = job->out + begin;
+        for (size_t i = 0; i < n; i++) out[i] = job->add ? out[i] + sums[i] : sums[i];
     });
 }
 
 // hidden += o . attention(x), x in x_
 void Session::attention(const Layer& layer, size_t il) {
     const Config& c = model.config;
-    project({{&layer.q, q_.data()}, {&layer.k, k_.data()}, {&layer.v, v_.data()}}, quantised(x_, c.n_embd));
-    rotate(q_.data(), c.n_head, 0);
-    rotate(k_.data(), c.n_head_kv, 0);
-    store_kv(il, position, k_.data(), v_.data());
-    pool_.run(c.n_head, [&](size_t head, uint32_t thread) {
+    project(ATTENTION, {{&layer.q, q_.data()}, {&layer.k, k_.data()}, {&layer.v, v_.data()}}, quantised(x_, c.n_embd));
+    parallel(ATTENTION, c.n_head_kv, [&](size_t head, uint32_t) {
         size_t at = head * c.head_dim;
-        attend(il, static_cast<uint32_t>(head), position + 1, &q_[at], &x_.f[at], workers_[thread]);
+        rotate(&k_[at], 1, 0);
+        store_kv(il, static_cast<uint32_t>(head), position, &k_[at], &v_[at]);
     });
-    project({{&layer.o, out_.data()}}, quantised(x_, c.q_dim()));
-    for (size_t i = 0; i < c.n_embd; i++) hidden_[i] += out_[i];
+    bool whole_blocks = c.head_dim % QK == 0;
+    parallel(ATTENTION, c.n_head, [&](size_t head, uint32_t thread) {
+        size_t at = head * c.head_dim;
+        rotate(&q_[at], 1, 0);
+        attend(il, static_cast<uint32_t>(head), position + 1, &q_[at], &x_.f[at], workers_[thread]);
+        if (whole_blocks) ops.quantize_x8(c.head_dim, &x_.f[at], x_.x8(at));
+    });
+    Vector x = whole_blocks ? x_.both() : quantised(x_, c.q_dim());
+    project(ATTENTION, {{&layer.o, hidden_.data(), true}}, x);
     for (const Linear* linear : {&layer.q, &layer.k, &layer.v, &layer.o})
         stats.bytes_attention += linear->rows.n_rows * linear->rows.row_size();
     stats.bytes_attention += 2 * sizeof(uint16_t) * c.kv_dim() * (position + 1);
@@ -86,7 +139,7 @@ void Session::ffn(const Layer& layer) {
     Vector x = quantised(x_, model.config.n_embd), rank{};
     if (asks(layer)) {
         Linear in{layer.predictor->in, nullptr};
-        project({{&in, rank_.f.data()}}, x);
+        project(PREDICTOR, {{&in, rank_.f.data()}}, x);
         size_t n = in.rows.n_rows;
         if (model.config.predictor_relu)
             for (size_t i = 0; i < n; i++) rank_.f[i] = rank_.f[i] <= 0 ? 0 : rank_.f[i];
@@ -95,7 +148,10 @@ void Session::ffn(const Layer& layer) {
         stats.bytes_predictor += n * in.rows.row_size() + out.n_rows * (out.row_size() + sizeof(float));
     }
     size_t n_chunks = layer.chunks.size() - 1;
-    pool_.run(n_chunks, [&](size_t chunk, uint32_t thread) { ffn_chunk(layer, chunk, x, rank, workers_[thread]); });
+    bool backwards = mode_ == PI_MODE_DENSE;  // there the last chunks are the largest: they come first
+    parallel(UPDOWN, n_chunks, [&](size_t item, uint32_t thread) {
+        ffn_chunk(layer, backwards ? n_chunks - 1 - item : item, x, rank, workers_[thread]);
+    });
     sum_chunks(layer);
     collect_counts(layer);
 }
@@ -119,56 +175,111 @@ size_t Session::ask(const Layer& layer, uint32_t lo, uint32_t hi, Vector rank, W
 // partial_[chunk] = sum over the chunk's neurons of activation(select . x) * (up . x) * down
 void Session::ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w) {
     uint32_t lo = layer.chunks[chunk], hi = layer.chunks[chunk + 1];
-    const Rows& select = layer.select;
-    size_t n = hi - lo;
-    if (asks(layer)) {
-        n = ask(layer, lo, hi, rank, w);
-        ops.matvec_picked(select.type, select.n, select.data, select.stride, w.asked.data(), n, x, w.pre.data());
-    } else {
-        for (uint32_t i = 0; i < n; i++) w.asked[i] = lo + i;
-        ops.matvec(select.type, select.n, select.row(lo), select.stride, n, x, w.pre.data());
-    }
-    if (layer.select_bias)
-        for (size_t i = 0; i < n; i++) w.pre[i] += layer.select_bias[w.asked[i]];
-    activate(layer, n, w.pre.data());
-
-    size_t n_active = 0;
-    for (size_t i = 0; i < n; i++) {
-        w.active[n_active] = w.asked[i];
-        w.a[n_active] = w.pre[i];
-        n_active += w.pre[i] != 0 || mode_ == PI_MODE_DENSE;
-    }
-    float* h = w.a.data();
-    if (layer.up.data) {
-        ops.matvec_picked(layer.up.type, layer.up.n, layer.up.data, layer.up.stride, w.active.data(), n_active, x,
-                          w.up.data());
-        if (layer.up_bias)
-            for (size_t i = 0; i < n_active; i++) w.up[i] += layer.up_bias[w.active[i]];
-        apply_up(n_active, w.a.data(), w.up.data());
-        h = w.up.data();
-    }
-    chunk_fired_[chunk] = n_active > 0;
-    w.n_computed += n;
-    w.n_active += n_active;
-    for (size_t i = 0; i < n_active; i++) w.n_fired += h[i] != 0;
-    if (n_active == 0) return;
+    uint32_t block = std::max<uint32_t>(static_cast<uint32_t>(BLOCK_BYTES / layer.down.stride) / 8 * 8, 8);
     float* sum = &partial_[chunk * model.config.n_embd];
     std::fill_n(sum, model.config.n_embd, 0.0f);
-    ops.add_rows(layer.down.type, layer.down.n, layer.down.data, layer.down.stride, w.active.data(), h, n_active, sum);
+    size_t n_active = 0;
+    if (asks(layer)) {
+        uint64_t begin = ticks();
+        size_t n = ask(layer, lo, hi, rank, w);
+        w.spent[PREDICTOR] += ticks() - begin;
+        decide(layer, w.asked.data(), n, x, w);
+        n_active = add_neurons(layer, w.asked.data(), w.pre.data(), n, x, sum, w);
+    } else if (mode_ == PI_MODE_DENSE && !layer.apart) {
+        for (uint32_t i = lo; i < hi; i += block) n_active += add_bundles(layer, i, std::min(block, hi - i), x, sum, w);
+    } else {
+        for (uint32_t i = lo; i < hi; i++) w.asked[i - lo] = i;
+        decide(layer, w.asked.data(), hi - lo, x, w);
+        for (uint32_t i = 0; i < hi - lo; i += block)
+            n_active += add_neurons(layer, &w.asked[i], &w.pre[i], std::min(block, hi - lo - i), x, sum, w);
+    }
+    chunk_fired_[chunk] = n_active > 0;
+}
+
+// w.pre = activation(select . x) of these neurons
+void Session::decide(const Layer& layer, const uint32_t* ids, size_t n, Vector x, Worker& w) {
+    uint64_t begin = ticks();
+    const Rows& select = layer.select;
+    if (layer.apart) {  // no predictor: the ids follow one another
+        ops.matvec(select.type, select.n, select.row(ids[0]), select.stride, n, x, w.pre.data());
+    } else {
+        const uint8_t* then = layer.up.data ? layer.up.data : layer.down.data;
+        ops.matvec_picked(select.type, select.n, select.data, select.stride, ids, n, then, x, w.pre.data());
+    }
+    finish_deciding(layer, ids, n, w);
+    w.spent[GATE] += ticks() - begin;
+}
+
+void Session::finish_deciding(const Layer& layer, const uint32_t* ids, size_t n, Worker& w) {
+    if (layer.select_bias)
+        for (size_t i = 0; i < n; i++) w.pre[i] += layer.select_bias[ids[i]];
+    activate(layer, n, w.pre.data());
+    w.n_computed += n;
+}
+
+// sum += pre * (up . x) * down of those neurons whose pre is not 0, or of all in dense mode; how many these are
+size_t Session::add_neurons(const Layer& layer, const uint32_t* ids, const float* pre, size_t n, Vector x, float* sum,
+                            Worker& w) {
+    const Rows& up = layer.up;
+    size_t n_active = 0;
+    for (size_t i = 0; i < n; i++) {
+        w.active[n_active] = ids[i];
+        w.a[n_active] = pre[i];
+        n_active += pre[i] != 0 || mode_ == PI_MODE_DENSE;
+    }
+    if (up.data)
+        ops.matvec_picked(up.type, up.n, up.data, up.stride, w.active.data(), n_active, layer.down.data, x,
+                          w.up.data());
+    add_down(layer, n_active, nullptr, sum, w);
+    return n_active;
+}
+
+// The same for all of [lo, lo + n), read in the order in which they lie.
+size_t Session::add_bundles(const Layer& layer, uint32_t lo, size_t n, Vector x, float* sum, Worker& w) {
+    uint64_t begin = ticks();
+    const Rows& select = layer.select;
+    size_t n_rows = layer.up.data ? 2 : 1;
+    ops.matvec_bundles(select.type, select.n, select.row(lo), n_rows + 1, n, x, w.logit.data());
+    for (size_t i = 0; i < n; i++) {
+        w.active[i] = lo + static_cast<uint32_t>(i);
+        w.pre[i] = w.logit[i * n_rows];
+        if (layer.up.data) w.up[i] = w.logit[i * n_rows + 1];
+    }
+    finish_deciding(layer, w.active.data(), n, w);
+    std::copy_n(w.pre.data(), n, w.a.data());
+    w.spent[GATE] += (ticks() - begin) / n_rows;
+    add_down(layer, n, select.data + (lo + n) * select.stride, sum, w);
+    return n;
+}
+
+// sum += w.a * w.up * down of the neurons w.active; next: see add_rows
+void Session::add_down(const Layer& layer, size_t n, const uint8_t* next, float* sum, Worker& w) {
+    const Rows& down = layer.down;
+    float* h = w.a.data();
+    if (layer.up.data) {
+        if (layer.up_bias)
+            for (size_t i = 0; i < n; i++) w.up[i] += layer.up_bias[w.active[i]];
+        apply_up(n, w.a.data(), w.up.data());
+        h = w.up.data();
+    }
+    w.n_active += n;
+    for (size_t i = 0; i < n; i++) w.n_fired += h[i] != 0;
+    ops.add_rows(down.type, down.n, down.data, down.stride, w.active.data(), h, n, next, sum);
 }
 
 // hidden += the chunks' partial sums, in the order of the chunks, + bias
 void Session::sum_chunks(const Layer& layer) {
     size_t n_embd = model.config.n_embd, n_chunks = layer.chunks.size() - 1;
-    pool_.run(ceil_div(n_embd, SUM_COLUMNS), [&](size_t item, uint32_t) {
-        size_t begin = item * SUM_COLUMNS, end = std::min(begin + SUM_COLUMNS, n_embd);
-        for (size_t i = begin; i < end; i++) out_[i] = layer.down_bias ? layer.down_bias[i] : 0.0f;
+    parallel(UPDOWN, ceil_div(n_embd, SUM_COLUMNS), [&](size_t item, uint32_t) {
+        size_t begin = item * SUM_COLUMNS, n = std::min(SUM_COLUMNS, n_embd - begin);
+        float sums[SUM_COLUMNS];
+        for (size_t i = 0; i < n; i++) sums[i] = layer.down_bias ? layer.down_bias[begin + i] : 0.0f;
         for (size_t c = 0; c < n_chunks; c++) {
             if (!chunk_fired_[c]) continue;
-            const float* sum = &partial_[c * n_embd];
-            for (size_t i = begin; i < end; i++) out_[i] += sum[i];
+            const float* sum = &partial_[c * n_embd + begin];
+            for (size_t i = 0; i < n; i++) sums[i] += sum[i];
         }
-        for (size_t i = begin; i < end; i++) hidden_[i] += out_[i];
+        for (size_t i = 0; i < n; i++) hidden_[begin + i] += sums[i];
     });
 }
 
@@ -188,7 +299,7 @@ void Session::collect_counts(const Layer& layer) {
 void Session::output_head(float* hidden) {
     normalise(model.weights.output_norm, hidden, x_.f.data());
     Linear head{model.weights.output, nullptr};
-    project({{&head, logits.data()}}, quantised(x_, model.config.n_embd));
+    project(HEAD, {{&head, logits.data()}}, quantised(x_, model.config.n_embd));
     has_logits = true;
 }
 

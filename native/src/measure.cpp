@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "gguf.h"
+#include "huge_pages.h"
 #include "threads.h"
 
 namespace pi {
@@ -47,7 +48,7 @@ class Huge {
         if (p == MAP_FAILED)
             throw Error(PI_ERROR_MEMORY, "cannot allocate " + std::to_string(n) + " bytes to measure memory");
         data = static_cast<uint8_t*>(p);
-        madvise(data, n, MADV_HUGEPAGE);
+        use_huge_pages(data, n);
         std::memset(data, 1, n);
     }
     ~Huge() { munmap(data, n_); }

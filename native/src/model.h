@@ -12,7 +12,7 @@
 namespace pi {
 
 // Ranges of neurons with a partial sum of their own, at most. Fixed: the order of sums must not depend on threads.
-constexpr uint32_t MAX_CHUNKS = 32;
+constexpr uint32_t MAX_CHUNKS = 24;
 
 enum class Arch { Llama, Opt };
 enum class Activation { Relu, Relu2, FatRelu, DRelu, Silu };
@@ -62,6 +62,7 @@ struct Layer {
     Rows select;                         // (n_ff, n_embd)
     Rows up;                             // (n_ff, n_embd), gated only
     Rows down;                           // (n_ff, n_embd): transposed, a neuron's contribution to the output
+    bool apart = false;                  // select is a matrix of its own; else it lies in the bundles
     const float* select_bias = nullptr;  // (n_ff,)
     const float* up_bias = nullptr;      // (n_ff,), gated only
     const float* down_bias = nullptr;    // (n_embd,)

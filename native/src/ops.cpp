@@ -38,6 +38,8 @@ uint16_t f32_to_f16(float f) {
     return uint16_t(sign | (magnitude - 0x38000000) >> 13);
 }
 
+int zero_of_rows(Type type) { return type == Type::Q4_0 ? 8 : 128; }
+
 namespace {
 
 float load_f32(const uint8_t* row, size_t k) {
@@ -73,38 +75,56 @@ Scaled element(Type type, const uint8_t* row, size_t k) {
     return {load_f16(block), float(q4 ? nibble(block, k % QK) : byte(block, k % QK))};
 }
 
-void quantize_x8(size_t n, const float* x, BlockX8* out) {
-    for (size_t b = 0; b < n / QK; b++, x += QK, out++) {
-        float max = 0;
-        bool finite = true;
-        for (size_t k = 0; k < QK; k++) {
-            finite = finite && isfinite(x[k]);
-            max = fabsf(x[k]) > max ? fabsf(x[k]) : max;
-        }
-        const float inverse = finite && max >= X8_TINY ? 127 / max : 0;
-        int sum = 0;
-        for (size_t k = 0; k < QK; k++) {
-            out->q[k] = finite ? int8_t(lrintf(x[k] * inverse)) : int8_t(0);
-            sum += out->q[k];
-        }
-        out->d = !finite ? NAN : inverse > 0 ? max / 127 : 0;
-        out->sum = out->d * float(sum);
+struct Quantized {
+    float d;
+    int sum;  // of q
+};
+
+Quantized quantize_block(const float* x, int8_t* q) {
+    float max = 0;
+    bool finite = true;
+    for (size_t k = 0; k < QK; k++) {
+        finite = finite && isfinite(x[k]);
+        max = fabsf(x[k]) > max ? fabsf(x[k]) : max;
+    }
+    const float inverse = finite && max >= X8_TINY ? 127 / max : 0;
+    int sum = 0;
+    for (size_t k = 0; k < QK; k++) {
+        q[k] = finite ? int8_t(lrintf(x[k] * inverse)) : int8_t(0);
+        sum += q[k];
+    }
+    return {!finite ? NAN : inverse > 0 ? max / 127 : 0, sum};
+}
+
+void quantize_x8(size_t n, const float* x, MutableX8 out) {
+    for (size_t b = 0; b < n / QK; b++) {
+        const auto [d, sum] = quantize_block(x + b * QK, out.q + b * QK);
+        out.d[b] = d;
+        out.sum[b] = d * float(sum);
     }
 }
 
-float dot_quantized(Type type, size_t n, const uint8_t* row, const BlockX8* x) {
+void quantize_batch8(size_t n, const float* x, BatchX8* out) {
+    for (size_t b = 0; b < n / QK; b++) {
+        const auto [d, sum] = quantize_block(x + b * QK, out[b].q);
+        out[b].d = d;
+        out[b].minus8 = -8 * sum;
+    }
+}
+
+float dot_quantized(Type type, size_t n, const uint8_t* row, X8 x) {
     const bool q4 = type == Type::Q4_0;
     float total = 0;
     for (size_t b = 0; b < n / QK; b++, row += q4 ? sizeof(BlockQ4_0) : sizeof(BlockQ8_0)) {
         int sum = 0;
-        for (size_t k = 0; k < QK; k++) sum += (q4 ? nibble(row, k) : byte(row, k)) * x[b].q[k];
-        total += load_f16(row) * x[b].d * float(sum);
+        for (size_t k = 0; k < QK; k++) sum += (q4 ? nibble(row, k) : byte(row, k)) * x.q[b * QK + k];
+        total += load_f16(row) * x.d[b] * float(sum);
     }
     return total;
 }
 
 float dot(Type type, size_t n, const uint8_t* row, Vector x) {
-    if (type == Type::Q4_0 || type == Type::Q8_0) return dot_quantized(type, n, row, x.q8);
+    if (type == Type::Q4_0 || type == Type::Q8_0) return dot_quantized(type, n, row, x.x8);
     float sum = 0;
     for (size_t k = 0; k < n; k++) sum += element(type, row, k).q * x.f[k];
     return sum;
@@ -114,9 +134,16 @@ void matvec(Type type, size_t n, const uint8_t* rows, size_t stride, size_t n_ro
     for (size_t i = 0; i < n_rows; i++) out[i] = dot(type, n, rows + i * stride, x);
 }
 
-void matvec_picked(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, size_t n_ids, Vector x,
-                   float* out) {
+void matvec_picked(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, size_t n_ids,
+                   const uint8_t*, Vector x, float* out) {
     for (size_t i = 0; i < n_ids; i++) out[i] = dot(type, n, rows + ids[i] * stride, x);
+}
+
+void matvec_bundles(Type type, size_t n, const uint8_t* bundles, size_t n_parts, size_t n_bundles, Vector x,
+                    float* out) {
+    const size_t row = row_bytes(type, n);
+    for (size_t i = 0; i < n_bundles; i++, bundles += n_parts * row)
+        for (size_t p = 0; p + 1 < n_parts; p++) *out++ = dot(type, n, bundles + p * row, x);
 }
 
 void add_row(Type type, size_t n, const uint8_t* row, float h, float* acc) {
@@ -127,7 +154,7 @@ void add_row(Type type, size_t n, const uint8_t* row, float h, float* acc) {
 }
 
 void add_rows(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, const float* h,
-              size_t n_ids, float* acc) {
+              size_t n_ids, const uint8_t*, float* acc) {
     for (size_t i = 0; i < n_ids; i++) {
         if (h[i] != 0) add_row(type, n, rows + ids[i] * stride, h[i], acc);
     }
@@ -156,6 +183,57 @@ void pack_rows(Type type, size_t n, const uint8_t* rows, size_t stride, size_t n
         for (size_t k = 0; k < n; k++) {
             const Scaled w = j < n_rows ? element(type, rows + j * stride, k) : Scaled{0, 0};
             packed[k * TILE_ROWS + j] = w.d * w.q;
+        }
+    }
+}
+
+void gemm8(int zero, size_t n_t, size_t n_b, const BatchX8* x, size_t ldx, const Packed8* packed, float* c, size_t ldc,
+           bool accumulate) {
+    for (size_t t = 0; t < n_t; t++) {
+        for (size_t j = 0; j < TILE8_ROWS; j++) {
+            float sum = accumulate ? c[t * ldc + j] : 0;
+            for (size_t b = 0; b < n_b; b++) {
+                const BatchX8& xb = x[t * ldx + b];
+                int whole = 0;
+                for (size_t k = 0; k < QK; k++) whole += (packed[b].q[k / 4][j][k % 4] - zero) * xb.q[k];
+                sum = fmaf(float(whole), packed[b].d[j] * xb.d, sum);
+            }
+            c[t * ldc + j] = sum;
+        }
+    }
+}
+
+void pack_rows8(Type type, size_t n, const uint8_t* rows, size_t stride, size_t n_rows, Packed8* packed) {
+    const int zero = zero_of_rows(type);
+    for (size_t k = 0; k < n; k++) {
+        Packed8& block = packed[k / QK];
+        for (size_t j = 0; j < TILE8_ROWS; j++) {
+            const Scaled w = j < n_rows ? element(type, rows + j * stride, k) : Scaled{0, 0};
+            block.d[j] = w.d;
+            block.q[k % QK / 4][j][k % 4] = uint8_t(int(w.q) + zero);
+        }
+    }
+}
+
+// Elements [0, QK) of one column, of which the first n are w.
+void pack_column8(size_t n, const float* w, size_t j, Packed8& packed) {
+    float values[QK] = {};
+    for (size_t k = 0; k < n; k++) values[k] = w[k];
+    int8_t q[QK];
+    packed.d[j] = quantize_block(values, q).d;
+    for (size_t k = 0; k < QK; k++) packed.q[k / 4][j][k % 4] = uint8_t(q[k] + ZERO_OF_COLUMNS);
+}
+
+void pack_columns8(Type type, size_t n_rows, const uint8_t* rows, size_t stride, Packed8* packed) {
+    for (size_t i = 0; i < n_rows; i += QK, packed++) {
+        const size_t n = n_rows - i < QK ? n_rows - i : QK;
+        for (size_t j = 0; j < TILE8_ROWS; j++) {
+            float column[QK];
+            for (size_t k = 0; k < n; k++) {
+                const Scaled w = element(type, rows + (i + k) * stride, j);
+                column[k] = w.d * w.q;
+            }
+            pack_column8(n, column, j, *packed);
         }
     }
 }
@@ -215,15 +293,27 @@ void to_f16(size_t n, const float* x, uint16_t* out) {
     for (size_t i = 0; i < n; i++) out[i] = f32_to_f16(x[i]);
 }
 
-constexpr Ops scalar_table = {"scalar",  quantize_x8,      matvec,        matvec_picked, add_rows, dequantize,
-                              gemm_tile, pack_rows,        rms_norm,      layer_norm,    softmax,  rope,
-                              silu,      attention_scores, attention_mix, to_f16};
+constexpr Ops scalar_table = {
+    "scalar",         quantize_x8,   quantize_batch8, matvec,    matvec_picked, matvec_bundles,
+    add_rows,         dequantize,    gemm_tile,       pack_rows, gemm8,         pack_rows8,
+    pack_columns8,    rms_norm,      layer_norm,      softmax,   rope,          silu,
+    attention_scores, attention_mix, to_f16};
 
 bool has_avx2() {
 #if defined(__x86_64__)
     unsigned a, b, c = 0, d;
     const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
     return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // these ask the system, too
+#else
+    return false;
+#endif
+}
+
+bool has_avx512() {
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
 #else
     return false;
 #endif
@@ -238,9 +328,24 @@ const Ops* avx2() {
     return supported ? avx2_table : nullptr;
 }
 
+const Ops* avx512() {
+    static const bool supported = with_avx512 && avx2() && has_avx512();
+    static const Ops table = supported ? with_avx512(*avx2_table) : scalar_table;
+    return supported ? &table : nullptr;
+}
+
 const Ops* choose_ops(uint32_t which) {
-    if (which == 1 || (which == 0 && !avx2())) return &scalar_table;
-    return which == 0 || which == 2 ? avx2() : nullptr;
+    switch (which) {
+        case 0:
+            return avx512() ? avx512() : avx2() ? avx2() : &scalar_table;
+        case 1:
+            return &scalar_table;
+        case 2:
+            return avx2();
+        case 3:
+            return avx512();
+    }
+    return nullptr;
 }
 
 }  // namespace pi

@@ -8,16 +8,19 @@
 #include <math.h>
 #include <string.h>
 
+#include "ops_rows.h"
+
 namespace pi {
 namespace {
 
 constexpr size_t LANES = 8;
 
-// Arrays of vectors stay in registers only where the loops over them are unrolled.
+// GCC turns chains of whole sums into trees, for which there are too few registers, where the loop around those is
+// unrolled, too: so that one goes two by two.
 #if defined(__clang__)
-#define PI_UNROLL _Pragma("unroll")
+#define PI_UNROLL_2 _Pragma("unroll 2")
 #else
-#define PI_UNROLL _Pragma("GCC unroll 8")
+#define PI_UNROLL_2 _Pragma("GCC unroll 2")
 #endif
 
 // (p0 + p1) + (p2 + p3) of each half.
@@ -32,37 +35,6 @@ float high_half(__m256 v) { return _mm_cvtss_f32(_mm256_extractf128_ps(v, 1)); }
 float sum(__m256 v) {
     v = sum_halves(v);
     return low_half(v) + high_half(v);
-}
-
-float half_to_float(const uint8_t* p) {
-    uint16_t bits;
-    memcpy(&bits, p, 2);
-    return _cvtsh_ss(bits);
-}
-
-// Rows are read R at a time, which no hardware prefetcher follows: so while R rows are worked on, the same part of R
-// later ones is asked for, [offset, offset + step): every line of 64 bytes that begins there, counted from the row's
-// first byte. (GCC takes a function that only prefetches for one that does nothing, and leaves out its calls, unless it
-// is inlined before that.)
-template <size_t R>
-[[gnu::always_inline]] inline void prefetch(const uint8_t* const* later, size_t offset, size_t step) {
-    const size_t line = (offset + step - 1) / 64 * 64;
-    if (line < offset) return;
-    PI_UNROLL for (size_t r = 0; r < R; r++) _mm_prefetch(reinterpret_cast<const char*>(later[r] + line), _MM_HINT_T1);
-}
-
-// The line of a row's last byte, which lies beyond those where the row does not start with a line.
-template <size_t R>
-[[gnu::always_inline]] inline void prefetch_end(const uint8_t* const* later, size_t row_bytes) {
-    PI_UNROLL for (size_t r = 0; r < R; r++)
-        _mm_prefetch(reinterpret_cast<const char*>(later[r] + row_bytes - 1), _MM_HINT_T1);
-}
-
-// How many rows later: 16 KiB or so, which is what a core reads in the time that memory takes to answer, and then some.
-size_t rows_ahead(size_t group, size_t row_bytes) {
-    constexpr size_t BYTES = 16 << 10, MOST = 8;
-    const size_t groups = BYTES / (group * (row_bytes + 1));
-    return group * (groups < 1 ? 1 : groups < MOST ? groups : MOST);
 }
 
 // Up to 7 floats, the rest 0.
@@ -139,17 +111,6 @@ struct FloatRows {
 
 // ---- rows of quantised blocks
 
-// The scales of one block in up to 8 rows, as float; lane r is row r's.
-template <size_t R>
-__m256 block_scales(const uint8_t* const* rows, size_t offset) {
-    uint16_t d[LANES] = {};
-    PI_UNROLL for (size_t r = 0; r < R; r++) memcpy(&d[r], rows[r] + offset, 2);
-    const uint64_t low = d[0] | uint64_t(d[1]) << 16 | uint64_t(d[2]) << 32 | uint64_t(d[3]) << 48;
-    const uint64_t high = d[4] | uint64_t(d[5]) << 16 | uint64_t(d[6]) << 32 | uint64_t(d[7]) << 48;
-    return _mm256_cvtph_ps(_mm_set_epi64x(int64_t(high), int64_t(low)));
-}
-
-__m128i load_16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 __m256i load_32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
 // Lane p of each half, all over that half.
@@ -200,14 +161,14 @@ struct Q4_0Rows {
         __m256 acc[PAIRS], excess = _mm256_setzero_ps();
         PI_UNROLL for (size_t p = 0; p < PAIRS; p++) acc[p] = _mm256_setzero_ps();
         for (size_t b = 0; b < n / QK; b++) {
-            const BlockX8& xb = x.q8[b];
+            const int8_t* xq = x.x8.q + b * QK;
             const size_t offset = b * sizeof(BlockQ4_0);
             prefetch<R>(later, offset, sizeof(BlockQ4_0));
             const __m256 d = scales<R>(rows, offset);
-            const __m256 dd = _mm256_mul_ps(d, _mm256_set1_ps(xb.d));
-            excess = _mm256_fmadd_ps(d, _mm256_set1_ps(xb.sum), excess);
-            const __m256i x_low = _mm256_broadcastsi128_si256(load_16(xb.q));
-            const __m256i x_high = _mm256_broadcastsi128_si256(load_16(xb.q + QK / 2));
+            const __m256 dd = _mm256_mul_ps(d, _mm256_set1_ps(x.x8.d[b]));
+            excess = _mm256_fmadd_ps(d, _mm256_set1_ps(x.x8.sum[b]), excess);
+            const __m256i x_low = _mm256_broadcastsi128_si256(load_16(xq));
+            const __m256i x_high = _mm256_broadcastsi128_si256(load_16(xq + QK / 2));
             PI_UNROLL for (size_t p = 0; p < PAIRS; p++) {
                 const __m256i whole = pair_dot(rows[p] + offset + 2, rows[p + PAIRS] + offset + 2, x_low, x_high);
                 acc[p] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), spread(dd, p), acc[p]);
@@ -235,8 +196,8 @@ struct Q8_0Rows {
         for (size_t b = 0; b < n / QK; b++) {
             const size_t offset = b * sizeof(BlockQ8_0);
             prefetch<R>(later, offset, sizeof(BlockQ8_0));
-            const __m256i xq = load_32(x.q8[b].q);
-            const __m256 d = _mm256_mul_ps(block_scales<R>(rows, offset), _mm256_set1_ps(x.q8[b].d));
+            const __m256i xq = load_32(x.x8.q + b * QK);
+            const __m256 d = _mm256_mul_ps(block_scales<R>(rows, offset), _mm256_set1_ps(x.x8.d[b]));
             const __m256 d_low = _mm256_permute2f128_ps(d, d, 0x00), d_high = _mm256_permute2f128_ps(d, d, 0x11);
             PI_UNROLL for (size_t r = 0; r < R; r++) {
                 const __m256i w = load_32(rows[r] + offset + 2);
@@ -252,50 +213,34 @@ struct Q8_0Rows {
 
 // ---- matvec
 
-// Takes WIDE rows at a time and what is left in twos, an odd last row twice: each row's sums are the same either way.
-template <class Rows, class RowAt>
-void dot_rows(size_t n, size_t n_rows, RowAt row_at, Vector x, float* out) {
-    constexpr size_t WIDE = Rows::WIDE;
-    const size_t ahead = rows_ahead(WIDE, Rows::bytes(n));
-    const auto row_or_last = [&](size_t i) { return row_at(i < n_rows ? i : n_rows - 1); };
-    const uint8_t *rows[WIDE], *later[WIDE];
-    size_t i = 0;
-    for (; i + WIDE <= n_rows; i += WIDE) {
-        for (size_t r = 0; r < WIDE; r++) rows[r] = row_at(i + r), later[r] = row_or_last(i + r + ahead);
-        Rows::template dot<WIDE>(n, rows, later, x, out + i);
-    }
-    for (; i < n_rows; i += 2) {
-        float two[2];
-        for (size_t r = 0; r < 2; r++) rows[r] = row_or_last(i + r), later[r] = row_or_last(i + r + 2);
-        Rows::template dot<2>(n, rows, later, x, two);
-        out[i] = two[0];
-        if (i + 1 < n_rows) out[i + 1] = two[1];
-    }
-}
-
-template <class RowAt>
-void dot_rows(Type type, size_t n, size_t n_rows, RowAt row_at, Vector x, float* out) {
+template <class Walk>
+void dot_rows(Type type, size_t n, size_t n_rows, const Walk& walk, Vector x, float* out) {
     switch (type) {
         case Type::F32:
-            return dot_rows<FloatRows<F32>>(n, n_rows, row_at, x, out);
+            return dot_rows<FloatRows<F32>>(n, n_rows, walk, x, out);
         case Type::F16:
-            return dot_rows<FloatRows<F16>>(n, n_rows, row_at, x, out);
+            return dot_rows<FloatRows<F16>>(n, n_rows, walk, x, out);
         case Type::Q4_0:
-            return dot_rows<Q4_0Rows>(n, n_rows, row_at, x, out);
+            return dot_rows<Q4_0Rows>(n, n_rows, walk, x, out);
         case Type::Q8_0:
-            return dot_rows<Q8_0Rows>(n, n_rows, row_at, x, out);
+            return dot_rows<Q8_0Rows>(n, n_rows, walk, x, out);
         case Type::I32:
             return;  // never a matrix
     }
 }
 
 void matvec(Type type, size_t n, const uint8_t* rows, size_t stride, size_t n_rows, Vector x, float* out) {
-    dot_rows(type, n, n_rows, [=](size_t i) { return rows + i * stride; }, x, out);
+    dot_rows(type, n, n_rows, AllRows{rows, stride}, x, out);
 }
 
-void matvec_picked(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, size_t n_ids, Vector x,
-                   float* out) {
-    dot_rows(type, n, n_ids, [=](size_t i) { return rows + ids[i] * stride; }, x, out);
+void matvec_picked(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, size_t n_ids,
+                   const uint8_t* then, Vector x, float* out) {
+    dot_rows(type, n, n_ids, PickedRows{rows, stride, ids, n_ids, then}, x, out);
+}
+
+void matvec_bundles(Type type, size_t n, const uint8_t* bundles, size_t n_parts, size_t n_bundles, Vector x,
+                    float* out) {
+    dot_rows(type, n, n_bundles * (n_parts - 1), BundleRows{bundles, row_bytes(type, n), n_parts}, x, out);
 }
 
 // ---- sums of rows
@@ -413,60 +358,18 @@ struct AddBlocks {
     }
 };
 
-constexpr size_t GROUP = 8;  // rows in one pass over acc
-
-// The rows to add, without those that are skipped, a little ahead of the adding. Places are taken modulo SIZE.
-struct Queue {
-    static constexpr size_t SIZE = 128;  // at least twice what rows_ahead may say
-    const uint8_t* rows[SIZE];
-    float h[SIZE];
-    size_t end = 0;
-
-    void push(const uint8_t* row, float weight) {
-        rows[end % SIZE] = row;
-        h[end++ % SIZE] = weight;
-    }
-};
-
-// The last rows, fewer than GROUP.
-template <class Add>
-void add_rest(size_t n, const uint8_t* const* rows, const float* h, size_t n_rows, float* acc) {
-    const auto part = [&](auto add, size_t count) {
-        for (; n_rows >= count; rows += count, h += count, n_rows -= count) add(n, rows, rows, h, acc);
-    };
-    part(Add::template add<4>, 4);
-    part(Add::template add<2>, 2);
-    part(Add::template add<1>, 1);
-}
-
-// acc += h[i] * row_at(i), i < n_rows, but for those where h is 0 if they are to be skipped.
-template <class Add, class RowAt>
-void add_rows(size_t n, size_t n_rows, RowAt row_at, const float* h, bool skip, float* acc) {
-    const size_t ahead = rows_ahead(GROUP, Add::bytes(n));
-    Queue queue;
-    for (size_t i = 0, at = 0;; at += GROUP) {
-        for (; i < n_rows && queue.end < at + ahead + GROUP; i++) {
-            if (!skip || h[i] != 0) queue.push(row_at(i), h[i]);
-        }
-        const size_t place = at % Queue::SIZE;
-        if (queue.end < at + GROUP) return add_rest<Add>(n, queue.rows + place, queue.h + place, queue.end - at, acc);
-        const size_t then = queue.end < at + ahead + GROUP ? place : (at + ahead) % Queue::SIZE;
-        Add::template add<GROUP>(n, queue.rows + place, queue.rows + then, queue.h + place, acc);
-    }
-}
-
 void add_rows(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, const float* h,
-              size_t n_ids, float* acc) {
-    const auto row_at = [=](size_t i) { return rows + ids[i] * stride; };
+              size_t n_ids, const uint8_t* next, float* acc) {
+    const PickedRows walk{rows, stride, ids, n_ids, nullptr};
     switch (type) {
         case Type::F32:
-            return add_rows<AddFloats<F32>>(n, n_ids, row_at, h, true, acc);
+            return add_rows<AddFloats<F32>>(n, n_ids, walk, h, true, next, acc);
         case Type::F16:
-            return add_rows<AddFloats<F16>>(n, n_ids, row_at, h, true, acc);
+            return add_rows<AddFloats<F16>>(n, n_ids, walk, h, true, next, acc);
         case Type::Q4_0:
-            return add_rows<AddBlocks<Q4_0Block>>(n, n_ids, row_at, h, true, acc);
+            return add_rows<AddBlocks<Q4_0Block>>(n, n_ids, walk, h, true, next, acc);
         case Type::Q8_0:
-            return add_rows<AddBlocks<Q8_0Block>>(n, n_ids, row_at, h, true, acc);
+            return add_rows<AddBlocks<Q8_0Block>>(n, n_ids, walk, h, true, next, acc);
         case Type::I32:
             return;  // never a matrix
     }
@@ -528,25 +431,43 @@ int sum_bytes(__m256i q) {
     return _mm_cvtsi128_si32(s);
 }
 
-void quantize_x8(size_t n, const float* x, BlockX8* out) {
-    for (size_t b = 0; b < n / QK; b++, x += QK, out++) {
-        __m256 v[4];
-        for (size_t e = 0; e < 4; e++) v[e] = _mm256_loadu_ps(x + e * LANES);
-        const float max = max_magnitude(v);
-        const bool finite = max < INFINITY;
-        const float inverse = finite && max >= X8_TINY ? 127 / max : 0;
-        __m256i q[4];
-        for (size_t e = 0; e < 4; e++) {
-            const __m256 scaled = _mm256_mul_ps(finite ? v[e] : _mm256_setzero_ps(), _mm256_set1_ps(inverse));
-            q[e] = _mm256_cvtps_epi32(scaled);
-        }
-        // packing works within halves, so that groups of four bytes come out as 0 2 4 6 | 1 3 5 7
-        const __m256i first = _mm256_packs_epi32(q[0], q[1]), last = _mm256_packs_epi32(q[2], q[3]);
-        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-        const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(first, last), order);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out->q), bytes);
-        out->d = !finite ? NAN : inverse > 0 ? max / 127 : 0;
-        out->sum = out->d * float(sum_bytes(bytes));
+struct Quantized {
+    float d;
+    int sum;  // of q
+};
+
+Quantized quantize_block(const float* x, int8_t* q) {
+    __m256 v[4];
+    for (size_t e = 0; e < 4; e++) v[e] = _mm256_loadu_ps(x + e * LANES);
+    const float max = max_magnitude(v);
+    const bool finite = max < INFINITY;
+    const float inverse = finite && max >= X8_TINY ? 127 / max : 0;
+    __m256i whole[4];
+    for (size_t e = 0; e < 4; e++) {
+        const __m256 scaled = _mm256_mul_ps(finite ? v[e] : _mm256_setzero_ps(), _mm256_set1_ps(inverse));
+        whole[e] = _mm256_cvtps_epi32(scaled);
+    }
+    // packing works within halves, so that groups of four bytes come out as 0 2 4 6 | 1 3 5 7
+    const __m256i first = _mm256_packs_epi32(whole[0], whole[1]), last = _mm256_packs_epi32(whole[2], whole[3]);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(first, last), order);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), bytes);
+    return {!finite ? NAN : inverse > 0 ? max / 127 : 0, sum_bytes(bytes)};
+}
+
+void quantize_x8(size_t n, const float* x, MutableX8 out) {
+    for (size_t b = 0; b < n / QK; b++) {
+        const auto [d, sum] = quantize_block(x + b * QK, out.q + b * QK);
+        out.d[b] = d;
+        out.sum[b] = d * float(sum);
+    }
+}
+
+void quantize_batch8(size_t n, const float* x, BatchX8* out) {
+    for (size_t b = 0; b < n / QK; b++) {
+        const auto [d, sum] = quantize_block(x + b * QK, out[b].q);
+        out[b].d = d;
+        out[b].minus8 = -8 * sum;
     }
 }
 
@@ -644,6 +565,212 @@ void pack_rows(Type type, size_t n, const uint8_t* rows, size_t stride, size_t n
         for (size_t j = 0; j < n_rows; j++) dequantize(type, k, count, rows + j * stride, columns[j]);
         pack_columns(columns, count, packed + k * TILE_ROWS);
     }
+}
+
+// ---- matrix-matrix in 8 bits
+
+// Sums of R tokens and ROWS rows, 8 to a vector, over one block.
+constexpr size_t GEMM8_VECTORS = 2, GEMM8_ROWS = GEMM8_VECTORS * LANES, GEMM8_TOKENS = 4;
+
+__m256i broadcast_4(const int8_t* q) {
+    int32_t four;
+    memcpy(&four, q, 4);
+    return _mm256_set1_epi32(four);
+}
+
+// Weights of 4 bits stay below 16: eight products of two fit 16 bits (8 * 2 * 15 * 127 < 2^15).
+struct Nibbles {
+    template <size_t R>
+    static void sum(const uint8_t (*q)[TILE8_ROWS][4], const BatchX8* x, size_t ldx, __m256i whole[R][GEMM8_VECTORS]) {
+        PI_UNROLL for (size_t r = 0; r < R; r++) whole[r][0] = whole[r][1] = _mm256_setzero_si256();
+        PI_UNROLL_2 for (size_t k = 0; k < QK / 4; k++) {
+            const __m256i w0 = load_32(q[k][0]), w1 = load_32(q[k][LANES]);
+            PI_UNROLL for (size_t r = 0; r < R; r++) {
+                const __m256i xk = broadcast_4(x[r * ldx].q + k * 4);
+                whole[r][0] = _mm256_add_epi16(whole[r][0], _mm256_maddubs_epi16(w0, xk));
+                whole[r][1] = _mm256_add_epi16(whole[r][1], _mm256_maddubs_epi16(w1, xk));
+            }
+        }
+        const __m256i one = _mm256_set1_epi16(1);
+        PI_UNROLL for (size_t r = 0; r < R; r++) {
+            const __m256i minus = _mm256_set1_epi32(x[r * ldx].minus8);
+            PI_UNROLL for (size_t v = 0; v < GEMM8_VECTORS; v++) whole[r][v] =
+                _mm256_add_epi32(_mm256_madd_epi16(whole[r][v], one), minus);
+        }
+    }
+};
+
+// |w| * (x with w's sign): two products fit 16 bits (2 * 128 * 127 < 2^15).
+struct Bytes {
+    template <size_t R>
+    static void sum(const uint8_t (*q)[TILE8_ROWS][4], const BatchX8* x, size_t ldx, __m256i whole[R][GEMM8_VECTORS]) {
+        const __m256i zero = _mm256_set1_epi8(-128), one = _mm256_set1_epi16(1);
+        PI_UNROLL for (size_t r = 0; r < R; r++) whole[r][0] = whole[r][1] = _mm256_setzero_si256();
+        PI_UNROLL_2 for (size_t k = 0; k < QK / 4; k++) {
+            const __m256i w0 = _mm256_xor_si256(load_32(q[k][0]), zero);
+            const __m256i w1 = _mm256_xor_si256(load_32(q[k][LANES]), zero);
+            const __m256i size0 = _mm256_abs_epi8(w0), size1 = _mm256_abs_epi8(w1);
+            PI_UNROLL for (size_t r = 0; r < R; r++) {
+                const __m256i xk = broadcast_4(x[r * ldx].q + k * 4);
+                const __m256i p0 = _mm256_maddubs_epi16(size0, _mm256_sign_epi8(xk, w0));
+                const __m256i p1 = _mm256_maddubs_epi16(size1, _mm256_sign_epi8(xk, w1));
+                whole[r][0] = _mm256_add_epi32(whole[r][0], _mm256_madd_epi16(p0, one));
+                whole[r][1] = _mm256_add_epi32(whole[r][1], _mm256_madd_epi16(p1, one));
+            }
+        }
+    }
+};
+
+// R tokens against GEMM8_ROWS rows from row j on; the sums stay in c, as there are not enough registers.
+template <class Products, size_t R>
+void gemm8_rows(size_t n_b, const BatchX8* x, size_t ldx, const Packed8* packed, size_t j, float* c, size_t ldc) {
+    for (size_t b = 0; b < n_b; b++) {
+        __m256i whole[R][GEMM8_VECTORS];
+        Products::template sum<R>(reinterpret_cast<const uint8_t (*)[TILE8_ROWS][4]>(packed[b].q[0][j]), x + b, ldx,
+                                  whole);
+        PI_UNROLL for (size_t v = 0; v < GEMM8_VECTORS; v++) {
+            const __m256 d = _mm256_loadu_ps(packed[b].d + j + v * LANES);
+            PI_UNROLL for (size_t r = 0; r < R; r++) {
+                const __m256 dd = _mm256_mul_ps(d, _mm256_broadcast_ss(&x[r * ldx + b].d));
+                float* to = c + r * ldc + v * LANES;
+                _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[r][v]), dd, _mm256_loadu_ps(to)));
+            }
+        }
+    }
+}
+
+template <class Products>
+void gemm8_tokens(size_t n_t, size_t n_b, const BatchX8* x, size_t ldx, const Packed8* packed, float* c, size_t ldc) {
+    for (size_t j = 0; j < TILE8_ROWS; j += GEMM8_ROWS) {
+        size_t t = 0;
+        for (; t + GEMM8_TOKENS <= n_t; t += GEMM8_TOKENS)
+            gemm8_rows<Products, GEMM8_TOKENS>(n_b, x + t * ldx, ldx, packed, j, c + t * ldc + j, ldc);
+        for (; t < n_t; t++) gemm8_rows<Products, 1>(n_b, x + t * ldx, ldx, packed, j, c + t * ldc + j, ldc);
+    }
+}
+
+void gemm8(int zero, size_t n_t, size_t n_b, const BatchX8* x, size_t ldx, const Packed8* packed, float* c, size_t ldc,
+           bool accumulate) {
+    for (size_t t = 0; t < n_t && !accumulate; t++) memset(c + t * ldc, 0, TILE8_ROWS * sizeof(float));
+    if (zero == 8) return gemm8_tokens<Nibbles>(n_t, n_b, x, ldx, packed, c, ldc);
+    gemm8_tokens<Bytes>(n_t, n_b, x, ldx, packed, c, ldc);
+}
+
+// The line `bytes` on, which may be beyond the end.
+[[gnu::always_inline]] inline void prefetch_far(const uint8_t* p, size_t bytes) {
+    _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(p) + bytes), _MM_HINT_T1);
+}
+
+// Four words of 4 bytes from each of 8 rows, from `from` on: out[w] is word w of every row.
+[[gnu::always_inline]] inline void transpose_words(const uint8_t* const rows[LANES], size_t from, __m256i out[4]) {
+    __m256i row[4], pair[4];
+    PI_UNROLL for (size_t r = 0; r < 4; r++) row[r] =
+        _mm256_inserti128_si256(_mm256_castsi128_si256(load_16(rows[r] + from)), load_16(rows[r + 4] + from), 1);
+    PI_UNROLL for (size_t r = 0; r < 4; r += 2) {
+        pair[r] = _mm256_unpacklo_epi32(row[r], row[r + 1]);
+        pair[r + 1] = _mm256_unpackhi_epi32(row[r], row[r + 1]);
+    }
+    out[0] = _mm256_unpacklo_epi64(pair[0], pair[2]);
+    out[1] = _mm256_unpackhi_epi64(pair[0], pair[2]);
+    out[2] = _mm256_unpacklo_epi64(pair[1], pair[3]);
+    out[3] = _mm256_unpackhi_epi64(pair[1], pair[3]);
+}
+
+void store_32(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+
+// Rows [j, j + 8) of one block.
+void pack_nibbles(const uint8_t* const rows[LANES], size_t j, Packed8& packed) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    __m256i words[4];
+    transpose_words(rows, 2, words);
+    PI_UNROLL for (size_t w = 0; w < 4; w++) {
+        store_32(packed.q[w][j], _mm256_and_si256(words[w], nibble));
+        store_32(packed.q[w + 4][j], _mm256_and_si256(_mm256_srli_epi16(words[w], 4), nibble));
+    }
+}
+
+void pack_bytes(const uint8_t* const rows[LANES], size_t j, Packed8& packed) {
+    const __m256i zero = _mm256_set1_epi8(-128);
+    PI_UNROLL for (size_t half = 0; half < 2; half++) {
+        __m256i words[4];
+        transpose_words(rows, 2 + half * 16, words);
+        PI_UNROLL for (size_t w = 0; w < 4; w++) store_32(packed.q[half * 4 + w][j], _mm256_xor_si256(words[w], zero));
+    }
+}
+
+void pack_rows8(Type type, size_t n, const uint8_t* rows, size_t stride, size_t n_rows, Packed8* packed) {
+    const bool q4 = type == Type::Q4_0;
+    const size_t step = q4 ? sizeof(BlockQ4_0) : sizeof(BlockQ8_0);
+    static const uint8_t none[sizeof(BlockQ8_0)] = {};
+    for (size_t j = 0; j < TILE8_ROWS; j += LANES) {
+        const uint8_t* row[LANES];
+        for (size_t r = 0; r < LANES; r++) row[r] = j + r < n_rows ? rows + (j + r) * stride : none;
+        for (size_t b = 0; b < n / QK; b++) {
+            _mm256_storeu_ps(packed[b].d + j, block_scales<LANES>(row, 0));
+            q4 ? pack_nibbles(row, j, packed[b]) : pack_bytes(row, j, packed[b]);
+            for (size_t r = 0; r < LANES; r++) {
+                prefetch_far(row[r], n / QK * step);  // the next call's part of the row, as a rule
+                row[r] += row[r] == none ? 0 : step;
+            }
+        }
+    }
+}
+
+// values[i] = row i, i < n, of 32 elements; returns the largest magnitudes of each column as integers, in 4 vectors.
+template <class Block>
+void unpack_block(size_t n, const uint8_t* rows, size_t stride, float values[QK][QK], __m256i max[4]) {
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    for (size_t e = 0; e < 4; e++) max[e] = _mm256_setzero_si256();
+    for (size_t i = 0; i < n; i++, rows += stride) {
+        prefetch_far(rows, 24 * stride);
+        const __m256 d = _mm256_set1_ps(half_to_float(rows) * Block::UNIT);
+        __m256 w[4];
+        Block::unpack(rows, w);
+        PI_UNROLL for (size_t e = 0; e < 4; e++) {
+            w[e] = _mm256_mul_ps(d, w[e]);
+            max[e] = max_bits(max[e], _mm256_and_si256(_mm256_castps_si256(w[e]), magnitude));
+            _mm256_storeu_ps(values[i] + e * LANES, w[e]);
+        }
+    }
+    memset(values[n], 0, (QK - n) * sizeof(values[0]));
+}
+
+// Four rows of 8 columns as bytes, a column's four side by side, + 128.
+__m256i pack_four(const float values[4][QK], __m256 inverse) {
+    const __m256i by_column = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13,  //
+                                                                        2, 6, 10, 14, 3, 7, 11, 15));
+    __m256i q[4];
+    PI_UNROLL for (size_t i = 0; i < 4; i++) q[i] =
+        _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values[i]), inverse));
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+    return _mm256_xor_si256(_mm256_shuffle_epi8(bytes, by_column), _mm256_set1_epi8(-128));
+}
+
+// One block of 8 columns from j on.
+void pack_rounded(const float values[QK][QK], __m256i max_bits, size_t j, Packed8& packed) {
+    const __m256 max = _mm256_castsi256_ps(max_bits), limit = _mm256_set1_ps(127);
+    const __m256 finite = _mm256_cmp_ps(max, _mm256_set1_ps(INFINITY), _CMP_LT_OQ);
+    const __m256 some = _mm256_cmp_ps(max, _mm256_set1_ps(X8_TINY), _CMP_GE_OQ);
+    const __m256 inverse = _mm256_and_ps(_mm256_and_ps(finite, some), _mm256_div_ps(limit, max));
+    const __m256 d = _mm256_and_ps(some, _mm256_div_ps(max, limit));
+    _mm256_storeu_ps(packed.d + j, _mm256_blendv_ps(_mm256_set1_ps(NAN), d, finite));
+    for (size_t k = 0; k < QK / 4; k++)
+        store_32(packed.q[k][j], pack_four(reinterpret_cast<const float (*)[QK]>(values[k * 4] + j), inverse));
+}
+
+template <class Block>
+void pack_columns(size_t n_rows, const uint8_t* rows, size_t stride, Packed8* packed) {
+    for (size_t i = 0; i < n_rows; i += QK, packed++) {
+        float values[QK][QK];
+        __m256i max[4];
+        unpack_block<Block>(n_rows - i < QK ? n_rows - i : QK, rows + i * stride, stride, values, max);
+        for (size_t e = 0; e < 4; e++) pack_rounded(values, max[e], e * LANES, *packed);
+    }
+}
+
+void pack_columns8(Type type, size_t n_rows, const uint8_t* rows, size_t stride, Packed8* packed) {
+    if (type == Type::Q4_0) return pack_columns<Q4_0Block>(n_rows, rows, stride, packed);
+    pack_columns<Q8_0Block>(n_rows, rows, stride, packed);
 }
 
 // ---- norms, softmax, rotation, activation
@@ -759,21 +886,25 @@ void rope(size_t n, float* x, const float* cos, const float* sin) {
 
 // ---- attention: the cache is a matrix of float16 rows
 
+AllRows cache_rows(const uint16_t* cache, size_t stride, size_t n_pos) {
+    return {reinterpret_cast<const uint8_t*>(cache), stride * sizeof(uint16_t), n_pos - 1};
+}
+
 void attention_scores(size_t head_dim, size_t n_pos, const float* q, const uint16_t* k, size_t stride, float scale,
                       float* scores) {
-    matvec(Type::F16, head_dim, reinterpret_cast<const uint8_t*>(k), stride * 2, n_pos, {q, nullptr}, scores);
+    dot_rows<FloatRows<F16>>(head_dim, n_pos, cache_rows(k, stride, n_pos), {q, {}}, scores);
     for (size_t p = 0; p < n_pos; p++) scores[p] *= scale;
 }
 
 void attention_mix(size_t head_dim, size_t n_pos, const float* weights, const uint16_t* v, size_t stride, float* out) {
     for (size_t j = 0; j < head_dim; j++) out[j] = 0;
-    const auto row_at = [=](size_t p) { return reinterpret_cast<const uint8_t*>(v + p * stride); };
-    add_rows<AddFloats<F16>>(head_dim, n_pos, row_at, weights, false, out);
+    add_rows<AddFloats<F16>>(head_dim, n_pos, cache_rows(v, stride, n_pos), weights, false, nullptr, out);
 }
 
-constexpr Ops table = {"avx2",    quantize_x8,      matvec,        matvec_picked, add_rows, dequantize,
-                       gemm_tile, pack_rows,        rms_norm,      layer_norm,    softmax,  rope,
-                       silu,      attention_scores, attention_mix, to_f16};
+constexpr Ops table = {"avx2",           quantize_x8,   quantize_batch8, matvec,    matvec_picked, matvec_bundles,
+                       add_rows,         dequantize,    gemm_tile,       pack_rows, gemm8,         pack_rows8,
+                       pack_columns8,    rms_norm,      layer_norm,      softmax,   rope,          silu,
+                       attention_scores, attention_mix, to_f16};
 
 }  // namespace
 

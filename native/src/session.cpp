@@ -40,7 +40,9 @@ Session::Session(const Model& model, const pi_session_params& params)
     };
     auto allocate_vector = [&](Activations& v, size_t n) {
         allocate(v.f, n);
-        allocate(v.q8, n / QK);
+        allocate(v.d, n / QK);
+        allocate(v.sum, n / QK);
+        allocate(v.q, n / QK * QK);
     };
     keys_.resize(size_t{c.n_layer} * c.kv_dim() * n_ctx);
     values_.resize(size_t{c.n_layer} * c.kv_dim() * n_ctx);
@@ -49,8 +51,9 @@ Session::Session(const Model& model, const pi_session_params& params)
         allocate(w.asked, c.n_ff);
         allocate(w.active, c.n_ff);
         for (auto* buffer : {&w.logit, &w.pre, &w.a, &w.up}) allocate(*buffer, c.n_ff);
-        allocate(w.scores, n_ctx);
+        allocate(w.scores, QUERIES * ld_scores());
         allocate(w.packed, PACKED_FLOATS);
+        allocate(w.packed8, PACKED_BLOCKS);
         allocate(w.tile, BATCH * DOWN_COLUMNS);
     }
     allocate(cos_, BATCH * (c.rotary_dim / 2));
@@ -61,7 +64,6 @@ Session::Session(const Model& model, const pi_session_params& params)
     allocate(q_, c.q_dim());
     allocate(k_, c.kv_dim());
     allocate(v_, c.kv_dim());
-    allocate(out_, c.n_embd);
     allocate(partial_, MAX_CHUNKS * c.n_embd);
     allocate(position_row_, c.n_embd);
     allocate(logits, c.n_vocab);
@@ -74,6 +76,8 @@ Session::Session(const Model& model, const pi_session_params& params)
     allocate(b_up_, BATCH * size_t{c.n_ff});
     allocate(b_rank_, BATCH * rank);
     allocate(b_asked_, BATCH * size_t{c.n_ff});
+    size_t longest = std::max<size_t>({c.n_embd, c.q_dim(), c.n_ff, rank});
+    allocate(b_q8_, BATCH * ((longest + QK - 1) / QK));
     sampler.seed(0);
 }
 
@@ -131,12 +135,9 @@ void Session::rotate(float* x, uint32_t n_heads, size_t t) {
     for (uint32_t h = 0; h < n_heads; h++) ops.rope(c.rotary_dim, x + h * c.head_dim, &cos_[t * half], &sin_[t * half]);
 }
 
-void Session::store_kv(size_t il, size_t pos, const float* k, const float* v) {
-    const Config& c = model.config;
-    for (uint32_t h = 0; h < c.n_head_kv; h++) {
-        ops.to_f16(c.head_dim, k + h * c.head_dim, key(il, h, pos));
-        ops.to_f16(c.head_dim, v + h * c.head_dim, value(il, h, pos));
-    }
+void Session::store_kv(size_t il, uint32_t head, size_t pos, const float* k, const float* v) {
+    ops.to_f16(model.config.head_dim, k, key(il, head, pos));
+    ops.to_f16(model.config.head_dim, v, value(il, head, pos));
 }
 
 // out = softmax(q . K / sqrt(head_dim)) . V over the first n_pos positions; q, out: (head_dim,)

@@ -3,30 +3,35 @@
 #pragma once
 
 #include <algorithm>
-#include <chrono>
 #include <initializer_list>
 #include <memory>
 #include <new>
 #include <utility>
 #include <vector>
 
+#include "huge_pages.h"
 #include "model.h"
 #include "sampler.h"
 #include "threads.h"
+#include "ticks.h"
 
 namespace pi {
 
-constexpr size_t BATCH = 128;           // tokens that go through the matrix-matrix path together
+constexpr size_t BATCH = 256;           // tokens that go through the matrix-matrix path together
 constexpr size_t DOWN_COLUMNS = 64;     // columns of the down projection that one item of a batch computes
-constexpr size_t PACKED_FLOATS = 8192;  // a packed tile: 512 elements of 16 rows, or 128 neurons of 64 columns
+constexpr size_t PACKED_FLOATS = 8192;  // a packed tile: 512 elements of 16 rows, or 128 rows of 64 columns
+constexpr size_t PACKED_BLOCKS = 16;    // the same in 8 bits: 512 elements of 32 rows or columns
+constexpr size_t QUERIES = 32;          // tokens of a batch whose attention is computed together
 
-// A buffer whose start is aligned to a cache line.
+// A buffer whose start is aligned to a cache line, a large one's to a huge page.
 template <class T>
 class Buffer {
    public:
     void resize(size_t n) {
         n_ = n;
-        memory_.reset(static_cast<T*>(::operator new[]((n + 1) * sizeof(T), std::align_val_t(64))));
+        size_t align = bytes() < HUGE_PAGE ? 64 : HUGE_PAGE;
+        memory_ = {static_cast<T*>(::operator new[]((n + 1) * sizeof(T), std::align_val_t(align))), Delete{align}};
+        if (align == HUGE_PAGE) use_huge_pages(memory_.get(), bytes());
         std::fill_n(memory_.get(), n, T{});
     }
     T* data() { return memory_.get(); }
@@ -36,7 +41,8 @@ class Buffer {
 
    private:
     struct Delete {
-        void operator()(T* p) const { ::operator delete[](static_cast<void*>(p), std::align_val_t(64)); }
+        size_t align = 64;
+        void operator()(T* p) const { ::operator delete[](static_cast<void*>(p), std::align_val_t(align)); }
     };
     std::unique_ptr<T[], Delete> memory_;
     size_t n_ = 0;
@@ -44,18 +50,28 @@ class Buffer {
 
 // A vector and its quantised form.
 struct Activations {
-    Buffer<float> f;     // (n,)
-    Buffer<BlockX8> q8;  // (n / 32,)
+    Buffer<float> f;       // (n,)
+    Buffer<float> d, sum;  // (n / 32,)
+    Buffer<int8_t> q;      // (n,)
+
+    MutableX8 x8(size_t begin) { return {&d[begin / QK], &sum[begin / QK], &q[begin]}; }
+    Vector both() const { return {f.data(), {d.data(), sum.data(), q.data()}}; }
 };
+
+// Where the time of a token goes. OTHER is what one thread does alone; SYNC is waiting for other threads.
+enum Part { ATTENTION, PREDICTOR, GATE, UPDOWN, HEAD, OTHER, SYNC, N_PARTS };
 
 // One thread's scratch.
 struct Worker {
     Buffer<uint32_t> asked, active;                      // (n_ff,) indices of neurons
     Buffer<float> logit, pre, a, up;                     // (n_ff,)
-    Buffer<float> scores;                                // (n_ctx,) attention
+    Buffer<float> scores;                                // (QUERIES, n_ctx, rounded up to whole tiles) attention
     Buffer<float> packed;                                // (PACKED_FLOATS,)
+    Buffer<Packed8> packed8;                             // (PACKED_BLOCKS,)
     Buffer<float> tile;                                  // (BATCH, DOWN_COLUMNS)
+    pi_layer_score counted;                              // of one layer and batch
     uint64_t n_computed = 0, n_active = 0, n_fired = 0;  // neurons since the last collect_counts
+    uint64_t spent[N_PARTS] = {};                        // ticks, likewise
 };
 
 class Session {
@@ -83,7 +99,7 @@ class Session {
     void normalise(const Norm& norm, const float* x, float* out) const;
     void set_angles(size_t pos, size_t n);
     void rotate(float* x, uint32_t n_heads, size_t t);
-    void store_kv(size_t il, size_t pos, const float* k, const float* v);
+    void store_kv(size_t il, uint32_t head, size_t pos, const float* k, const float* v);
     void attend(size_t il, uint32_t head, size_t n_pos, const float* q, float* out, Worker& w);
     void activate(const Layer& layer, size_t n, float* a) const;
     void apply_up(size_t n, const float* a, float* up) const;
@@ -92,28 +108,51 @@ class Session {
     struct Job {
         const Linear* linear;
         float* out;
+        bool add = false;  // to what out holds
     };
     Vector quantised(Activations& x, size_t n);
-    void project(std::initializer_list<Job> jobs, Vector x);
+    void project(Part part, std::initializer_list<Job> jobs, Vector x);
     void attention(const Layer& layer, size_t il);
     void ffn(const Layer& layer);
     void ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w);
+    void decide(const Layer& layer, const uint32_t* ids, size_t n, Vector x, Worker& w);
+    void finish_deciding(const Layer& layer, const uint32_t* ids, size_t n, Worker& w);
+    size_t add_neurons(const Layer& layer, const uint32_t* ids, const float* pre, size_t n, Vector x, float* sum,
+                       Worker& w);
+    size_t add_bundles(const Layer& layer, uint32_t lo, size_t n, Vector x, float* sum, Worker& w);
+    void add_down(const Layer& layer, size_t n, const uint8_t* next, float* sum, Worker& w);
+    template <class Task>
+    void parallel(Part part, size_t n_items, Task&& task);
+    void lap(Part part);
     size_t ask(const Layer& layer, uint32_t lo, uint32_t hi, Vector rank, Worker& w);
     void sum_chunks(const Layer& layer);
     void collect_counts(const Layer& layer);
+    void collect_seconds(double seconds);
     void output_head(float* hidden);
     bool asks(const Layer& layer) const { return layer.predictor && mode_ != PI_MODE_DENSE && mode_ != PI_MODE_GATE; }
 
     // batch.cpp
     void forward_batch(const int32_t* tokens, size_t n, bool selective, pi_layer_score* scores);
+    void normalise_batch(const Norm& norm, size_t n);
+    void quantise_token(const float* x, size_t len, size_t t);
+    void quantise_batch(const float* x, size_t n, size_t len);
     void attention_batch(const Layer& layer, size_t il, size_t n);
+    void attend_queries(size_t il, uint32_t head, size_t first, size_t n, Worker& w);
+    void score_queries(size_t il, uint32_t head, size_t first, size_t n, Worker& w);
+    void mix_queries(size_t il, uint32_t head, size_t first, size_t n, Worker& w);
     void ffn_batch(const Layer& layer, size_t n, bool selective, pi_layer_score* score);
+    void activate_token(const Layer& layer, size_t t, bool asked, pi_layer_score* score);
     void predict_batch(const Layer& layer, size_t n);
     void gemm(const Rows& rows, const float* bias, const float* x, size_t n, float* out, bool add);
+    void tile_of_rows(const Rows& rows, size_t begin, size_t m, const float* x, size_t n, Worker& w);
+    void tile_of_rows8(const Rows& rows, size_t begin, size_t m, size_t n, Worker& w);
     void gemm_down(const Layer& layer, const float* h, size_t n);
+    void tile_of_columns(const Rows& rows, size_t begin, size_t m, const float* x, size_t ldx, size_t n, Worker& w);
+    void tile_of_columns8(const Rows& rows, size_t begin, size_t n, Worker& w);
 
     uint16_t* key(size_t il, uint32_t head, size_t pos) { return &keys_[kv_index(il, head, pos)]; }
     uint16_t* value(size_t il, uint32_t head, size_t pos) { return &values_[kv_index(il, head, pos)]; }
+    size_t ld_scores() const { return (n_ctx + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS; }
     size_t kv_index(size_t il, uint32_t head, size_t pos) const {
         return ((il * model.config.n_head_kv + head) * n_ctx + pos) * model.config.head_dim;
     }
@@ -127,26 +166,15 @@ class Session {
     Buffer<float> hidden_;            // (n_embd,) the residual stream
     Activations x_;                   // (max(n_embd, q_dim),) a normalised input, or what attention gave
     Activations rank_;                // (max rank,) the predictor's hidden layer
-    Buffer<float> q_, k_, v_, out_;   // (q_dim,) (kv_dim,) (kv_dim,) (n_embd,)
+    Buffer<float> q_, k_, v_;         // (q_dim,) (kv_dim,) (kv_dim,)
     Buffer<float> partial_;           // (n_chunks, n_embd) each chunk's share of the FFN
     bool chunk_fired_[MAX_CHUNKS] = {};
     Buffer<float> position_row_;  // (n_embd,) opt
     // batch.cpp: (BATCH, .) each
     Buffer<float> b_hidden_, b_x_, b_q_, b_k_, b_v_, b_select_, b_up_, b_rank_, b_asked_;
+    Buffer<BatchX8> b_q8_;  // what a quantised matrix is multiplied with, in blocks: the last one filled up with zeros
     uint64_t scratch_bytes_ = 0;
-};
-
-// Adds the seconds since the last lap to a counter.
-class Stopwatch {
-   public:
-    void lap(double& seconds) {
-        auto now = std::chrono::steady_clock::now();
-        seconds += std::chrono::duration<double>(now - last_).count();
-        last_ = now;
-    }
-
-   private:
-    std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+    uint64_t spent_[N_PARTS] = {}, mark_ = 0;  // ticks of the present token, by part; when they were last counted
 };
 
 }  // namespace pi

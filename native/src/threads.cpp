@@ -2,8 +2,10 @@
 
 #include <exception>
 #include <string>
+#include <utility>
 
 #include "gguf.h"
+#include "ticks.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -28,7 +30,7 @@ inline void pause() {
 
 }  // namespace
 
-Pool::Pool(uint32_t n_threads) : n_threads_(n_threads) {
+Pool::Pool(uint32_t n_threads) : n_threads_(n_threads), shares_(new Share[n_threads]) {
     try {
         for (uint32_t i = 1; i < n_threads; i++) threads_.emplace_back([this, i] { work(i); });
     } catch (const std::exception&) {
@@ -46,29 +48,50 @@ void Pool::stop() {
     for (auto& thread : threads_) thread.join();
 }
 
-// Does one item of the present job; false where none is left.
-bool Pool::take_item(uint32_t thread) {
-    uint64_t ticket = ticket_.fetch_add(1, std::memory_order_acq_rel);
-    size_t item = ticket & MASK, n_items = ticket >> ITEM_BITS;
-    if (item >= n_items) return false;
+// Does one item of a share; false where none is left.
+bool Pool::take_item(Share& from, uint32_t thread) {
+    uint64_t ticket = from.ticket.fetch_add(1, std::memory_order_acq_rel);
+    size_t item = ticket & MASK, end = ticket >> ITEM_BITS;
+    if (item >= end) return false;
+    uint64_t begin = ticks();
     call_(user_, item, thread);
+    shares_[thread].busy += ticks() - begin;
     done_.fetch_add(1, std::memory_order_release);
     return true;
 }
 
+// Does items until none is left: its own share, then the others'.
+void Pool::take_items(uint32_t thread) {
+    for (uint32_t i = 0; i < n_threads_; i++) {
+        Share& from = shares_[(thread + i) % n_threads_];
+        while (take_item(from, thread)) {
+        }
+    }
+}
+
+uint64_t Pool::take_busy() {
+    uint64_t sum = 0;
+    for (uint32_t i = 0; i < n_threads_; i++) sum += std::exchange(shares_[i].busy, 0);
+    return sum / n_threads_;
+}
+
 void Pool::run_erased(size_t n_items, Call call, void* user) {
     if (n_threads_ == 1 || n_items <= 1 || n_items > MAX_ITEMS) {
+        uint64_t begin = ticks();
         for (size_t item = 0; item < n_items; item++) call(user, item, 0);
+        shares_[0].busy += ticks() - begin;
         return;
     }
     call_ = call;
     user_ = user;
     done_.store(0, std::memory_order_relaxed);
-    ticket_.store(uint64_t{n_items} << ITEM_BITS, std::memory_order_release);
+    for (uint32_t i = 0; i < n_threads_; i++) {
+        uint64_t begin = n_items * i / n_threads_, end = n_items * (i + 1) / n_threads_;
+        shares_[i].ticket.store(end << ITEM_BITS | begin, std::memory_order_release);
+    }
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();
-    while (take_item(0)) {
-    }
+    take_items(0);
     for (int spins = 0; done_.load(std::memory_order_acquire) != n_items; spins++) {
         pause();
         if (spins > SPINS) std::this_thread::yield();  // a worker lost its processor to somebody else
@@ -82,8 +105,7 @@ void Pool::work(uint32_t thread) {
         generation_.wait(seen, std::memory_order_acquire);
         seen = generation_.load(std::memory_order_acquire);
         if (stop_.load()) return;
-        while (take_item(thread)) {
-        }
+        take_items(thread);
     }
 }
 

@@ -1,10 +1,12 @@
-// One pool of threads for the life of a session. Items are handed out as threads become free; results must not depend
-// on which thread took an item. A thread that has no processor holds nobody up: the others take its items.
+// One pool of threads for the life of a session. Every thread has a contiguous share of a job's items, so that it reads
+// memory in sequence, and takes from the others' shares when its own is empty: a thread that has no processor holds
+// nobody up. Results must not depend on which thread took an item.
 #pragma once
 
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -28,18 +30,26 @@ class Pool {
         run_erased(n_items, call, &task);
     }
 
+    // Ticks spent on items since the last call, the mean over all threads.
+    uint64_t take_busy();
+
    private:
-    using Call = void (*)(void*, size_t, uint32_t);
+    using Call = void (*)(void*, size_t item, uint32_t thread);
+    struct alignas(64) Share {
+        std::atomic<uint64_t> ticket{0};  // end of the share, next item
+        uint64_t busy = 0;                // ticks that the share's thread spent on items
+    };
     void run_erased(size_t n_items, Call call, void* user);
     void work(uint32_t thread);
     void stop();
-    bool take_item(uint32_t thread);
+    void take_items(uint32_t thread);
+    bool take_item(Share& from, uint32_t thread);
 
     uint32_t n_threads_;
     Call call_ = nullptr;
     void* user_ = nullptr;
-    alignas(64) std::atomic<uint64_t> ticket_{0};  // number of items, next item
-    alignas(64) std::atomic<size_t> done_{0};      // items of this generation that are finished
+    std::unique_ptr<Share[]> shares_;
+    alignas(64) std::atomic<size_t> done_{0};  // items of this generation that are finished
     alignas(64) std::atomic<uint32_t> generation_{0};
     std::atomic<bool> stop_{false};
     std::vector<std::thread> threads_;

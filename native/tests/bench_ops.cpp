@@ -1,6 +1,6 @@
 // How fast the operations read weights: GB/s of one thread beside a plain read of the same buffer, and Gflop/s of the
-// matrix-matrix tile. bench_ops [MiB [n]]: the size of the matrix (default 512; larger than any cache) and its row
-// length.
+// matrix-matrix tile. bench_ops [MiB [n [kernels]]]: the size of the matrix (default 512; larger than any cache),
+// its row length, and the table (as in pi_session_params).
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -98,16 +98,18 @@ void bench_type(const Ops& ops, Type type, const char* name, const uint8_t* data
     const size_t stride = row_size(type, n), n_rows = n_bytes / stride;
     const std::vector<uint32_t> tenth = pick(n_rows, 10);
     std::vector<float> x(n, 0.5f), out(n_rows), acc(n, 0.0f), h(n_rows, 0.001f);
-    std::vector<BlockX8> x8(n / QK);
-    ops.quantize_x8(n, x.data(), x8.data());
-    const Vector v{x.data(), x8.data()};
+    std::vector<float> d(n / QK), sum(n / QK);
+    std::vector<int8_t> q(n);
+    ops.quantize_x8(n, x.data(), {d.data(), sum.data(), q.data()});
+    const Vector v{x.data(), {d.data(), sum.data(), q.data()}};
     line("matvec", name, n_rows * stride, seconds([&] { ops.matvec(type, n, data, stride, n_rows, v, out.data()); }),
          ceiling);
     line("matvec_picked 10 %", name, tenth.size() * stride,
-         seconds([&] { ops.matvec_picked(type, n, data, stride, tenth.data(), tenth.size(), v, out.data()); }),
+         seconds([&] { ops.matvec_picked(type, n, data, stride, tenth.data(), tenth.size(), nullptr, v, out.data()); }),
          ceiling);
-    line("add_rows 10 %", name, tenth.size() * stride,
-         seconds([&] { ops.add_rows(type, n, data, stride, tenth.data(), h.data(), tenth.size(), acc.data()); }),
+    line("add_rows 10 %", name, tenth.size() * stride, seconds([&] {
+             ops.add_rows(type, n, data, stride, tenth.data(), h.data(), tenth.size(), nullptr, acc.data());
+         }),
          ceiling);
     // the same in the second-level cache: what the operation itself can do
     const size_t few = std::min(n_rows, (size_t(256) << 10) / stride), rounds = 1000;
@@ -119,7 +121,7 @@ void bench_type(const Ops& ops, Type type, const char* name, const uint8_t* data
          ceiling);
     line("add_rows, in cache", name, few * stride * rounds, seconds([&] {
              for (size_t i = 0; i < rounds; i++)
-                 ops.add_rows(type, n, data, stride, all.data(), h.data(), few, acc.data());
+                 ops.add_rows(type, n, data, stride, all.data(), h.data(), few, nullptr, acc.data());
          }),
          ceiling);
 }
@@ -135,13 +137,45 @@ void bench_gemm(const Ops& ops) {
                 2e-9 * double(N_T * N_K * TILE_ROWS * ROUNDS) / time);
 }
 
+// A tile of rows in 8 bits: the product with all tokens, and what packing it costs beside that.
+void bench_gemm8(const Ops& ops, const uint8_t* data) {
+    constexpr size_t N_T = 120, N_K = 512, ROUNDS = 300;
+    const size_t n_b = N_K / QK;
+    std::vector<float> x(N_K, 0.5f), c(N_T * TILE8_ROWS);
+    std::vector<BatchX8> x8(N_T * n_b);
+    for (size_t t = 0; t < N_T; t++) ops.quantize_batch8(N_K, x.data(), &x8[t * n_b]);
+    std::vector<Packed8> packed(n_b);
+    const auto show = [](const char* what, const char* type, double products, double time) {
+        std::printf("%-24s %-5s %8.1f Gop/s\n", what, type, 2e-9 * products * double(N_K * TILE8_ROWS * ROUNDS) / time);
+    };
+    for (Type type : {Type::Q4_0, Type::Q8_0}) {
+        const char* name = type == Type::Q4_0 ? "q4_0" : "q8_0";
+        const double packing = seconds([&] {
+            for (size_t i = 0; i < ROUNDS; i++)
+                ops.pack_rows8(type, N_K, data, row_size(type, N_K), TILE8_ROWS, packed.data());
+        });
+        show("pack_rows8 32 x 512", name, 0.5, packing);  // elements, not products
+        show("gemm8 120 x 32 x 512", name, N_T, seconds([&] {
+                 for (size_t i = 0; i < ROUNDS; i++)
+                     ops.gemm8(zero_of_rows(type), N_T, n_b, x8.data(), n_b, packed.data(), c.data(), TILE8_ROWS,
+                               false);
+             }));
+        show("pack_columns8 512 x 32", name, 0.5, seconds([&] {
+                 for (size_t i = 0; i < ROUNDS; i++)
+                     ops.pack_columns8(type, N_K, data, row_size(type, TILE8_ROWS), packed.data());
+             }));
+    }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
     const size_t n_bytes = size_t(argc > 1 ? std::atoi(argv[1]) : 512) << 20;
     const size_t n = size_t(argc > 2 ? std::atoi(argv[2]) : 4096) / QK * QK;
-    if (n_bytes == 0 || n == 0) return std::printf("usage: bench_ops [MiB [n]]\n"), 2;
-    const Ops& ops = *choose_ops(0);
+    if (n_bytes == 0 || n == 0) return std::printf("usage: bench_ops [MiB [n [kernels]]]\n"), 2;
+    const Ops* chosen = choose_ops(argc > 3 ? uint32_t(std::atoi(argv[3])) : 0);
+    if (!chosen) return std::printf("this processor has no such kernels\n"), 1;
+    const Ops& ops = *chosen;
     const Buffer data = allocate(n_bytes);
     fill(data.get(), n_bytes);
     const double ceiling = double(n_bytes) / seconds([&] { plain_read(data.get(), n_bytes); }) * 1e-9;
@@ -152,4 +186,5 @@ int main(int argc, char** argv) {
     bench_type(ops, Type::F16, "f16", data.get(), n_bytes, n, ceiling);
     bench_type(ops, Type::F32, "f32", data.get(), n_bytes, n, ceiling);
     bench_gemm(ops);
+    bench_gemm8(ops, data.get());
 }

@@ -137,19 +137,29 @@ struct Matrix {
     }
 };
 
+// A vector quantised in blocks.
+struct Blocks {
+    Guarded<float> d, sum;
+    Guarded<int8_t> q;
+
+    explicit Blocks(size_t n) : d(n / QK), sum(n / QK), q(n / QK * QK) {}
+    Blocks(const Ops& ops, size_t n, const float* x) : Blocks(n) { ops.quantize_x8(n / QK * QK, x, out()); }
+    MutableX8 out() { return {d.data(), sum.data(), q.data()}; }
+    X8 in() { return {d.data(), sum.data(), q.data()}; }
+    bool intact() { return d.intact() && sum.intact() && q.intact(); }
+};
+
 // x in both forms, and what the rows of a type are multiplied with, in float64.
 struct Input {
     Guarded<float> x;
-    Guarded<BlockX8> blocks;
+    Blocks blocks;
 
-    explicit Input(Guarded<float> values, size_t n) : x(std::move(values)), blocks(n / QK, 4) {
-        scalar().quantize_x8(n / QK * QK, x.data(), blocks.data());
-    }
+    explicit Input(Guarded<float> values, size_t n) : x(std::move(values)), blocks(scalar(), n, x.data()) {}
     explicit Input(size_t n) : Input(normals(n), n) {}
     // Only the form that the type needs: the other may be NULL.
-    Vector vector(Type type) { return quantised(type) ? Vector{nullptr, blocks.data()} : Vector{x.data(), nullptr}; }
+    Vector vector(Type type) { return quantised(type) ? Vector{nullptr, blocks.in()} : Vector{x.data(), {}}; }
     double value(Type type, size_t k) {
-        return quantised(type) ? double(blocks[k / QK].d) * blocks[k / QK].q[k % QK] : double(x[k]);
+        return quantised(type) ? double(blocks.d[k / QK]) * blocks.q[k] : double(x[k]);
     }
 };
 
@@ -213,9 +223,7 @@ void test_dequantize(const Ops& ops, Type type) {
 }
 
 void check_quantised(const Ops& ops, size_t n, Guarded<float> x, const char* what) {
-    Guarded<BlockX8> out(n / QK, 4), expected(n / QK, 4);
-    ops.quantize_x8(n, x.data(), out.data());
-    scalar().quantize_x8(n, x.data(), expected.data());
+    Blocks out(ops, n, x.data()), expected(scalar(), n, x.data());
     CHECK(out.intact(), "%s %s", ops.name, what);
     for (size_t b = 0; b < n / QK; b++) {
         const float* in = x.data() + b * QK;
@@ -224,13 +232,14 @@ void check_quantised(const Ops& ops, size_t n, Guarded<float> x, const char* wha
         bool near = true;
         for (size_t k = 0; k < QK; k++) {
             max = std::max(max, std::fabs(in[k]));
-            sum += out[b].q[k];
+            sum += out.q[b * QK + k];
             // half a step, and the rounding of the step itself; X8_TINY for blocks that count as 0
-            near = near && std::fabs(double(out[b].d) * out[b].q[k] - in[k]) <= out[b].d * 0.5001 + X8_TINY;
+            near = near && std::fabs(double(out.d[b]) * out.q[b * QK + k] - in[k]) <= out.d[b] * 0.5001 + X8_TINY;
         }
-        CHECK(near && out[b].sum == out[b].d * float(sum), "%s %s block %zu", ops.name, what, b);
-        CHECK(out[b].d == (max >= X8_TINY ? max / 127 : 0), "%s %s block %zu", ops.name, what, b);
-        CHECK(std::memcmp(&out[b], &expected[b], sizeof(BlockX8)) == 0, "%s %s block %zu", ops.name, what, b);
+        CHECK(near && out.sum[b] == out.d[b] * float(sum), "%s %s block %zu", ops.name, what, b);
+        CHECK(out.d[b] == (max >= X8_TINY ? max / 127 : 0), "%s %s block %zu", ops.name, what, b);
+        CHECK(std::memcmp(&out.q[b * QK], &expected.q[b * QK], QK) == 0 && same_bits(&out.d[b], &expected.d[b], 1),
+              "%s %s block %zu", ops.name, what, b);
     }
 }
 
@@ -245,11 +254,10 @@ void test_quantize(const Ops& ops) {
         for (size_t at : {32, 39, 40, 63}) {
             Guarded<float> x = normals(96);
             x[at] = bad;
-            Guarded<BlockX8> out(3, 4);
-            ops.quantize_x8(96, x.data(), out.data());
-            CHECK(std::isnan(out[1].d) && std::isnan(out[1].sum), "%s %g at %zu", ops.name, double(bad), at);
-            CHECK(std::all_of(out[1].q, out[1].q + QK, [](int8_t q) { return q == 0; }), "%s", ops.name);
-            CHECK(std::isfinite(out[0].d) && std::isfinite(out[2].d) && out.intact(), "%s", ops.name);
+            Blocks out(ops, 96, x.data());
+            CHECK(std::isnan(out.d[1]) && std::isnan(out.sum[1]), "%s %g at %zu", ops.name, double(bad), at);
+            CHECK(std::all_of(&out.q[QK], &out.q[QK] + QK, [](int8_t q) { return q == 0; }), "%s", ops.name);
+            CHECK(std::isfinite(out.d[0]) && std::isfinite(out.d[2]) && out.intact(), "%s", ops.name);
         }
     }
 }
@@ -294,7 +302,8 @@ void test_picked(const Ops& ops, Type type) {
                 if (share == 1 ? i == 7 : random_bits() % 100 < share) ids.push_back(i);
             }
             Guarded<float> out(ids.size());
-            ops.matvec_picked(type, n, m.bytes.data(), m.stride, ids.data(), ids.size(), in.vector(type), out.data());
+            ops.matvec_picked(type, n, m.bytes.data(), m.stride, ids.data(), ids.size(), nullptr, in.vector(type),
+                              out.data());
             bool equal = true;
             for (size_t i = 0; i < ids.size(); i++) equal = equal && same_bits(&out[i], &all[ids[i]], 1);
             CHECK(equal && out.intact(), "%s %s n %zu picked %zu", ops.name, TYPE_NAMES[int(type)], n, ids.size());
@@ -322,6 +331,32 @@ void test_quantised_input(const Ops& ops) {
 }
 
 // A number that is not finite, in x or in one row.
+void test_matvec_bundles(const Ops& ops, Type type) {
+    for (size_t n : SIZES) {
+        if (!fits(type, n)) continue;
+        Input in(n);
+        for (size_t n_parts : {2, 3}) {
+            for (size_t n_bundles : {0, 1, 3, 4, 9}) {
+                Guarded<uint8_t> bundles(n_bundles * n_parts * bytes_of(type, n));
+                Matrix m(type, n, n_bundles * n_parts);
+                for (size_t i = 0; i < n_bundles * n_parts; i++)
+                    std::memcpy(&bundles[i * bytes_of(type, n)], m.row(i), bytes_of(type, n));
+                Guarded<float> out(n_bundles * (n_parts - 1));
+                ops.matvec_bundles(type, n, bundles.data(), n_parts, n_bundles, in.vector(type), out.data());
+                bool same = true;
+                for (size_t i = 0; i < n_bundles * (n_parts - 1); i++) {
+                    float alone;
+                    size_t row = i / (n_parts - 1) * n_parts + i % (n_parts - 1);
+                    ops.matvec(type, n, m.row(row), m.stride, 1, in.vector(type), &alone);
+                    same = same && same_bits(&alone, &out[i], 1);
+                }
+                CHECK(same && out.intact(), "%s %s n %zu parts %zu bundles %zu", ops.name, TYPE_NAMES[int(type)], n,
+                      n_parts, n_bundles);
+            }
+        }
+    }
+}
+
 void test_matvec_not_finite(const Ops& ops, Type type) {
     constexpr size_t N_ROWS = 11;
     for (size_t n : {32, 64, 96, 4096}) {
@@ -349,7 +384,7 @@ void test_matvec_not_finite(const Ops& ops, Type type) {
 void test_denormals(const Ops& ops) {
     Guarded<float> weights(9), x(9), out(1);
     for (size_t k = 0; k < 9; k++) weights[k] = 1, x[k] = DENORMAL;
-    ops.matvec(Type::F32, 9, reinterpret_cast<uint8_t*>(weights.data()), 36, 1, {x.data(), nullptr}, out.data());
+    ops.matvec(Type::F32, 9, reinterpret_cast<uint8_t*>(weights.data()), 36, 1, {x.data(), {}}, out.data());
     CHECK(out[0] == 9 * DENORMAL, "%s: denormals are flushed", ops.name);
     const uint16_t smallest[] = {1, 1, 1};
     ops.dequantize(Type::F16, 0, 3, reinterpret_cast<const uint8_t*>(smallest), out.data());
@@ -370,8 +405,8 @@ void test_add_rows(const Ops& ops, Type type) {
                 h.push_back(i % 3 == 1 ? (i % 2 ? 0.0f : -0.0f) : normal());
             }
             Guarded<float> acc = normals(n), before = acc, expected = acc;
-            ops.add_rows(type, n, m.bytes.data(), m.stride, ids.data(), h.data(), n_ids, acc.data());
-            scalar().add_rows(type, n, m.bytes.data(), m.stride, ids.data(), h.data(), n_ids, expected.data());
+            ops.add_rows(type, n, m.bytes.data(), m.stride, ids.data(), h.data(), n_ids, nullptr, acc.data());
+            scalar().add_rows(type, n, m.bytes.data(), m.stride, ids.data(), h.data(), n_ids, nullptr, expected.data());
             bool near = true;
             for (size_t j = 0; j < n; j++) {
                 Exact exact;
@@ -398,12 +433,12 @@ void test_add_rows_skips(const Ops& ops, Type type) {
         if (h.back() != 0) kept_ids.push_back(i), kept.push_back(h.back());
     }
     Guarded<float> with = normals(N), without = with, parts = with;
-    ops.add_rows(type, N, m.bytes.data(), m.stride, ids.data(), h.data(), 30, with.data());
-    ops.add_rows(type, N, m.bytes.data(), m.stride, kept_ids.data(), kept.data(), kept.size(), without.data());
+    ops.add_rows(type, N, m.bytes.data(), m.stride, ids.data(), h.data(), 30, nullptr, with.data());
+    ops.add_rows(type, N, m.bytes.data(), m.stride, kept_ids.data(), kept.data(), kept.size(), nullptr, without.data());
     CHECK(same_bits(with.data(), without.data(), N), "%s %s", ops.name, TYPE_NAMES[int(type)]);
     for (size_t begin : {0, 64}) {
         const size_t count = begin == 0 ? 64 : 32;
-        ops.add_rows(type, count, m.bytes.data() + bytes_of(type, begin), m.stride, ids.data(), h.data(), 30,
+        ops.add_rows(type, count, m.bytes.data() + bytes_of(type, begin), m.stride, ids.data(), h.data(), 30, nullptr,
                      parts.data() + begin);
     }
     CHECK(same_bits(with.data(), parts.data(), N), "%s %s", ops.name, TYPE_NAMES[int(type)]);
@@ -413,14 +448,14 @@ void test_add_rows_skips(const Ops& ops, Type type) {
     Guarded<float> acc(N), before(N);
     for (size_t j = 0; j < N; j++) acc[j] = before[j] = j % 2 ? -0.0f : NaN;
     const std::vector<float> zeros(30, -0.0f);
-    ops.add_rows(type, N, m.bytes.data(), m.stride, ids.data(), zeros.data(), 30, acc.data());
+    ops.add_rows(type, N, m.bytes.data(), m.stride, ids.data(), zeros.data(), 30, nullptr, acc.data());
     CHECK(same_bits(acc.data(), before.data(), N), "%s %s", ops.name, TYPE_NAMES[int(type)]);
 
     Matrix finite(type, N, 3);
     const uint32_t rows[] = {0, 1, 2};
     const float broken[] = {1, NaN, 1};
     Guarded<float> sums = normals(N);
-    ops.add_rows(type, N, finite.bytes.data(), finite.stride, rows, broken, 3, sums.data());
+    ops.add_rows(type, N, finite.bytes.data(), finite.stride, rows, broken, 3, nullptr, sums.data());
     CHECK(std::all_of(sums.begin(), sums.end(), [](float v) { return std::isnan(v); }), "%s %s", ops.name,
           TYPE_NAMES[int(type)]);
 }
@@ -485,6 +520,150 @@ void test_pack(const Ops& ops, Type type) {
                     equal = equal && packed[k * TILE_ROWS + j] == (j < n_rows ? m.value(j)[k] : 0);
             }
             CHECK(equal && packed.intact(), "%s %s n %zu rows %zu", ops.name, TYPE_NAMES[int(type)], n, n_rows);
+        }
+    }
+}
+
+// ---- matrix-matrix in 8 bits
+
+void test_quantize_batch(const Ops& ops) {
+    constexpr size_t N = 96;
+    for (float bad : {0.0f, NaN, Inf}) {
+        Guarded<float> x = normals(N);
+        x[40] = bad;
+        Guarded<BatchX8> out(N / QK, 4);
+        Blocks expected(scalar(), N, x.data());
+        ops.quantize_batch8(N, x.data(), out.data());
+        for (size_t b = 0; b < N / QK; b++) {
+            int sum = 0;
+            for (size_t k = 0; k < QK; k++) sum += expected.q[b * QK + k];
+            const bool same = std::memcmp(out[b].q, &expected.q[b * QK], QK) == 0 && out[b].minus8 == -8 * sum;
+            CHECK(same && std::memcmp(&out[b].d, &expected.d[b], 4) == 0, "%s block %zu", ops.name, b);
+        }
+        CHECK(out.intact(), "%s", ops.name);
+    }
+}
+
+double packed_value(const Packed8& block, int zero, size_t j, size_t k) {
+    return double(block.d[j]) * (block.q[k / 4][j][k % 4] - zero);
+}
+
+void test_pack_rows8(const Ops& ops, Type type) {
+    for (size_t n : SIZES) {
+        if (!fits(type, n)) continue;
+        for (size_t n_rows : {1, 7, 8, 9, 31, 32}) {
+            Matrix m(type, n, n_rows);
+            Guarded<Packed8> packed(n / QK, 4);
+            ops.pack_rows8(type, n, m.bytes.data(), m.stride, n_rows, packed.data());
+            bool equal = true;
+            for (size_t j = 0; j < TILE8_ROWS; j++) {
+                for (size_t k = 0; k < n; k++)
+                    equal = equal && packed_value(packed[k / QK], zero_of_rows(type), j, k % QK) ==
+                                         (j < n_rows ? m.value(j)[k] : 0);
+            }
+            CHECK(equal && packed.intact(), "%s %s n %zu rows %zu", ops.name, TYPE_NAMES[int(type)], n, n_rows);
+        }
+    }
+}
+
+void test_pack_columns8(const Ops& ops, Type type) {
+    for (size_t n_rows : {1, 31, 32, 33, 64, 333}) {
+        Matrix m(type, TILE8_ROWS, n_rows);
+        for (size_t b = 0; b < 2 && n_rows > 32; b++) {  // a column's block of zeros, and one that is as good as zero
+            const uint16_t half = uint16_t(b);
+            for (size_t i = 32 * b; i < std::min(n_rows, 32 * (b + 1)); i++) std::memcpy(m.row(i), &half, 2);
+        }
+        m.decode();
+        const size_t n_b = (n_rows + QK - 1) / QK;
+        Guarded<Packed8> packed(n_b, 4), expected(n_b, 4);
+        ops.pack_columns8(type, n_rows, m.bytes.data(), m.stride, packed.data());
+        scalar().pack_columns8(type, n_rows, m.bytes.data(), m.stride, expected.data());
+        bool near = true;
+        for (size_t j = 0; j < TILE8_ROWS; j++) {
+            for (size_t k = 0; k < n_b * QK; k++) {
+                const double exact = k < n_rows ? m.value(k)[j] : 0;
+                const Packed8& block = packed[k / QK];
+                near =
+                    near && std::fabs(packed_value(block, ZERO_OF_COLUMNS, j, k % QK) - exact) <= 0.5001 * block.d[j];
+            }
+        }
+        CHECK(near && packed.intact(), "%s %s rows %zu", ops.name, TYPE_NAMES[int(type)], n_rows);
+        CHECK(std::memcmp(packed.data(), expected.data(), n_b * sizeof(Packed8)) == 0, "%s %s rows %zu", ops.name,
+              TYPE_NAMES[int(type)], n_rows);
+    }
+    Matrix m(type, TILE8_ROWS, 70);
+    const uint16_t bad[] = {0x7c00, 0x7e00};  // Inf and NaN as float16
+    for (uint16_t half : bad) {
+        std::memcpy(m.row(40), &half, 2);
+        Guarded<Packed8> packed(3, 4);
+        ops.pack_columns8(type, 70, m.bytes.data(), m.stride, packed.data());
+        for (size_t b = 0; b < 3; b++) {
+            for (float d : packed[b].d) CHECK(std::isnan(d) == (b == 1), "%s block %zu", ops.name, b);
+        }
+    }
+}
+
+Guarded<Packed8> random_tile(size_t n_b, int zero) {
+    Guarded<Packed8> packed(n_b, 4);
+    for (Packed8& block : packed) {
+        for (float& d : block.d) d = normal();
+        for (size_t k = 0; k < QK; k++) {
+            for (size_t j = 0; j < TILE8_ROWS; j++) {
+                // one block has the largest products that there are
+                const int q = int(random_bits() % (2 * unsigned(zero))), extreme = zero == 8 ? 15 : 0;
+                block.q[k / 4][j][k % 4] = uint8_t(&block == packed.data() ? extreme : q);
+            }
+        }
+    }
+    return packed;
+}
+
+void test_gemm8(const Ops& ops, int zero) {
+    for (size_t n_b : {0, 1, 2, 5, 16}) {
+        for (size_t n_t : {0, 1, 2, 3, 4, 5, 6, 7, 11, 12, 17}) {
+            const size_t ldx = n_b + 1, ldc = TILE8_ROWS + 5;
+            Guarded<Packed8> packed = random_tile(n_b, zero);
+            Guarded<BatchX8> x(n_t * ldx, 4);
+            for (size_t t = 0; t < n_t; t++) {
+                Guarded<float> values = normals(n_b * QK);
+                for (size_t k = 0; k < std::min(n_b, size_t(1)) * QK; k++) values[k] = t % 2 ? -1.0f : 1.0f;
+                scalar().quantize_batch8(n_b * QK, values.data(), x.data() + t * ldx);
+            }
+            Guarded<float> c = normals(n_t * ldc);
+            for (bool accumulate : {false, true}) {
+                Guarded<float> got = c, expected = c, halves = c;
+                ops.gemm8(zero, n_t, n_b, x.data(), ldx, packed.data(), got.data(), ldc, accumulate);
+                scalar().gemm8(zero, n_t, n_b, x.data(), ldx, packed.data(), expected.data(), ldc, accumulate);
+                CHECK(same_bits(got.data(), expected.data(), n_t * ldc) && got.intact(),
+                      "%s zero %d blocks %zu n_t %zu: not the scalar's bits", ops.name, zero, n_b, n_t);
+                const size_t half = n_b / 2;
+                ops.gemm8(zero, n_t, half, x.data(), ldx, packed.data(), halves.data(), ldc, accumulate);
+                ops.gemm8(zero, n_t, n_b - half, x.data() + half, ldx, packed.data() + half, halves.data(), ldc, true);
+                CHECK(same_bits(got.data(), halves.data(), n_t * ldc), "%s zero %d blocks %zu n_t %zu in halves",
+                      ops.name, zero, n_b, n_t);
+            }
+        }
+    }
+}
+
+// The scalar definition against float64: c = the product of what the blocks stand for.
+void test_gemm8_means(Type type) {
+    constexpr size_t N = 256, N_T = 3;
+    Matrix m(type, N, TILE8_ROWS);
+    std::vector<Packed8> packed(N / QK);
+    scalar().pack_rows8(type, N, m.bytes.data(), m.stride, TILE8_ROWS, packed.data());
+    Guarded<float> x = normals(N_T * N), c(N_T * TILE8_ROWS);
+    std::vector<BatchX8> x8(N_T * N / QK);
+    scalar().quantize_batch8(N_T * N, x.data(), x8.data());
+    scalar().gemm8(zero_of_rows(type), N_T, N / QK, x8.data(), N / QK, packed.data(), c.data(), TILE8_ROWS, false);
+    for (size_t t = 0; t < N_T; t++) {
+        for (size_t j = 0; j < TILE8_ROWS; j++) {
+            Exact exact;
+            for (size_t k = 0; k < N; k++) {
+                const BatchX8& block = x8[(t * N + k) / QK];
+                exact.add(double(block.d) * block.q[k % QK] * m.value(j)[k]);
+            }
+            CHECK(exact.near(c[t * TILE8_ROWS + j]), "%s token %zu row %zu", TYPE_NAMES[int(type)], t, j);
         }
     }
 }
@@ -630,8 +809,9 @@ void test_attention(const Ops& ops) {
 }
 
 void test_choice() {
-    CHECK(choose_ops(1) == &scalar() && choose_ops(2) == avx2() && choose_ops(3) == nullptr, "choose_ops");
-    CHECK(choose_ops(0) == (avx2() ? avx2() : &scalar()), "the best is not chosen");
+    CHECK(choose_ops(1) == &scalar() && choose_ops(2) == avx2() && choose_ops(3) == avx512(), "choose_ops");
+    CHECK(choose_ops(4) == nullptr, "choose_ops");
+    CHECK(choose_ops(0) == (avx512() ? avx512() : avx2() ? avx2() : &scalar()), "the best is not chosen");
 }
 
 void test_table(const Ops& ops) {
@@ -643,12 +823,19 @@ void test_table(const Ops& ops) {
         test_dequantize(ops, type);
         test_matvec(ops, type);
         test_picked(ops, type);
+        test_matvec_bundles(ops, type);
         test_matvec_not_finite(ops, type);
         test_add_rows(ops, type);
         test_add_rows_skips(ops, type);
         test_pack(ops, type);
     }
     test_gemm(ops);
+    test_quantize_batch(ops);
+    for (Type type : {Type::Q4_0, Type::Q8_0}) {
+        test_pack_rows8(ops, type);
+        test_pack_columns8(ops, type);
+    }
+    for (int zero : {8, 128}) test_gemm8(ops, zero);
     test_norms(ops);
     test_softmax(ops);
     test_silu(ops);
@@ -661,8 +848,11 @@ void test_table(const Ops& ops) {
 int main() {
     test_f16();
     test_choice();
+    for (Type type : {Type::Q4_0, Type::Q8_0}) test_gemm8_means(type);
     test_table(scalar());
     if (avx2()) test_table(*avx2());
-    std::printf("test_ops: scalar%s: %zu checks, %zu failed\n", avx2() ? ", avx2" : "", n_checks, n_failures);
+    if (avx512()) test_table(*avx512());
+    std::printf("test_ops: scalar%s%s: %zu checks, %zu failed\n", avx2() ? ", avx2" : "", avx512() ? ", avx512" : "",
+                n_checks, n_failures);
     return n_failures ? 1 : 0;
 }

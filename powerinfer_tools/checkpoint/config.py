@@ -48,6 +48,10 @@ class Config:
         """The same model with its activation cut at one threshold a layer."""
         return replace(self, thresholds=thresholds)
 
+    def sparsified(self, activation: str, thresholds: tuple[float, ...]) -> "Config":
+        """The same sizes with another activation and its thresholds."""
+        return replace(self, activation=activation, thresholds=thresholds)
+
     @property
     def n_rows(self) -> int:
         """Rows of one neuron: gate, up and down, or up and down."""

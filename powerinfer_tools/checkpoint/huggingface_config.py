@@ -14,7 +14,10 @@ HIDDEN_ACTS = {
     "drelu": "drelu",
     "silu": "silu",
     "swish": "silu",
+    "silu_cut": "silu",
 }
+THRESHOLDS = "hidden_act_thresholds"  # our own field, one number a layer
+THRESHOLD_ACTS = ("silu_cut", "fatrelu", "drelu")  # none that other programs know and would compute without a cut
 OPT_NORM_EPS = 1e-5  # the family's constant: config.json does not record it
 QKV = ATTENTION[:3]
 FFN = ("ffn_gate", "ffn_up", "ffn_down")
@@ -47,8 +50,8 @@ def _llama(fields: Fields, name: str, kind: str, notes: list[str]) -> tuple[Conf
     if head_dim % 2:
         raise fields.error("head_dim", "an even number", head_dim)
     n_ctx = _window(fields, kind, fields.integer("max_position_embeddings"), notes)
-    activation, threshold = _activation(fields)
     n_layer = fields.integer("num_hidden_layers", high=4096)
+    activation, thresholds = _activation(fields, n_layer)
     config = Config(
         arch="llama",
         name=name,
@@ -65,7 +68,7 @@ def _llama(fields: Fields, name: str, kind: str, notes: list[str]) -> tuple[Conf
         gated=True,
         tied=fields.flag("tie_word_embeddings", False),
         rope=rope_from_config(fields, head_dim, fields.integer("max_position_embeddings")),
-        thresholds=(threshold,) * n_layer,
+        thresholds=thresholds,
     )
     return config, _llama_biases(fields, kind)
 
@@ -90,12 +93,27 @@ def _window(fields: Fields, kind: str, n_ctx: int, notes: list[str]) -> int:
     return min(n_ctx, window)
 
 
-def _activation(fields: Fields) -> tuple[str, float]:
-    """The activation, and fatrelu's threshold (hidden_act_param, as MiniCPM-S and ProSparse write it)."""
-    activation = HIDDEN_ACTS.get(fields.text("hidden_act"))
+def _activation(fields: Fields, n_layer: int) -> tuple[str, tuple[float, ...]]:
+    """The activation and its threshold a layer: hidden_act_thresholds, as `powerinfer sparsify` writes them, or
+    fatrelu's one number (hidden_act_param, as MiniCPM-S and ProSparse write it).
+    """
+    name = fields.text("hidden_act")
+    activation = HIDDEN_ACTS.get(name)
     if activation is None:
         raise fields.unsupported("hidden_act", f"one of {', '.join(HIDDEN_ACTS)}")
-    return activation, fields.number("hidden_act_param") if activation == "fatrelu" else 0.0
+    if THRESHOLDS in fields or name == "silu_cut":
+        if name not in THRESHOLD_ACTS:
+            raise fields.unsupported("hidden_act", f"one of {', '.join(THRESHOLD_ACTS)} beside {THRESHOLDS}")
+        return activation, _thresholds(fields, n_layer)
+    return activation, (fields.number("hidden_act_param") if activation == "fatrelu" else 0.0,) * n_layer
+
+
+def _thresholds(fields: Fields, n_layer: int) -> tuple[float, ...]:
+    values = fields.values.get(THRESHOLDS)
+    numbers = isinstance(values, list) and all(type(t) in (int, float) and 0 <= t < 1e6 for t in values)
+    if not isinstance(values, list) or not numbers or len(values) != n_layer:
+        raise fields.error(THRESHOLDS, f"{n_layer} numbers, not negative", values)
+    return tuple(float(t) for t in values)
 
 
 def _opt(fields: Fields, name: str) -> tuple[Config, tuple[str, ...]]:

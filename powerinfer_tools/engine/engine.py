@@ -57,9 +57,12 @@ class Stats:
     neurons_computed: int
     neurons_total: int
     seconds_attention: float
-    seconds_ffn: float
+    seconds_predictor: float
+    seconds_gate: float
+    seconds_updown: float
     seconds_head: float
     seconds_other: float
+    seconds_sync: float
     bytes_attention: int
     bytes_predictor: int
     bytes_gate: int
@@ -103,8 +106,8 @@ class Engine:
     """One context of a model. Errors of the native engine come as PowerinferError.
 
     model: an artifact's path, or weights that are already loaded. mode: auto (what the artifact says, layer by
-    layer), dense, gate or predictor; uncut ignores the activation thresholds; kernels: 0 best, 1 scalar, 2 AVX2;
-    ctx_size in positions; threads: default one a processor, up to MAX_THREADS.
+    layer), dense, gate or predictor; uncut ignores the activation thresholds; kernels: 0 best, 1 scalar, 2 AVX2,
+    3 AVX-512; ctx_size in positions; threads: default one a processor, up to MAX_THREADS.
     """
 
     def __init__(

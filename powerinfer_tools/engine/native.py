@@ -9,7 +9,7 @@ from typing import Any
 
 from powerinfer_tools.errors import PowerinferError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY = {"linux": "libpowerinfer.so", "darwin": "libpowerinfer.dylib", "win32": "powerinfer.dll"}
 KINDS = {
     1: "usage",
@@ -21,6 +21,7 @@ KINDS = {
     7: "memory",
     8: "internal",
 }
+KERNELS = {"best": 0, "scalar": 1, "avx2": 2, "avx512": 3}
 MODES = {"auto": 0, "dense": 1, "gate": 2, "predictor": 3}
 
 u32, u64, size_t, f32, f64 = c.c_uint32, c.c_uint64, c.c_size_t, c.c_float, c.c_double
@@ -45,7 +46,7 @@ class CStats(c.Structure):
         ("struct_size", u32),
         *((n, u64) for n in "n_decode n_prefill bytes_decode".split()),
         *((n, u64) for n in "neurons_active neurons_computed neurons_total".split()),
-        *((n, f64) for n in "seconds_attention seconds_ffn seconds_head seconds_other".split()),
+        *((f"seconds_{n}", f64) for n in "attention predictor gate updown head other sync".split()),
         *((n, u64) for n in "bytes_attention bytes_predictor bytes_gate bytes_updown bytes_head".split()),
     ]
 
@@ -147,7 +148,7 @@ def measure_memory(
 
 
 def kernels(which: int = 0) -> str | None:
-    """The name of the kernels that `which` selects on this processor (0 best, 1 scalar, 2 AVX2), or None."""
+    """The name of the kernels that `which` selects on this processor (0 best, 1 scalar, 2 AVX2, 3 AVX-512), or None."""
     name = library().pi_kernels(which)
     return name.decode() if name else None
 

@@ -19,9 +19,10 @@ from powerinfer_tools.errors import PowerinferError
 KV_ELEMENT_BYTES = 2  # the cache is float16
 
 # what the engine works with (native/src/session.h)
-BATCH = 128  # tokens of a prompt that are worked on at once
-TILES = 8192 + BATCH * 64  # float32 numbers of a thread's matrix tiles
-CHUNKS = 32  # partial sums of an FFN
+BATCH = 256  # tokens of a prompt that are worked on at once
+TILES = 8192 + 16 * 288 + BATCH * 64  # float32 numbers of a thread's matrix tiles, or as many bytes
+QUERIES, TILE_ROWS = 32, 16  # tokens whose attention is computed at once; positions of a tile
+CHUNKS = 24  # partial sums of an FFN
 
 BESIDE = ("ffn_select.weight", "ffn_gate.bias", "ffn_up.bias")
 PREDICTOR = ("predictor_out.weight", "predictor_out.bias")
@@ -134,14 +135,15 @@ def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, thr
     """The engine's working memory beside weights and cache, to the byte (native/src/session.cpp allocates it once).
 
     A thread: six numbers a neuron, attention scores, matrix tiles. A token: residual, normalised input, queries, keys,
-    values, what the predictor says, gate and up; one for decoding and BATCH for prompts. Partial sums, logits, angles.
+    values, what the predictor says, gate and up; one for decoding and BATCH for prompts, and the widest in blocks.
+    Partial sums, logits, angles.
     """
     d, wide = config.n_embd, max(config.n_embd, config.n_head * config.head_dim)
     q, kv = config.n_head * config.head_dim, config.n_head_kv * config.head_dim
     rank = max((plan.rank for plan in plans), default=0)
     angles = 0 if config.rope is None else 2 * len(config.rope.inv_freq)
-    thread = 6 * config.n_ff + ctx_size + TILES
-    decode = (3 + CHUNKS) * d + wide + rank + q + 2 * kv + config.n_vocab
+    thread = 6 * config.n_ff + QUERIES * -(-ctx_size // TILE_ROWS) * TILE_ROWS + TILES
+    decode = (2 + CHUNKS) * d + wide + rank + q + 2 * kv + config.n_vocab
     token = d + wide + q + 2 * kv + 3 * config.n_ff + rank + angles
-    quantised = (wide // 32 + rank // 32) * 40  # a block of 32: scale, sum and 32 bytes
-    return 4 * (threads * thread + decode + BATCH * token) + quantised
+    blocks = wide // 32 + rank // 32 + BATCH * -(-max(wide, config.n_ff, rank) // 32)  # of 32 numbers
+    return 4 * (threads * thread + decode + BATCH * token) + 40 * blocks  # scale, sum and 32 bytes

@@ -34,21 +34,25 @@ class Attention:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[b, n, n_embd] -> [b, n, n_embd]; row p of n is position p and sees positions 0..p."""
-        q, k, v = (self._heads(part(x)) for part in (self.q, self.k, self.v))
-        if self.rope is not None:
-            q, k = rotate(q, self.rope), rotate(k, self.rope)
+        q, k, v = self.heads(x)
         group = q.shape[1] // k.shape[1]  # query heads that share a key head
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         mixed = scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # [b, heads, n, head_dim]
+    def heads(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of x, [b, heads, n, head_dim] each, at the positions from `start` on."""
+        q, k, v = (
+            part(x).reshape(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for part in (self.q, self.k, self.v)
+        )
+        if self.rope is not None:
+            q, k = rotate(q, self.rope, start), rotate(k, self.rope, start)
+        return q, k, v
 
 
-def rotate(x: Tensor, rope: Rope) -> Tensor:
+def rotate(x: Tensor, rope: Rope, start: int = 0) -> Tensor:
     """Rotary positions (Su et al. 2021, eq. 34) on [.., n, head_dim]; pairs (x[i], x[i + head_dim / 2])."""
-    positions = torch.arange(x.shape[-2], dtype=torch.float32, device=x.device)
+    positions = torch.arange(start, start + x.shape[-2], dtype=torch.float32, device=x.device)
     angles = torch.outer(positions, torch.from_numpy(rope.inv_freq).to(x.device))  # [n, head_dim / 2]
     cos, sin = rope.scale * angles.cos(), rope.scale * angles.sin()
     left, right = x.chunk(2, dim=-1)

@@ -14,7 +14,7 @@ import torch
 from powerinfer_tools import reference
 from powerinfer_tools.artifact import open_artifact
 from powerinfer_tools.checkpoint import Checkpoint, open_checkpoint
-from powerinfer_tools.engine import Engine, Sampling
+from powerinfer_tools.engine import Engine, Sampling, native
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement import artifact_costs
 from tests.artifacts import make_artifact, write_artifact
@@ -23,6 +23,7 @@ from tests.tiny import make_llama, make_opt
 FloatArray = npt.NDArray[np.float32]
 GREEDY = Sampling(temperature=0)
 N_VOCAB = 300
+KERNELS = [which for which in (1, 2, 3) if native.kernels(which)]  # scalar, AVX2, AVX-512
 
 FAMILIES: dict[str, Any] = {
     "llama": lambda folder: make_llama(folder, n_layer=3, n_embd=96, n_head=3, n_head_kv=1, head_dim=32),
@@ -135,14 +136,16 @@ def test_quantised_equals_reference_on_the_same_weights(make: Any, quant: str, t
     checkpoint, tokens = Rounded(tmp_path / "model", quant), ids(40)
     write_artifact(checkpoint, tmp_path / "a.gguf", quant=quant)
     expected = reference_logits(checkpoint, tokens)
-    with Engine(tmp_path / "a.gguf") as engine:
-        assert nmse(engine.score(tokens)[0], expected) <= 1e-6  # dequantised weights, float32 activations
-    # decoding rounds activations to 8 bits a block, as ggml does: about 0.4 % of a block's largest value each
-    bound = 1e-6 if quant == "f16" else 1e-3
+    # activations are rounded to 8 bits a block, as in ggml: about 0.4 % of a block's largest value each. Measured: 5e-5
+    # to 1.0e-4 decoding, 7e-5 to 1.4e-4 in a batch, which rounds the columns of down to 8 bits, too
+    bound = 1e-6 if quant == "f16" else 3e-4
+    for kernels in KERNELS:
+        with Engine(tmp_path / "a.gguf", kernels=kernels) as engine:
+            assert nmse(engine.score(tokens)[0], expected) <= bound
     assert nmse(decode_all(tmp_path / "a.gguf", tokens), expected) <= bound
 
 
-@pytest.mark.parametrize("kernels", [1, 2])
+@pytest.mark.parametrize("kernels", KERNELS)
 def test_modes_are_equal_bit_for_bit(family: Path, kernels: int) -> None:
     tokens = ids(24)
     dense = decode_all(family / "gate.gguf", tokens, mode="dense", kernels=kernels)
@@ -160,21 +163,30 @@ def test_threads_change_nothing(quant: str, predictor: bool, tmp_path: Path) -> 
     runs = [decode_all(path, ids(16), threads=n) for n in (1, 2, 3)]
     assert np.array_equal(runs[0], runs[1])
     assert np.array_equal(runs[0], runs[2])
+    scored = []
+    for n in (1, 2, 3):
+        with Engine(path, threads=n) as engine:
+            scored.append(engine.score(ids(150)))
+    assert all(np.array_equal(logits, scored[0][0]) and layers == scored[0][1] for logits, layers in scored)
     tokens = [greedy_tokens(path, ids(150), 24, threads=n) for n in (1, 2, 3)]
     assert tokens[0] == tokens[1] == tokens[2]
 
 
-def test_kernels_agree(family: Path) -> None:
+@pytest.mark.parametrize("kernels", KERNELS[1:])
+def test_kernels_agree(family: Path, kernels: int) -> None:
     tokens = ids(16)
     scalar = decode_all(family / "gate.gguf", tokens, kernels=1)
-    assert (
-        nmse(decode_all(family / "gate.gguf", tokens, kernels=2), scalar) <= 1e-6
-    )  # sums in another order, rounded to the float16 cache
+    found = decode_all(family / "gate.gguf", tokens, kernels=kernels)
+    assert nmse(found, scalar) <= 1e-6  # sums in another order, rounded to the float16 cache
 
 
-def test_prompt_may_be_cut_anywhere(llama: Path) -> None:
+@pytest.mark.parametrize("quant", ["f32", "q8_0", "q4_0"])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_prompt_may_be_cut_anywhere(quant: str, kernels: int, tmp_path: Path) -> None:
+    make_llama(tmp_path / "model", n_embd=96, n_ff=200)
+    make_artifact(tmp_path / "model", tmp_path / "a.gguf", quant=quant)
     prompt = ids(200)
-    with Engine(llama) as engine:
+    with Engine(tmp_path / "a.gguf", kernels=kernels) as engine:
         whole = engine.prefill(prompt, logits=True)
         engine.truncate(0)
         engine.prefill(prompt[:1])

@@ -235,8 +235,9 @@ def test_neurons_go_to_the_card_though_the_dense_parts_do_not_fit() -> None:
 
 
 def test_equal_inputs_give_equal_bytes(tmp_path: Path) -> None:
+    scratch = worlds.problem(4, 200, 5, "mixed").costs.scratch
     for name in ("a", "b"):
-        _, placement = solve((4, 200), 5, "mixed", 1000 * KIB, 900 * KIB)
+        _, placement = solve((4, 200), 5, "mixed", scratch + 100 * KIB, scratch + 150 * KIB)
         write_placement(placement, tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
@@ -267,7 +268,8 @@ def test_a_machine_without_card_or_disk() -> None:
 
 
 def test_files_are_read_as_they_were_written(tmp_path: Path) -> None:
-    _, placement = solve((12, 96), 0, "gate", 800 * KIB, 900 * KIB)
+    scratch = worlds.problem(12, 96, 0, "gate").costs.scratch
+    _, placement = solve((12, 96), 0, "gate", scratch + 200 * KIB, scratch + 400 * KIB)
     write_placement(placement, tmp_path / "x")
     assert read_placement(tmp_path / "x") == placement
 
