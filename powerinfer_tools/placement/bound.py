@@ -4,8 +4,8 @@ With a price for a byte of vram and of ram, layers no longer compete: each takes
 that cost it least, and the sum of these minima, less what the budgets are worth, is at most the cost of every plan that
 fits (weak duality). Blocks are large and cannot be cut, so every number of them in vram is bounded apart.
 
-Curves are looked at in knots and where the shares of card and processor cross; what lies between is at most
-`between_ram` or `between_disk` better. With a disk, the longer share is bounded by weighted means of both: those are a function of k1 plus one of k2.
+The longer of a layer's two shares is at least any weighted mean of them, and that mean is a function of k1 plus one of
+k2. Both are looked at in knots; what lies between them is at most `between_ram` or `between_disk` better.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,7 @@ from powerinfer_tools.placement.objective import Objective
 from powerinfer_tools.placement.problem import ALL, NONE, SOME, Budgets, Floats, Ints, Problem
 
 KNOTS = 256  # a layer
-COARSE = tuple(5.0**i for i in range(-3, 4))  # factors of the mean price where the search starts
-SEARCH = 40  # rounds
-STEP, FINEST = 1.0, 0.003  # relative changes of prices, first and last
-LEAST = 1e-5  # relative gain for which a step is repeated
+STEPS = tuple(1 + 0.7**n for n in range(-3, 16))  # factors of prices, one round each
 BISECTIONS = 7  # of the weight of a mean
 
 
@@ -57,28 +54,10 @@ class Relaxation:
         self.stored = self.beside + self.bundles
         self.in_ram = objective.ram(each, self.k)
         self.in_vram = objective.card(each, self.k) if self.uses_card else np.zeros_like(self.in_ram)
-        self.longer, self.longer_stored = self._longer()
-        self.shared = np.zeros_like(self.in_ram)
+        self.shared = self.in_ram
         if self.uses_disk:  # all from ram and disk, with [0, k) in ram
             self.shared = self.in_ram + objective.disk(each, full) - objective.disk(each, self.k)
-        short = np.array([shortfall(p.fired[i], self.k[i]) for i in range(p.n_layer)])
-        self.between_ram, self.between_disk = (short * seconds for seconds in objective.firing)
-
-    def _longer(self) -> tuple[Floats, Floats]:
-        """The longer share without a disk and the bytes in vram, at the knots from `least` on and where shares cross."""
-        each, processor = self.problem.each, self.in_ram[:, -1:] - self.in_ram
-        excess = self.in_vram - processor
-        after = np.maximum(np.argmax(excess > 0, axis=1), 1)
-        before = after - 1
-        rise = excess[each, after] - excess[each, before]
-        part = np.clip(np.divide(-excess[each, before], rise, out=np.zeros_like(rise), where=rise > 0), 0, 1)
-
-        def crossing(curve: Floats) -> Floats:
-            return curve[each, before] + part * (curve[each, after] - curve[each, before])
-
-        worth = np.c_[self.k, self.k[each, before]] >= self.objective.least[:, None]
-        longer = np.c_[np.maximum(self.in_vram, processor), crossing(self.in_vram)]
-        return np.where(worth, longer, np.inf), np.c_[self.stored, crossing(self.stored)]
+        self.between_ram, self.between_disk = np.array([objective.short(i, k) for i, k in enumerate(self.k)]).T
 
     def worth(self, prices: Prices) -> float:
         """What the budgets are worth, but for what always stays in ram."""
@@ -90,35 +69,21 @@ class Relaxation:
         """Costs that no plan within the budgets beats: [head in vram, number of dense blocks in vram]."""
         return np.asarray(self._chain(prices) - self.worth(prices))
 
-    def search(self) -> tuple[Floats, Prices]:
-        """The best bounds found, and the prices of the lowest of them, which the search raises."""
-        start = self._mean_price()
-        best = self.bounds(start)
-        found = dict.fromkeys(np.ndindex(best.shape), start)
-        steps = dict.fromkeys(found, STEP)
+    def search(self, start: Prices) -> tuple[Floats, Prices]:
+        """The best bounds found from some prices on, and the prices of the lowest of them, which the search raises."""
+        tried: dict[Prices, Floats] = {}
+        trials = around(start, (1.0, 0.0))
+        for step in STEPS:
+            tried |= {prices: self.bounds(prices) for prices in trials if prices not in tried}
+            best = np.max(list(tried.values()), axis=0)
+            lowest = np.unravel_index(np.argmin(best), best.shape)
+            prices = max(tried, key=lambda prices: float(tried[prices][lowest]))
+            trials = around(prices, (1 / step, 1.0, step))
+        return best, prices
 
-        def look(trials: list[Prices]) -> None:
-            for trial in trials:
-                bounds = self.bounds(trial)
-                for cell in zip(*np.nonzero(bounds > best), strict=True):
-                    found[cell], best[cell] = trial, bounds[cell]
-
-        look(around(start, COARSE))
-        for _ in range(SEARCH):
-            cell = np.unravel_index(np.argmin(best), best.shape)
-            before, step = best[cell], steps[cell]
-            if step < FINEST:
-                break
-            look(around(found[cell], (1 / (1 + step), 1.0, 1 + step)))
-            if best[cell] <= before + LEAST * abs(before):
-                steps[cell] /= 3
-        return best, found[np.unravel_index(np.argmin(best), best.shape)]
-
-    def _mean_price(self) -> Prices:
-        """What a byte in ram costs in the mean."""
-        p, o = self.problem, self.objective
-        total = o.ram(p.each, np.full(p.n_layer, p.n_ff)).sum() + o.blocks[0].sum() + o.head[0]
-        mean = float(total / p.costs.needed)
+    def mean_price(self) -> Prices:
+        """What a byte in ram costs in the mean: where to start when nothing is known."""
+        mean = self.objective.all_in_ram(self.problem) / self.problem.costs.needed
         return Prices(mean * self.uses_card, mean * self.limits_ram)
 
     def _chain(self, prices: Prices) -> Floats:
@@ -152,38 +117,37 @@ class Relaxation:
             ffn[0, NONE, 1] += self.objective.latency
         if self.uses_card:
             ffn[1, NONE] = ffn[0, NONE] + both
-            without_disk = self.longer + (prices.vram - prices.ram) * self.longer_stored
-            ffn[:, SOME, 0] = without_disk.min(axis=1) + sizes + both - self.between_ram
+            ffn[:, SOME, 0] = self._balanced(prices, slice(-1, None)) + beside + both - self.between_ram
             ffn[1, ALL] = self.in_vram[:, -1] + prices.vram * self.stored[:, -1]
             ffn[0, ALL] = ffn[1, ALL] + both
         if self.uses_card and self.uses_disk:
-            ffn[:, SOME, 1] = self._balanced(prices) + beside - self.between_ram - self.between_disk
+            ffn[:, SOME, 1] = self._balanced(prices, slice(None)) + beside - self.between_ram - self.between_disk
             ffn[:, SOME, 1] += self.objective.latency + both
         block_prices = np.array([[prices.ram], [prices.vram]])
         return np.asarray(ffn + (self.objective.blocks + block_prices * (p.dense + p.kv))[:, None, None])
 
-    def _balanced(self, prices: Prices) -> Floats:
-        """The least mean of both shares with a disk, with the weights that make it largest: more on the longer one."""
+    def _balanced(self, prices: Prices, ends: slice) -> Floats:
+        """The least mean of both shares, k2 at these knots, with the weights that make it largest."""
         low = weight = np.zeros(self.problem.n_layer)
         high = low + 1
-        cost, excess = self._mean(prices, weight)
+        cost, excess = self._mean(prices, ends, weight)
         if not np.any(excess > 0):
             return cost
         for _ in range(BISECTIONS):
             weight = (low + high) / 2
-            trial, excess = self._mean(prices, weight)
+            trial, excess = self._mean(prices, ends, weight)
             cost = np.maximum(cost, trial)
             low, high = np.where(excess > 0, weight, low), np.where(excess > 0, high, weight)
-        return cost
+        return np.asarray(cost)
 
-    def _mean(self, prices: Prices, weight: Floats) -> tuple[Floats, Floats]:
+    def _mean(self, prices: Prices, ends: slice, weight: Floats) -> tuple[Floats, Floats]:
         """The function of k1 and the one of k2, each at its least; and by how much the card's share is then longer."""
         each, on_card, on_ram = self.problem.each, weight[:, None], 1 - weight[:, None]
         of_k1 = on_card * self.in_vram - on_ram * self.in_ram + (prices.vram - prices.ram) * self.stored
         of_k1 = np.where(self.k >= self.objective.least[:, None], of_k1, np.inf)
-        of_k2 = on_ram * self.shared + prices.ram * self.bundles
+        of_k2 = (on_ram * self.shared + prices.ram * self.bundles)[:, ends]
         at1, at2 = np.argmin(of_k1, axis=1), np.argmin(of_k2, axis=1)
-        excess = self.in_vram[each, at1] - (self.shared[each, at2] - self.in_ram[each, at1])
+        excess = self.in_vram[each, at1] - (self.shared[:, ends][each, at2] - self.in_ram[each, at1])
         return of_k1[each, at1] + of_k2[each, at2], excess
 
 
@@ -214,9 +178,3 @@ def bend_knots(curve: Floats, n: int, group: int) -> npt.NDArray[np.int64]:
     weight = np.cumsum(bend + max(float(bend.sum()), 1e-12) / (4 * len(bend)))
     inner = np.searchsorted(weight, weight[-1] * np.arange(1, n) / n)
     return np.unique(np.concatenate([[0], points[inner + 1], [last]]))
-
-
-def shortfall(curve: Floats, knots: Ints) -> float:
-    """The most that straight lines between the knots fall short of a curve."""
-    straight = np.interp(np.arange(len(curve)), knots, curve[knots])
-    return max(0.0, float(np.max(curve - straight)))

@@ -3,19 +3,15 @@
 As the price of vram falls, a layer's neurons go from NONE to SOME to ALL in vram, each step at a price of its own; the
 steps of all layers, by that price, make a chain of patterns. As the price of ram falls, layers leave the disk one after
 the other. Tried are the places of these chains and, around each place, one step more or less: that reaches what no
-price does. Where layers are FEW, every pattern is tried.
+price does.
 """
-
-from itertools import product
 
 import numpy as np
 
-from powerinfer_tools.placement.fill import WHOLE, Fill
+from powerinfer_tools.placement.fill import Fill
 from powerinfer_tools.placement.problem import ALL, NONE, SOME, Bools, Floats, Ints
 
-FEW = 5
 WINDOW = 2  # steps before and after a place of a chain that are undone and done
-PRICES = 12  # of vram, at which the blocks are chosen
 
 
 class Family:
@@ -25,7 +21,6 @@ class Family:
         self.fill, self.problem, self.objective = fill, fill.problem, fill.objective
         p, o, k = self.problem, self.objective, fill.k
         each = p.each[:, None]
-        self.few = p.n_layer <= FEW
         self.stored = p.bundle[:, None] * k + p.beside_bytes(each, k)
         curves = (o.ram, o.disk) if p.machine.disk else (o.ram,)
         self.shares = [  # [layer, knot]: all else is in ram, or on disk
@@ -33,29 +28,27 @@ class Family:
         ]
         self.steps = [[self._vram_steps(share, dense) for dense in (False, True)] for share in self.shares]
         self.disks = self._disks()
-        self._costs = [] if self.few else self._chain()
 
-    def cell(self, head: bool, n_dense: int) -> tuple[Bools, Ints]:
+    def cell(self, n_dense: int) -> tuple[Bools, Ints]:
         """What is in vram in a cell's patterns: (dense, card), each [n, n_layer]."""
-        dense = self._every_choice(n_dense) if self.few else self._cheapest(head, n_dense)
-        if not len(dense):
-            return dense, np.zeros(dense.shape, np.int64)
+        dense = self._blocks(n_dense)
         cards = [self._cards(blocks) for blocks in dense]
         return np.repeat(dense, [len(card) for card in cards], axis=0), np.concatenate(cards)
 
-    def _every_choice(self, n_dense: int) -> Bools:
-        every = np.array(list(product((False, True), repeat=self.problem.n_layer)))
-        return np.asarray(every[every.sum(axis=1) == n_dense])
+    def _blocks(self, n_dense: int) -> Bools:
+        """[n, n_layer]: so many dense blocks in vram: the first, the last, those that gain most for a byte."""
+        p, blocks = self.problem, self.objective.blocks
+        by_gain = np.argsort((blocks[1] - blocks[0]) / (p.dense + p.kv), kind="stable")
+        orders = np.stack([p.each, p.each[::-1], by_gain])
+        dense = np.zeros(orders.shape, bool)
+        np.put_along_axis(dense, orders[:, :n_dense], True, axis=1)
+        return np.asarray(np.unique(dense, axis=0))
 
     def _cards(self, dense: Bools) -> Ints:
         n = self.problem.n_layer
-        if self.few:
-            return self._worth(np.array(list(product((NONE, SOME, ALL), repeat=n))))
         found = [np.full((1, n), SOME)]
         for by_side in self.steps:
-            prices = np.where(
-                dense[:, None], by_side[1], by_side[0]
-            ).ravel()  # two steps of layer 0, two of layer 1, ...
+            prices = np.where(dense[:, None], by_side[1], by_side[0]).ravel()  # two steps a layer
             done = _around_chain(np.argsort(-prices, kind="stable")).reshape(-1, n, 2)
             found.append(np.where(done[..., 1], ALL, np.where(done[..., 0], SOME, NONE)))
         return self._worth(np.concatenate(found))
@@ -82,11 +75,9 @@ class Family:
         n = self.problem.n_layer
         if self.problem.machine.disk is None:
             return np.zeros((1, n), bool)
-        if not self.objective.firing[1].any():  # nothing is gained by one layer's bundles rather than another's
+        if self.objective.disk is self.objective.ram:  # nothing is gained by one layer's bundles rather than another's
             return np.array([[False] * n, [True] * n])
-        if self.few:
-            return np.array(list(product((False, True), repeat=n)))
-        starts = np.zeros(n, np.int64), self.fill.caps[WHOLE]
+        starts = np.zeros(n, np.int64), self.fill.caps
         chains = [_around_chain(np.argsort(-self._ram_steps(start), kind="stable")) for start in starts]
         return np.unique(~np.concatenate(chains), axis=0)
 
@@ -98,46 +89,6 @@ class Family:
         saved = (slower[:, -1:] - slower + o.latency) / np.maximum((p.n_ff - k) * p.bundle[:, None], 1)
         left = (k >= start[:, None]) & (k < p.n_ff)
         return np.asarray(np.min(np.where(left, saved, np.inf), axis=1))
-
-    def _chain(self) -> list[Floats]:
-        """The least cost of layers [0, i), for every i: [price, side of the last block, number of blocks in vram]."""
-        n = self.problem.n_layer
-        offered = np.concatenate([steps.ravel() for by_side in self.steps for steps in by_side])
-        prices = np.append(np.quantile(offered[np.isfinite(offered)], np.linspace(0, 1, PRICES)), 0.0)
-        layers = np.concatenate([self._layers(share, prices) for share in self.shares])
-        cost = np.full((len(layers), 2, n + 1), np.inf)
-        cost[:, 0, 0] = 0.0
-        costs = [cost]
-        for i in range(n):
-            reached = np.minimum(cost, cost[:, ::-1] + self.objective.hand_over / 2) + layers[:, :, i, None]
-            cost = np.full_like(cost, np.inf)
-            cost[:, 0], cost[:, 1, 1:] = reached[:, 0], reached[:, 1, :-1]
-            costs.append(cost)
-        return costs
-
-    def _layers(self, share: Floats, prices: Floats) -> Floats:
-        """[price, side of its block, layer]: the least cost of a layer."""
-        p, o, k = self.problem, self.objective, self.fill.k
-        sides = []
-        for dense in (False, True):
-            both = ((k >= o.least[:, None]) | dense) & ((k < p.n_ff) | (not dense))
-            ffn = share + np.where(both, o.hand_over, 0.0)
-            ffn = np.array([(ffn + price * self.stored).min(axis=1) for price in prices])
-            sides.append(ffn + o.blocks[int(dense)] + prices[:, None] * (p.dense + p.kv) * dense)
-        return np.stack(sides, axis=1)
-
-    def _cheapest(self, head: bool, n_dense: int) -> Bools:
-        """[n, n_layer]: so many dense blocks in vram, with the head on that side, cheapest at some price."""
-        n, change = self.problem.n_layer, self.objective.hand_over / 2
-        at = np.flatnonzero(np.isfinite(self._costs[n][:, :, n_dense].min(axis=1)))
-        side, left = np.full(len(at), int(head)), np.full(len(at), n_dense)
-        dense = np.zeros((len(at), n), bool)
-        for i in range(n, 0, -1):
-            stay, move = self._costs[i][at, side, left], self._costs[i][at, 1 - side, left] + change
-            side = np.where(stay <= move, side, 1 - side)
-            dense[:, i - 1] = side == 1
-            left = left - side
-        return np.unique(dense, axis=0)
 
 
 def _around_chain(order: Ints) -> Bools:

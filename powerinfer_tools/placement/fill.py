@@ -2,16 +2,12 @@
 
 A pattern says which blocks are in vram, whether NONE, SOME or ALL of a layer's neurons are, and which layers have some
 on disk. So it fixes every hand-over and every latency, and what remains is how many neurons. They enter vram in one
-order and ram in another, one by one, up to the first that does not fit; those of a layer on disk enter ram up to a
-level at most.
+order and ram in another, one by one, up to the first that does not fit.
 
 More memory never makes the plan of a pattern worse. More vram lengthens k1 and frees ram, more of either lengthens k2.
 A longer k2 costs nothing, as no bundle is read faster from disk than from ram. Nor does a longer k1 up to its cap: the
-card's share is then no longer than the processor's was with one neuron less and as much in ram as the level allows;
-and with less in ram the processor's share is only longer.
-
-Nor does the disk make a plan better where all fits into ram: caps without it are lower, beyond them nothing is gained,
-and what they leave goes to neurons that come later in the same order.
+card's share is then no longer than the processor's was with one neuron less and nothing on disk; with less in ram the
+processor's share is only longer.
 """
 
 from dataclasses import dataclass
@@ -21,9 +17,6 @@ import numpy as np
 from powerinfer_tools.placement.bound import knots
 from powerinfer_tools.placement.objective import Objective
 from powerinfer_tools.placement.problem import ALL, SOME, Bools, Budgets, Floats, Ints, Plan, Problem
-
-LEVELS = (0.0, 0.5, 1.0)  # shares of all neurons up to which those of layers with a disk may be in ram
-TOP, WHOLE = len(LEVELS) - 1, len(LEVELS)  # rows of levels: the highest, and that of layers without a disk
 
 
 @dataclass(frozen=True)
@@ -35,9 +28,6 @@ class Patterns:
     card: Ints
     disk: Bools
 
-    def those(self, where: Bools) -> "Patterns":
-        return Patterns(self.head[where], self.dense[where], self.card[where], self.disk[where])
-
 
 class Fill:
     """The orders of one problem, and the plans that they make."""
@@ -45,36 +35,33 @@ class Fill:
     def __init__(self, problem: Problem, objective: Objective) -> None:
         self.problem, self.objective = problem, objective
         self.k = knots(problem, objective)
-        self.ram_order = _order(self._ram_density())
-        self.levels = self._levels()
         self.caps = self._caps()
-        self.vram_order = _order(self._vram_density())
+        self.vram_order, self.ram_order = _order(self._vram_density()), _order(self._ram_density())
 
-    def plans(self, patterns: Patterns, level: int, budgets: Budgets) -> tuple[Plan, Bools]:
-        """The plan of each pattern at a level, and whether it fits."""
-        plan, fits = self.in_vram(patterns, level, budgets.vram)
-        plan, fit_too = self.with_ram(plan, level, budgets.ram)
+    def plans(self, patterns: Patterns, budgets: Budgets) -> tuple[Plan, Bools]:
+        """The plan of each pattern, and whether it fits."""
+        plan, fits = self.in_vram(patterns, budgets.vram)
+        plan, fit_too = self.with_ram(plan, budgets.ram)
         return plan, fits & fit_too
 
-    def in_vram(self, patterns: Patterns, level: int, vram: int) -> tuple[Plan, Bools]:
+    def in_vram(self, patterns: Patterns, vram: int) -> tuple[Plan, Bools]:
         """The plan of each pattern with as much as fits in vram, and as little in ram as can be."""
         p, low = self.problem, self.low(patterns.card)
-        disk = patterns.disk & (patterns.card != ALL)
         room = vram - p.bytes(Plan(patterns.dense, patterns.head, low, low))[0]
-        cap = np.where(patterns.card == SOME, np.maximum(self.caps[np.where(disk, level, WHOLE), p.each], low), low)
+        cap = np.where(patterns.card == SOME, np.maximum(self.caps, low), low)
         k1 = self._take(self.vram_order, self._per_neuron(), low, cap, room)
-        return Plan(patterns.dense, patterns.head, k1, np.where(disk, k1, p.n_ff)), room >= 0
+        return Plan(patterns.dense, patterns.head, k1, np.where(patterns.disk, k1, p.n_ff)), room >= 0
 
     def low(self, card: Ints) -> Ints:
         """The fewest neurons of each layer in vram."""
         return np.where(card == ALL, self.problem.n_ff, np.where(card == SOME, self.objective.least, 0))
 
-    def with_ram(self, plan: Plan, level: int, ram: int) -> tuple[Plan, Bools]:
-        """The plans with as much in ram of what they have on disk as fits; and whether they fit."""
+    def with_ram(self, plan: Plan, ram: int) -> tuple[Plan, Bools]:
+        """The plans with as much in ram of what they have on disk as fits, but for a layer's last neuron: that would be
+        another pattern; and whether they fit."""
         p = self.problem
-        cap = np.where(plan.ram < p.n_ff, np.maximum(self.levels[level], plan.vram), p.n_ff)
         room = ram - p.bytes(plan)[1]
-        k2 = self._take(self.ram_order, p.bundle[:, None], plan.ram, cap, room)
+        k2 = self._take(self.ram_order, p.bundle[:, None], plan.ram, np.maximum(plan.ram, p.n_ff - 1), room)
         return Plan(plan.dense, plan.head, plan.vram, k2), room >= 0
 
     def _take(self, order: Ints, sizes: Ints, low: Ints, cap: Ints, room: Ints) -> Ints:
@@ -106,39 +93,23 @@ class Fill:
         saved = np.diff(o.disk(each, self.k) - o.ram(each, self.k), axis=1)
         return np.asarray(saved / np.maximum(np.diff(self.k, axis=1) * self.problem.bundle[:, None], 1))
 
-    def _levels(self) -> Ints:
-        """[level, layer]: neurons in vram and ram at most, the last of a layer with a disk never; WHOLE: all."""
-        p = self.problem
-        rooms = np.array([int(share * p.n_ff * p.bundle.sum()) for share in LEVELS])
-        low = np.zeros((len(LEVELS), p.n_layer), np.int64)
-        reached = self._take(self.ram_order, p.bundle[:, None], low, low + p.n_ff - 1, rooms)
-        return np.concatenate([reached, np.full((1, p.n_layer), p.n_ff)])
-
     def _caps(self) -> Ints:
-        """[level, layer]: k1 up to which a longer one costs nothing. Halving finds it: the card's share rises with k1,
-        and the processor's falls."""
-        each = self.problem.each
-        low, high = np.zeros_like(self.levels), np.full_like(self.levels, self.problem.n_ff - 1)
+        """[layer]: k1 up to which a longer one costs nothing. Halving finds it: the card's share rises with k1, and the
+        processor's falls."""
+        o, each = self.objective, self.problem.each
+        low, high = np.zeros_like(each), np.full_like(each, self.problem.n_ff - 1)
+        whole = o.ram(each, high + 1)
         while np.any(low < high):
             k1 = (low + high + 1) // 2
-            helps = self.objective.card(each, k1) <= self._processor(each, k1 - 1, self.levels)
+            helps = o.card(each, k1) <= whole - o.ram(each, k1 - 1)
             low, high = np.where(helps, k1, low), np.where(helps, high, k1 - 1)
         return low
 
-    def _processor(self, i: Ints, k1: Ints, level: Ints) -> Floats:
-        """The processor's share with [0, k1) in vram and as much in ram as the level allows."""
-        o, k2 = self.objective, np.maximum(k1, level)
-        whole = o.disk(i, np.full_like(k2, self.problem.n_ff))
-        return np.asarray(o.ram(i, k2) - o.ram(i, k1) + whole - o.disk(i, k2))
-
     def _vram_density(self) -> Floats:
-        """[layer, segment]: what a byte of vram saves without a disk; beyond that cap, with everything else on it."""
-        each, densities = self.problem.each[:, None], []
-        for level in (WHOLE, 0):
-            k1 = np.minimum(self.k, self.caps[level][:, None])
-            share = np.maximum(self.objective.card(each, k1), self._processor(each, k1, self.levels[level][:, None]))
-            densities.append(-np.diff(share, axis=1) / np.maximum(np.diff(k1, axis=1) * self._per_neuron(), 1))
-        return np.asarray(np.where(self.k[:, :-1] < self.caps[WHOLE][:, None], densities[0], densities[1]))
+        """[layer, segment]: what a byte of vram saves."""
+        o, each, k1 = self.objective, self.problem.each[:, None], np.minimum(self.k, self.caps[:, None])
+        share = np.maximum(o.card(each, k1), o.ram(each, self.k[:, -1:]) - o.ram(each, k1))
+        return np.asarray(-np.diff(share, axis=1) / np.maximum(np.diff(k1, axis=1) * self._per_neuron(), 1))
 
 
 def _order(density: Floats) -> Ints:

@@ -25,8 +25,7 @@ Curve = Callable[[Index, Index], Any]  # of stored neurons [0, k) of layer i
 class Objective:
     """The terms of a cost.
 
-    blocks, head: in ram and in vram, blocks [2, n_layer]; least: fewest neurons of a layer worth being in vram;
-    firing: the most that one firing neuron of each layer can cost in ram and on disk.
+    blocks, head: in ram and in vram, blocks [2, n_layer]; least: fewest neurons of a layer worth being in vram.
     """
 
     cost: Callable[[Plan], Any]
@@ -38,25 +37,38 @@ class Objective:
     blocks: Floats
     head: tuple[float, float]
     least: Ints
-    firing: tuple[Floats, Floats]
+
+    def all_in_ram(self, problem: Problem) -> float:
+        """The cost with nothing in vram nor on disk."""
+        none = np.zeros(problem.n_layer, np.int64)
+        return float(self.cost(Plan(none > 0, False, none, none + problem.n_ff)))
+
+    def short(self, i: int, places: Ints) -> tuple[float, float]:
+        """The most that straight lines between some places fall short of layer i's curves `ram` and `disk - ram`."""
+        k = np.arange(places[-1] + 1)
+        ram, disk = self.ram(i, k), self.disk(i, k)
+        return _shortfall(ram, places), _shortfall(disk - ram, places)
 
 
 def time(problem: Problem) -> Objective:
     """Seconds of a token."""
     p, machine = problem, problem.machine
-    nothing, never = np.zeros(p.n_layer), np.full(p.n_layer, np.inf)
     vram = machine.vram or machine.ram
+    in_vram = p.dense_seconds(vram) if machine.vram else np.full(p.n_layer, np.inf)
+
+    def ram(i: Index, k: Index) -> Any:
+        return p.tier_seconds(machine.ram, i, k)
+
     return Objective(
         cost=p.seconds,
         card=lambda i, k: p.tier_seconds(vram, i, k),
-        ram=lambda i, k: p.tier_seconds(machine.ram, i, k),
-        disk=p.disk_seconds if machine.disk else lambda i, k: p.tier_seconds(machine.ram, i, k),
+        ram=ram,
+        disk=p.disk_seconds if machine.disk else ram,
         hand_over=p.hand_over_s,
         latency=machine.disk.latency_s if machine.disk else 0.0,
-        blocks=np.stack([p.dense_seconds(machine.ram), p.dense_seconds(vram) if machine.vram else never]),
+        blocks=np.stack([p.dense_seconds(machine.ram), in_vram]),
         head=p.head_seconds,
         least=np.ones(p.n_layer, np.int64),
-        firing=(p.firing_seconds(machine.ram), p.firing_seconds(machine.disk) if machine.disk else nothing),
     )
 
 
@@ -64,17 +76,24 @@ def misses(problem: Problem) -> Objective:
     """The paper's impact (PowerInfer, section 6, equations 1-8) that is not in vram: at least C_l neurons of a layer
     are in vram or none."""
     p = problem
-    nothing = np.zeros(p.n_layer)
+
+    def fired(i: Index, k: Index) -> Any:
+        return p.fired[i, k]
+
     most = p.fired[:, -1].sum() + p.block_impact.sum() + p.head_impact
     return Objective(
         cost=lambda plan: most - p.impact(plan),
         card=lambda i, k: np.zeros(np.broadcast(i, k).shape),
-        ram=lambda i, k: p.fired[i, k],
-        disk=lambda i, k: p.fired[i, k],
+        ram=fired,
+        disk=fired,
         hand_over=0.0,
         latency=0.0,
-        blocks=np.stack([p.block_impact, nothing]),
+        blocks=np.stack([p.block_impact, np.zeros(p.n_layer)]),
         head=(p.head_impact, 0.0),
         least=p.least() if p.machine.vram else np.ones(p.n_layer, np.int64),
-        firing=(nothing + 1, nothing),
     )
+
+
+def _shortfall(curve: Floats, places: Ints) -> float:
+    straight = np.interp(np.arange(len(curve)), places, curve[places])
+    return max(0.0, float(np.max(curve - straight)))

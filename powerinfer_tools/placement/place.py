@@ -10,7 +10,6 @@ from powerinfer_tools.artifact.layout import MODE_PREDICTOR, LayerPlan
 from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement.costs import artifact_costs
-from powerinfer_tools.placement.every import best_of_every, is_tiny
 from powerinfer_tools.placement.machine import Machine
 from powerinfer_tools.placement.objective import Objective, misses, time
 from powerinfer_tools.placement.problem import Budgets, Firing, Plan, Problem
@@ -113,7 +112,7 @@ def _best(problem: Problem, limits: dict[str, int | None], objective: str) -> tu
     needed = problem.costs.needed  # more ram than that is never used
     budgets = Budgets(limits["vram"] or 0, needed if limits["ram"] is None else min(limits["ram"], needed))
     cost = time(problem) if objective == "time" else misses(problem)
-    found = best_of_every(problem, cost, budgets) if is_tiny(problem) else Search(problem, cost, budgets).best()
+    found = Search(problem, cost, budgets).best()
     if found.plan is None:
         raise _infeasible(problem, cost, budgets)
     if objective == "time":

@@ -92,6 +92,14 @@ class Problem:
         """Bytes beside the bundles."""
         return k * self.beside[i] + np.maximum(0, k - self.always[i]) * self.predictor[i]
 
+    def bundle_bytes(self, i: Index, k: Index) -> Any:
+        """Bytes of the bundles."""
+        return k * self.bundle[i]
+
+    def stored_bytes(self, i: Index, k: Index) -> Any:
+        """Bytes of all that is theirs."""
+        return self.bundle_bytes(i, k) + self.beside_bytes(i, k)
+
     def asked(self, i: Index, k: Index) -> Any:
         """Neurons whose first row (or bundle on disk) is expected to be read for a token."""
         prefix = np.where(self.first[i] > 0, np.minimum(k, self.always[i]), 0)
@@ -107,12 +115,6 @@ class Problem:
         """Expected time of computing with the bundles on disk, one read each, and what lies beside them in ram."""
         _, _, whole = self._row_seconds[self.disk]
         return self.beside_bytes(i, k) / self.machine.ram.sequential + self.asked(i, k) * whole[i]
-
-    def firing_seconds(self, tier: Tier) -> Floats:
-        """The most time that one firing neuron of each layer can take on a tier."""
-        first, rest, whole = self._row_seconds[tier]
-        seconds: Floats = self.ratio * whole if tier is self.machine.disk else self.ratio * first + rest
-        return seconds
 
     def _seconds_of_rows(self, tier: Tier) -> tuple[Floats, Floats, Floats]:
         """Each layer's time for one picked first row, rest of a bundle, and whole bundle.

@@ -1,7 +1,9 @@
 """The best plan of a family of patterns. A pattern is left out only where its bound proves it no better than the best.
 
 So more memory never makes the plan worse: the family does not depend on the budgets, the plan of a pattern is no worse
-with more memory (see `fill`), and hence neither is the best of all.
+with more memory (see `fill`), and hence neither is the best of all. Nor does it for tiny problems, which the program
+solves whole. Of others the program gives prices, from which bounds follow, and better bounds by branching; it does not
+choose the plan, as the best that it finds in some time is not monotone.
 """
 
 from dataclasses import dataclass, replace
@@ -9,15 +11,16 @@ from itertools import product
 
 import numpy as np
 
-from powerinfer_tools.placement.bound import Prices, Relaxation, around
+from powerinfer_tools.placement.bound import Prices, Relaxation
 from powerinfer_tools.placement.family import Family
-from powerinfer_tools.placement.fill import TOP, Fill, Patterns
+from powerinfer_tools.placement.fill import Fill, Patterns
 from powerinfer_tools.placement.objective import Objective, time
 from powerinfer_tools.placement.problem import NONE, SOME, Bools, Budgets, Floats, Ints, Plan, Problem
+from powerinfer_tools.placement.program import Program
 
 AT_ONCE = 1 << 21  # segments of layers that are filled at once
 FIRST = 32  # patterns
-AROUND = (0.0, *(2.0**i for i in range(-3, 4)))  # of the best prices, at which all patterns of a few layers are bounded
+ENOUGH = 1e-3  # relative gap at which the program need not branch
 
 
 @dataclass(frozen=True)
@@ -53,42 +56,47 @@ class Search:
         self.family = Family(Fill(problem, objective))
 
     def best(self) -> Found:
-        """The best plan of the family within the budgets."""
-        bounds, prices = self.relaxation.search()
-        looked_at = around(prices, AROUND) if self.family.few else [prices]
-        tables = [(each, self.relaxation.table(each)) for each in looked_at]
-        found, proved = Found(None, np.inf, 0.0), np.inf
+        """The best plan of the family within the budgets; of a tiny problem, the best of all."""
+        program = Program(self.problem, self.objective, self.budgets)
+        if program.whole and (plan := program.best()):
+            cost = float(self.objective.cost(plan))
+            return Found(plan, cost, cost)
+        bounds, prices = self.relaxation.search(program.relax() or self.relaxation.mean_price())
+        found = self._best_of_family(bounds, prices)
+        bound = min(float(bounds.min()), found.cost)
+        if found.cost > bound * (1 + ENOUGH):
+            bound = min(max(bound, program.branch()), found.cost)
+        return replace(found, bound=bound)
+
+    def _best_of_family(self, bounds: Floats, prices: Prices) -> Found:
+        """The best plan; cells and patterns are looked at by their bounds, at these prices, while these are lower."""
+        found, table = Found(None, np.inf, np.inf), self.relaxation.table(prices)
         for number in np.argsort(bounds, axis=None, kind="stable").tolist():
             if not bounds.flat[number] < found.cost:
                 break
             cell = self.cell(*divmod(number, bounds.shape[1]))
-            of_patterns = np.maximum(self._bounds(cell, tables), bounds.flat[number])
-            found = self._best_of(cell, of_patterns, found)
-            proved = min(proved, of_patterns.min(initial=np.inf) if self.family.few else bounds.flat[number])
-        return replace(found, bound=min(proved, found.cost))
+            found = self._best_of(cell, np.maximum(self._bounds(cell, prices, table), bounds.flat[number]), found)
+        return found
 
     def cell(self, head: int, n_dense: int) -> Cell:
         """The patterns of a cell whose least neurons fit into vram."""
         n = self.problem.n_layer
         dense, card = np.zeros((1, n), bool), np.full((1, n), NONE)
         if self.relaxation.uses_card:
-            dense, card = self.family.cell(bool(head), n_dense)
+            dense, card = self.family.cell(n_dense)
         low = self.family.fill.low(card)
         n_bytes = self.problem.bytes(Plan(dense, np.full(len(low), bool(head)), low, low))[0]
         disks = self.family.disks if self.relaxation.uses_disk else np.zeros((1, n), bool)
         return Cell(bool(head), dense[n_bytes <= self.budgets.vram], card[n_bytes <= self.budgets.vram], disks)
 
-    def _bounds(self, cell: Cell, tables: list[tuple[Prices, Floats]]) -> Floats:
+    def _bounds(self, cell: Cell, prices: Prices, table: Floats) -> Floats:
         """[card, disk]: costs that no plan of each pattern beats."""
         ends = np.zeros((len(cell.dense), 1), bool)
         sides = np.concatenate([ends, cell.dense, ends | cell.head], axis=1)
         changes = np.count_nonzero(sides[:, 1:] != sides[:, :-1], axis=1) * self.objective.hand_over / 2
-        best = np.full((len(cell.dense), len(cell.disks)), -np.inf)
-        for prices, table in tables:
-            layers = table[cell.dense.astype(int), cell.card, :, self.problem.each]  # [card, layer, disk]
-            fixed = self.relaxation.head(prices)[int(cell.head)] + changes - self.relaxation.worth(prices)
-            best = np.maximum(best, fixed[:, None] + _sums(layers, cell.disks))
-        return np.asarray(best)
+        layers = table[cell.dense.astype(int), cell.card, :, self.problem.each]  # [card, layer, disk]
+        fixed = self.relaxation.head(prices)[int(cell.head)] + changes - self.relaxation.worth(prices)
+        return np.asarray(fixed[:, None] + _sums(layers, cell.disks))
 
     def _best_of(self, cell: Cell, bounds: Floats, found: Found) -> Found:
         """The better of `found` and the best plan of the cell's patterns, by rising bound."""
@@ -100,22 +108,11 @@ class Search:
         return found
 
     def _better(self, patterns: Patterns, found: Found) -> Found:
-        """The better of `found` and the plans of these patterns at any level.
-
-        Where no layer with a disk is at its cap, lower levels change nothing in vram and allow less in ram.
-        """
-        fill = self.family.fill
-        for level in range(TOP, -1, -1):
-            plan, fits = fill.plans(patterns, level, self.budgets)
-            cost = np.where(fits, self.objective.cost(plan), np.inf)
-            best = int(np.argmin(cost))
-            if cost[best] < found.cost:
-                found = replace(found, plan=plan.at(best), cost=float(cost[best]))
-            at_cap = patterns.disk & (patterns.card == SOME) & (plan.vram >= fill.caps[level])
-            patterns = patterns.those(at_cap.any(axis=1))
-            if not len(patterns.head):
-                break
-        return found
+        """The better of `found` and the plans of these patterns."""
+        plans, fits = self.family.fill.plans(patterns, self.budgets)
+        cost = np.where(fits, self.objective.cost(plans), np.inf)
+        best = int(np.argmin(cost))
+        return replace(found, plan=plans.at(best), cost=float(cost[best])) if cost[best] < found.cost else found
 
 
 def _sums(layers: Floats, disks: Bools) -> Floats:
@@ -132,7 +129,7 @@ def fastest_in_ram(problem: Problem, plan: Plan, budgets: Budgets) -> Plan:
     disk = family.disks & (plan.vram < problem.n_ff)
     dense, vram = np.broadcast_to(plan.dense, disk.shape), np.broadcast_to(plan.vram, disk.shape)
     many = Plan(dense, np.full(len(disk), plan.head), vram, np.where(disk, vram, problem.n_ff))
-    plans, fits = family.fill.with_ram(many, TOP, budgets.ram)
+    plans, fits = family.fill.with_ram(many, budgets.ram)
     return plans.at(int(np.argmin(np.where(fits, problem.seconds(plans), np.inf))))
 
 
@@ -146,6 +143,6 @@ def smallest_ram(problem: Problem, objective: Objective, vram: int) -> int:
         most_none, most_some = (int(np.argmax((cell.card == card).sum(axis=1))) for card in (NONE, SOME))
         patterns = cell.patterns(np.array([most_none, most_some]) * len(cell.disks))
         patterns = replace(patterns, disk=np.full_like(patterns.disk, cell.disks.any()))
-        plans, fits = search.family.fill.in_vram(patterns, 0, vram)
+        plans, fits = search.family.fill.in_vram(patterns, vram)
         least = min([least, *problem.bytes(plans)[1][fits].tolist()])
     return least
