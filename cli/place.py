@@ -111,11 +111,10 @@ def _show(placement: "Placement", explain: bool) -> None:
     if explain:
         columns = ("layer", "block", "vram [0, k1)", "ram [k1, k2)", "disk", "firing", "hits vram / ram / disk", "ms")
         console.table("", columns, [_layer_row(placement, i) for i in range(placement.n_layer)])
-    gap = "" if placement.gap is None else f", at most {placement.gap:.2%} from the best"
     head = "; output head in vram" if placement.head else ""
     console.say(
         f"{placement.expected_ms:.2f} ms a token expected, the context half full{head}; "
-        f"objective {placement.objective}: {placement.status}{gap}"
+        f"objective {placement.objective}, at most {placement.gap:.2%} from the best"
     )
 
 

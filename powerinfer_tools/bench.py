@@ -183,7 +183,7 @@ def predicted_seconds(artifact: Artifact, machine: Machine, ctx_size: int) -> fl
     )
     problem = Problem(costs, _StoredFiring(artifact), machine)
     none = np.zeros(config.n_layer, np.int64)
-    return problem.seconds(Plan(none.astype(bool), False, none, none + config.n_ff))
+    return float(problem.seconds(Plan(none.astype(bool), False, none, none + config.n_ff)))
 
 
 def peak_rss_bytes() -> int:

@@ -5,13 +5,13 @@ import re
 from typing import Any
 
 from powerinfer_tools.checkpoint.fields import Fields
-from powerinfer_tools.checkpoint.huggingface_tokenizer import parse_tokenizer, special_tokens
+from powerinfer_tools.checkpoint.huggingface_tokenizer import special_tokens
+from powerinfer_tools.tokens.library import MAX_TOKEN, load_tokenizer
 
 Json = dict[str, Any]
 
 PREFIX = "tokenizer.ggml."
 NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6  # token types
-MAX_TOKEN = 4096  # characters
 SPACE = "\u2581"  # how SentencePiece writes a space
 
 GPT2 = "gpt-2"
@@ -40,7 +40,7 @@ def rebuild_tokenizer(fields: Fields) -> str:
         _added(i, token, types[i] == CONTROL) for i, token in enumerate(tokens) if types[i] in (CONTROL, USER_DEFINED)
     ]
     text = json.dumps(tokenizer, ensure_ascii=False)
-    parse_tokenizer(text, f"{fields.where}: {PREFIX}tokens")
+    load_tokenizer(text, f"{fields.where}: {PREFIX}tokens")
     return text
 
 

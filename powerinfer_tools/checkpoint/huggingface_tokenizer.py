@@ -6,6 +6,7 @@ from typing import Any
 
 from powerinfer_tools.checkpoint.fields import read_json, read_text
 from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.tokens import load_tokenizer
 
 TOKENIZER_LIMIT = 64 << 20
 TEMPLATE_LIMIT = 256 << 10
@@ -13,20 +14,10 @@ CONFIG_LIMIT = 4 << 20
 
 
 def read_tokenizer(folder: Path) -> tuple[str, Any]:
-    """The text of tokenizer.json, and the library's tokenizer. Errors: missing, too large, not a tokenizer."""
+    """The text of tokenizer.json, and the library's tokenizer. Errors: missing, too large, no tokenizer."""
     path = folder / "tokenizer.json"
     text = read_text(path, TOKENIZER_LIMIT)
-    return text, parse_tokenizer(text, str(path))
-
-
-def parse_tokenizer(text: str, where: str) -> Any:
-    """The library's tokenizer. Errors: not a tokenizer."""
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing more precise
-        raise PowerinferError(f"{where}: expected a tokenizer, found {error}", "malformed") from error
+    return text, load_tokenizer(text, str(path))
 
 
 def read_template(folder: Path) -> str | None:

@@ -1,7 +1,8 @@
 """Which memory holds what: prefixes of every layer's neurons in vram and ram, and the dense parts' memories.
 
-`place` solves a program for the expected time per token (or the paper's impact) within byte budgets; a `Machine`,
-measured or read from a file, gives it the bandwidths. Only the measurement of a card imports torch.
+`place` minimises the expected time per token (or maximises the paper's impact) within byte budgets: `program` prices
+the budgets and proves bounds, `search` takes the best of the plans that `family` and `fill` make. A `Machine`, measured
+or read from a file, gives the bandwidths. Only the measurement of a card imports torch.
 """
 
 from powerinfer_tools.placement.costs import Costs, artifact_costs

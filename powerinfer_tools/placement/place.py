@@ -1,4 +1,4 @@
-"""`place`: the program's plan, its last neurons spent, checked against greedy, with its bound and gap."""
+"""`place`: the best plan found within the budgets, with a bound that proves how good it is."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,15 +9,13 @@ import numpy as np
 from powerinfer_tools.artifact.layout import MODE_PREDICTOR, LayerPlan
 from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.errors import PowerinferError
-from powerinfer_tools.placement.bound import Relaxation
 from powerinfer_tools.placement.costs import artifact_costs
-from powerinfer_tools.placement.greedy import fill_ram, greedy, refine, trim
 from powerinfer_tools.placement.machine import Machine
+from powerinfer_tools.placement.objective import Objective, misses, time
 from powerinfer_tools.placement.problem import Budgets, Firing, Plan, Problem
-from powerinfer_tools.placement.program import TIME_LIMIT_S, Program, smallest_ram
+from powerinfer_tools.placement.search import Search, fastest_in_ram, smallest_ram
 
 OBJECTIVES = ("time", "impact")
-ENOUGH = 5e-4  # relative gap at which the program need not branch
 
 
 @dataclass(frozen=True)
@@ -25,9 +23,9 @@ class Placement:
     """Prefixes of every layer and what they give.
 
     vram, ram: k1 and k2 of each layer; dense, head: blocks in vram; expected_ms: of a token; impact: the paper's
-    objective; bound: no plan is better in `objective` (ms, or impact), None where none was proved; gap: distance to it,
-    relative to it; status: optimal, stopped (time limit) or greedy (no solver); n_bytes: by tier, with KV cache and
-    scratch; hits: share of firings served by each tier, over all layers; inputs: digests of what it was made from.
+    objective; bound: no plan is better in `objective` (ms, or impact); gap: distance to it, relative to it; n_bytes: by
+    tier, with KV cache and scratch; hits: share of firings served by each tier, over all layers; inputs: digests of
+    what it was made from.
     """
 
     vram: list[int]
@@ -40,9 +38,8 @@ class Placement:
     ctx_size: int
     expected_ms: float
     impact: float
-    bound: float | None
-    gap: float | None
-    status: str
+    bound: float
+    gap: float
     budgets: dict[str, int | None]
     n_bytes: dict[str, int]
     hits: dict[str, float]
@@ -68,9 +65,8 @@ def place(
     objective: str = "time",
     let_through: Sequence[float] | None = None,
     inputs: dict[str, str] | None = None,
-    time_limit_s: float = TIME_LIMIT_S,
 ) -> Placement:
-    """The best placement of an artifact on a machine.
+    """The best placement of an artifact on a machine; with more vram or ram it is never worse in its objective.
 
     vram, ram: budgets in bytes; ram None: what the machine has. let_through: neurons let through per firing one, a
     layer. inputs: digests to record beside those of activations and machine. Errors: a budget that cannot do names the
@@ -86,10 +82,10 @@ def place(
     costs = artifact_costs(config, plans, quant=quant, biases=biases, ctx_size=ctx_size, threads=machine.threads)
     ratio = None if let_through is None else np.asarray(let_through, np.float64)
     problem = Problem(costs, activations, machine, ratio)
-    budgets = _budgets(problem, vram, ram)
-    plan, bound, status = _best(problem, budgets, objective, time_limit_s)
+    limits = _limits(problem, vram, ram)
+    plan, bound = _best(problem, limits, objective)
     digests = {"activations": activations.digest, "machine": machine.digest, **(inputs or {})}
-    return _describe(problem, plan, budgets, objective, bound, status, quant, ctx_size, digests)
+    return _describe(problem, plan, bound, limits, objective, quant, ctx_size, digests)
 
 
 def let_through(plans: Sequence[LayerPlan], figures: Sequence[dict[str, Any]]) -> list[float]:
@@ -100,54 +96,32 @@ def let_through(plans: Sequence[LayerPlan], figures: Sequence[dict[str, Any]]) -
     ]
 
 
-def _budgets(problem: Problem, vram: int, ram: int | None) -> Budgets:
+def _limits(problem: Problem, vram: int, ram: int | None) -> dict[str, int | None]:
+    """Bytes of vram and ram; ram None: no limit."""
     if vram < 0 or (ram is not None and ram < 0):
         raise PowerinferError(f"expected budgets of at least 0 bytes, found vram {vram}, ram {ram}", "usage")
     if vram and problem.vram.n_bytes and vram > problem.vram.n_bytes:
         raise PowerinferError(
             f"--vram: expected at most the card's {problem.vram.n_bytes} bytes, found {vram}", "usage"
         )
-    return Budgets(vram, ram if ram is not None else problem.machine.ram.n_bytes or None)
+    return {"vram": vram, "ram": ram if ram is not None else problem.machine.ram.n_bytes or None}
 
 
-def _best(problem: Problem, budgets: Budgets, objective: str, time_limit_s: float) -> tuple[Plan, float | None, str]:
-    """(plan, bound, status): the best of the program's plan and the greedy one."""
-    program = Program(problem, budgets, objective)
-    plans = [greedy(problem, budgets, objective)]
-    bound, status = None, "greedy"
-    if objective == "time" and not program.exact and (prices := program.relax()) is not None:
-        seconds, near = Relaxation(problem, budgets).search(prices)
-        plans, bound, status = [*plans, near], seconds * 1e3, "optimal"
-    finished = [_finished(problem, plan, budgets, objective) for plan in plans]
-    if not _proven(problem, finished, bound):
-        found, plan = program.branch(time_limit_s)
-        finished.append(_finished(problem, plan, budgets, objective))
-        status = status if plan is None else found
-        if found == "optimal":
-            bound = program.bound() if bound is None else max(bound, program.bound())
-    fitting = [plan for plan in finished if plan is not None]
-    if not fitting:
-        raise _infeasible(problem, budgets)
-    return max(fitting, key=problem.impact if objective == "impact" else problem.speed), bound, status
+def _best(problem: Problem, limits: dict[str, int | None], objective: str) -> tuple[Plan, float]:
+    """(plan, bound in the objective's unit)."""
+    needed = problem.costs.needed  # more ram than that is never used
+    budgets = Budgets(limits["vram"] or 0, needed if limits["ram"] is None else min(limits["ram"], needed))
+    cost = time(problem) if objective == "time" else misses(problem)
+    found = Search(problem, cost, budgets).best()
+    if found.plan is None:
+        raise _infeasible(problem, cost, budgets)
+    if objective == "time":
+        return found.plan, found.bound * 1e3
+    return fastest_in_ram(problem, found.plan, budgets), problem.impact(found.plan) + found.cost - found.bound
 
 
-def _finished(problem: Problem, plan: Plan | None, budgets: Budgets, objective: str) -> Plan | None:
-    """The plan brought within the budgets and these spent to the last neuron, or None where it cannot fit."""
-    if plan is None:
-        return None
-    plan = fill_ram(problem, plan, budgets) if objective == "impact" else trim(problem, plan, budgets)
-    return refine(problem, plan, budgets, objective) if problem.fits(plan, budgets) else None
-
-
-def _proven(problem: Problem, plans: list[Plan | None], bound_ms: float | None) -> bool:
-    """One of the plans is within ENOUGH of the bound."""
-    if bound_ms is None:
-        return False
-    return any(plan is not None and problem.seconds(plan) * 1e3 <= bound_ms * (1 + ENOUGH) for plan in plans)
-
-
-def _infeasible(problem: Problem, budgets: Budgets) -> PowerinferError:
-    least = smallest_ram(problem, budgets.vram)
+def _infeasible(problem: Problem, objective: Objective, budgets: Budgets) -> PowerinferError:
+    least = smallest_ram(problem, objective, budgets.vram)
     beside = f" beside --vram {budgets.vram}" if budgets.vram else ""
     return PowerinferError(
         f"--ram: expected at least {least} bytes ({least / 2**20:.1f} MiB){beside}, found {budgets.ram}: "
@@ -159,17 +133,15 @@ def _infeasible(problem: Problem, budgets: Budgets) -> PowerinferError:
 def _describe(
     problem: Problem,
     plan: Plan,
-    budgets: Budgets,
+    bound: float,
+    limits: dict[str, int | None],
     objective: str,
-    bound: float | None,
-    status: str,
     quant: str,
     ctx_size: int,
     inputs: dict[str, str],
 ) -> Placement:
-    expected_ms, impact = problem.seconds(plan) * 1e3, problem.impact(plan)
+    expected_ms, impact = float(problem.seconds(plan)) * 1e3, float(problem.impact(plan))
     value = impact if objective == "impact" else expected_ms
-    gap = None if bound is None else max(0.0, abs(value - bound) / max(abs(bound), 1e-12))
     each = problem.each
     served = np.stack([problem.fired[each, plan.vram], problem.fired[each, plan.ram], problem.fired[each, -1]])
     shares = np.diff(served, axis=0, prepend=0.0)  # [tier, layer]
@@ -187,11 +159,10 @@ def _describe(
         ctx_size=ctx_size,
         expected_ms=expected_ms,
         impact=impact,
-        bound=bound,
-        gap=gap,
-        status=status,
-        budgets={"vram": budgets.vram, "ram": budgets.ram},
-        n_bytes=dict(zip(tiers, problem.bytes(plan), strict=True)),
+        bound=float(bound),
+        gap=abs(value - float(bound)) / max(float(bound), 1e-12),
+        budgets=limits,
+        n_bytes={tier: int(size) for tier, size in zip(tiers, problem.bytes(plan), strict=True)},
         hits={tier: float(shares[t].sum() / total) if total else 0.0 for t, tier in enumerate(tiers)},
         inputs=inputs,
         layers=[

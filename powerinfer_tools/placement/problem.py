@@ -11,7 +11,7 @@ Time (design: each device computes its whole share, one merge a layer). With k1 
 What is read for every token (beside the bundles) moves at the sequential bandwidth, picked rows at that of their size.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +24,8 @@ from powerinfer_tools.placement.machine import Machine, Tier
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Index = Any  # an int or an array of ints
+Bools = npt.NDArray[np.bool_]
+NONE, SOME, ALL = range(3)  # of a layer's neurons are in vram
 
 
 class Firing(Protocol):
@@ -40,26 +42,27 @@ class Firing(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """dense[i]: layer i's dense block is in vram; head: the output head is; vram, ram: k1 and k2 of each layer."""
+    """dense[i]: layer i's dense block is in vram; head: the output head is; vram, ram: k1 and k2 of each layer.
 
-    dense: npt.NDArray[np.bool_]
-    head: bool
+    Many plans have an axis in front, head too.
+    """
+
+    dense: Bools
+    head: Any
     vram: Ints
     ram: Ints
 
-    def with_layer(self, i: int, k1: int, k2: int) -> "Plan":
-        """The same plan with other prefixes in layer i."""
-        vram, ram = self.vram.copy(), self.ram.copy()
-        vram[i], ram[i] = k1, k2
-        return replace(self, vram=vram, ram=ram)
+    def at(self, number: int) -> "Plan":
+        """One of many plans."""
+        return Plan(self.dense[number], bool(self.head[number]), self.vram[number], self.ram[number])
 
 
 @dataclass(frozen=True)
 class Budgets:
-    """Bytes of vram and ram; ram None: no limit."""
+    """Bytes of vram and ram."""
 
     vram: int
-    ram: int | None
+    ram: int
 
 
 class Problem:
@@ -89,6 +92,14 @@ class Problem:
         """Bytes beside the bundles."""
         return k * self.beside[i] + np.maximum(0, k - self.always[i]) * self.predictor[i]
 
+    def bundle_bytes(self, i: Index, k: Index) -> Any:
+        """Bytes of the bundles."""
+        return k * self.bundle[i]
+
+    def stored_bytes(self, i: Index, k: Index) -> Any:
+        """Bytes of all that is theirs."""
+        return self.bundle_bytes(i, k) + self.beside_bytes(i, k)
+
     def asked(self, i: Index, k: Index) -> Any:
         """Neurons whose first row (or bundle on disk) is expected to be read for a token."""
         prefix = np.where(self.first[i] > 0, np.minimum(k, self.always[i]), 0)
@@ -105,19 +116,18 @@ class Problem:
         _, _, whole = self._row_seconds[self.disk]
         return self.beside_bytes(i, k) / self.machine.ram.sequential + self.asked(i, k) * whole[i]
 
-    def firing_seconds(self, tier: Tier) -> Floats:
-        """The most time that one firing neuron of each layer can take on a tier."""
-        first, rest, whole = self._row_seconds[tier]
-        seconds: Floats = self.ratio * whole if tier is self.machine.disk else self.ratio * first + rest
-        return seconds
-
     def _seconds_of_rows(self, tier: Tier) -> tuple[Floats, Floats, Floats]:
-        """Each layer's time for one picked first row, rest of a bundle, and whole bundle."""
+        """Each layer's time for one picked first row, rest of a bundle, and whole bundle.
 
-        def seconds(sizes: Ints) -> Floats:
+        A bundle from disk passes through ram: it takes no less time than there.
+        """
+
+        def seconds(tier: Tier, sizes: Ints) -> Floats:
             return np.array([size / tier.row_bandwidth(size) for size in sizes.tolist()])
 
-        return seconds(self.first), seconds(self.bundle - self.first), seconds(self.bundle)
+        first, rest = (seconds(tier, sizes) for sizes in (self.first, self.bundle - self.first))
+        least = seconds(self.machine.ram, self.first) + seconds(self.machine.ram, self.bundle - self.first)
+        return first, rest, np.maximum(seconds(tier, self.bundle), least)
 
     # Whole layers and plans.
 
@@ -139,6 +149,12 @@ class Problem:
     def hand_over_s(self) -> float:
         """One merge: the FFN's input to the other processor and a partial sum back."""
         return 2 * self.vram.latency_s if self.machine.vram else 0.0
+
+    @property
+    def head_seconds(self) -> tuple[float, float]:
+        """Time of the output head in ram and in vram."""
+        on_card = self.costs.head / self.vram.sequential if self.machine.vram else np.inf
+        return self.costs.head / self.machine.ram.sequential, on_card
 
     def dense_seconds(self, tier: Tier) -> Floats:
         """Time of each layer's dense block and KV reads, the context half full."""
@@ -166,25 +182,22 @@ class Problem:
         latency = self.machine.disk.latency_s if self.machine.disk else 0.0
         return seconds + np.where(k2 < self.n_ff, latency, 0.0)
 
-    def seconds(self, plan: Plan) -> float:
+    def seconds(self, plan: Plan) -> Any:
         """Expected time of a token."""
-        head = self.costs.head / (self.vram if plan.head else self.machine.ram).sequential
-        sides = np.concatenate([[False], plan.dense, [plan.head], [False]])
-        changes = int(np.count_nonzero(sides[1:] != sides[:-1]))
+        head = np.where(plan.head, self.head_seconds[1], self.head_seconds[0])
+        ends = np.zeros_like(plan.dense[..., :1])
+        sides = np.concatenate([ends, plan.dense, np.asarray(plan.head)[..., None], ends], axis=-1)
+        changes = np.count_nonzero(sides[..., 1:] != sides[..., :-1], axis=-1)
         layers = self.layer_seconds(self.each, plan.dense, plan.vram, plan.ram)
-        return float(np.sum(layers)) + head + changes * self.hand_over_s / 2
+        return layers.sum(axis=-1) + head + changes * self.hand_over_s / 2
 
-    def speed(self, plan: Plan) -> float:
-        """Expected tokens per second."""
-        return 1 / self.seconds(plan)
-
-    def impact(self, plan: Plan) -> float:
+    def impact(self, plan: Plan) -> Any:
         """The paper's objective: firing frequencies of the neurons in vram, summed (section 6, equations 1 and 2).
 
         A dense block counts as the neurons that its bytes would hold, each of which would fire for every token.
         """
-        neurons = self.fired[self.each, plan.vram].sum()
-        return float(neurons + self.block_impact[plan.dense].sum() + (self.head_impact if plan.head else 0.0))
+        neurons = self.fired[self.each, plan.vram]
+        return (neurons + self.block_impact * plan.dense).sum(axis=-1) + self.head_impact * plan.head
 
     @property
     def block_impact(self) -> Floats:
@@ -204,23 +217,22 @@ class Problem:
             least = np.where(gain > 0, np.ceil(self.hand_over_s / gain), np.inf)
         return np.minimum(np.maximum(least, 1), self.n_ff + 1).astype(np.int64)
 
-    def bytes(self, plan: Plan) -> tuple[int, int, int]:
+    def bytes(self, plan: Plan) -> tuple[Any, Any, Any]:
         """Bytes in vram, ram and on disk, with KV cache and scratch."""
-        blocks = self.dense + self.kv
-        with_neurons = self.beside_bytes(self.each, plan.vram)
-        card = int(blocks[plan.dense].sum() + (plan.vram * self.bundle + with_neurons).sum())
-        card += self.costs.head if plan.head else 0
-        card += self.costs.scratch if card else 0
-        all_beside = self.beside_bytes(self.each, np.full(self.n_layer, self.n_ff))
-        ram = self.costs.host + self.costs.scratch + sum(layer.table for layer in self.costs.layers)
-        ram += int(blocks[~plan.dense].sum() + (all_beside - with_neurons).sum())
-        ram += int(((plan.ram - plan.vram) * self.bundle).sum()) + (0 if plan.head else self.costs.head)
-        return card, ram, int(((self.n_ff - plan.ram) * self.bundle).sum())
+        costs, blocks = self.costs, self.dense + self.kv
+        beside = self.beside_bytes(self.each, plan.vram)
+        card = (blocks * plan.dense + plan.vram * self.bundle + beside).sum(axis=-1) + costs.head * plan.head
+        card = card + np.where(card > 0, costs.scratch, 0)
+        left = self.beside_bytes(self.each, np.full(self.n_layer, self.n_ff)) - beside
+        left = left + blocks * ~plan.dense + (plan.ram - plan.vram) * self.bundle
+        ram = left.sum(axis=-1) + costs.head * np.logical_not(plan.head) + costs.host + costs.scratch
+        ram = ram + sum(layer.table for layer in costs.layers)
+        return card, ram, ((self.n_ff - plan.ram) * self.bundle).sum(axis=-1)
 
-    def fits(self, plan: Plan, budgets: Budgets) -> bool:
+    def fits(self, plan: Plan, budgets: Budgets) -> Any:
         """Within both budgets, to the byte."""
         card, ram, _ = self.bytes(plan)
-        return card <= budgets.vram and (budgets.ram is None or ram <= budgets.ram)
+        return (card <= budgets.vram) & (ram <= budgets.ram)
 
 
 def _cumulative(firing: Firing) -> Floats:

@@ -1,5 +1,6 @@
 """Causal attention with grouped key and value heads."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +36,7 @@ class Attention:
     def __call__(self, x: Tensor) -> Tensor:
         """[b, n, n_embd] -> [b, n, n_embd]; row p of n is position p and sees positions 0..p."""
         q, k, v = self.heads(x)
-        group = q.shape[1] // k.shape[1]  # query heads that share a key head
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        mixed = scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = _products(q, k, v) if torch.is_autocast_enabled("cpu") else _fused(q, k, v)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
     def heads(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,6 +47,23 @@ class Attention:
         if self.rope is not None:
             q, k = rotate(q, self.rope, start), rotate(k, self.rope, start)
         return q, k, v
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of [b, heads, n, head_dim]; k and v have fewer heads where queries share them."""
+    group = q.shape[1] // k.shape[1]  # query heads that share a key head
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same in products: in bfloat16 on a CPU, torch's fused attention takes 2.5 times as long."""
+    b, n_head_kv, n, head_dim = k.shape
+    q = q.reshape(b, n_head_kv, -1, head_dim) / head_dim**0.5  # [b, n_head_kv, group * n, head_dim]
+    scores = torch.matmul(q, k.transpose(-1, -2)).reshape(b, n_head_kv, -1, n, n)
+    unseen = torch.full((n, n), -math.inf, dtype=scores.dtype).triu(1)
+    weights = (scores + unseen).softmax(-1, dtype=scores.dtype).flatten(2, 3)
+    return torch.matmul(weights, v).reshape(b, -1, n, head_dim)
 
 
 def rotate(x: Tensor, rope: Rope, start: int = 0) -> Tensor:

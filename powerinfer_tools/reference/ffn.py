@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, relu, silu
+from torch.nn.functional import hardshrink, linear, relu, silu
 
 from powerinfer_tools.checkpoint import Checkpoint
 from powerinfer_tools.reference.weights import optional, tensor
@@ -55,7 +55,12 @@ def activate(g: Tensor, activation: str, threshold: float = 0.0) -> Tensor:
     a = silu(g) if activation == "silu" else relu(g)
     if activation == "relu2":
         a = a.square()
-    return torch.where(a.abs() >= threshold, a, 0.0) if threshold > 0 else a
+    return hardshrink(a, _below(threshold)) if threshold > 0 else a
+
+
+def _below(threshold: float) -> float:
+    """The next smaller float32: hardshrink keeps what is above, a cut what is not below."""
+    return float(torch.nextafter(torch.tensor(threshold), torch.tensor(0.0)))
 
 
 def load_ffn(checkpoint: Checkpoint, i: int, device: str = "cpu") -> Ffn:

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import log_softmax
 
 from powerinfer_tools.sparsify.model import Firing, Student
 
 LAYER_WEIGHT = 0.5  # of the mean relative error of the layers' outputs, beside the divergence
 PRESSURE = 20.0  # weight of relu's pressure per unit of active share above the wanted one
-LOGIT_VALUES = {"cpu": 1 << 25, "cuda": 1 << 28}  # logits held at once, for teacher and student each
+LOGIT_VALUES = {"cpu": 1 << 22, "cuda": 1 << 28}  # logits held at once, for teacher and student each
 
 
 @dataclass
@@ -61,10 +61,13 @@ def _divergence(student: Student, taught: Tensor, hidden: Tensor, n_windows: int
     total = torch.zeros((), device=hidden.device)
     step = max(1, LOGIT_VALUES[student.teacher.device] // student.teacher.config.n_vocab)
     for theirs, ours in zip(*(torch.split(x.flatten(0, 1), step) for x in (taught, leaf)), strict=True):
+        logits = student.logits(ours)
         with torch.no_grad():
-            target = log_softmax(student.teacher.logits(theirs).float(), -1)
-        loss = kl_div(log_softmax(student.logits(ours).float(), -1), target, reduction="sum", log_target=True)
-        (loss / (n_windows * hidden.shape[1])).backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
+            target = log_softmax(student.teacher.logits(theirs), -1, dtype=torch.float32)
+            found = log_softmax(logits, -1, dtype=torch.float32)
+            probability = target.exp()
+            total += torch.dot(probability.flatten(), target.sub_(found).flatten())
+            gradient = found.exp_().sub_(probability).div_(n_windows * hidden.shape[1])
+        torch.autograd.backward(logits, gradient.to(logits.dtype))
     assert leaf.grad is not None
     return total / n_tokens, leaf.grad

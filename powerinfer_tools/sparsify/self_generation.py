@@ -144,8 +144,7 @@ def _write_rows(teacher: Teacher, tokenizer: Tokenizer, frame: Frame, most: int,
         decoder = Decoder(teacher, length)
         logits = decoder.begin(frame.begin, n_rows)
         for _ in range(len(frame.begin), length):
-            probabilities = (logits.float() / TEMPERATURE).softmax(-1)
-            drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0].tolist()
+            drawn = _draw(logits.float() / TEMPERATURE, generator).tolist()
             fed = [row.take(token) for row, token in zip(live, drawn, strict=True)]
             going = [i for i, row in enumerate(live) if not row.done]
             if not going:
@@ -156,6 +155,13 @@ def _write_rows(teacher: Teacher, tokenizer: Tokenizer, frame: Frame, most: int,
             logits = decoder.step(fed)
     n_frame = len(frame.begin) + len(frame.link)
     return [(n_frame + len(row.question) + len(row.answer), chat) for row in rows if (chat := _chat(row, tokenizer))]
+
+
+def _draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A token a row of [rows, n_vocab], with the probability of its softmax: where the running sum passes a number."""
+    passed = logits.softmax(-1).cumsum(-1)
+    number = torch.rand(len(logits), 1, generator=generator, device=logits.device) * passed[:, -1:]
+    return torch.searchsorted(passed, number, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
 def _chat(row: _Row, tokenizer: Tokenizer) -> list[Message] | None:

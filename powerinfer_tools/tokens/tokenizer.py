@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.tokens.library import load_tokenizer
 
 BREAK, EDGE = "\ufdd0", "\ufdd1"
 """Noncharacters, not encoded. No token spans BREAK, so it takes the effect from a control token's text."""
@@ -20,7 +21,9 @@ class Tokenizer:
     """Encodes and decodes. special: {"bos": id or None, "eos": [ids], "add_bos": bool, ...} of the checkpoint."""
 
     def __init__(self, tokenizer_json: str, special: dict[str, Any]) -> None:
-        self._tokenizer = _load(tokenizer_json)
+        self._tokenizer = load_tokenizer(tokenizer_json, "tokenizer.json")
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         description = json.loads(tokenizer_json)
         self._form = _Form(description.get("decoder"))
         self._added = {t["id"]: t["content"] for t in description.get("added_tokens") or []}
@@ -164,20 +167,6 @@ class _Form:
         for old, new in self._replace:
             token = token.replace(old, new)
         return token.encode("utf-8", "replace")
-
-
-def _load(tokenizer_json: str) -> Any:
-    from tokenizers import Tokenizer as Loaded
-
-    try:
-        loaded = Loaded.from_str(tokenizer_json)
-    except BaseException as error:  # a panic of the Rust library is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise PowerinferError(f"tokenizer.json: expected a tokenizer, found {error}", "malformed") from None
-    loaded.no_truncation()
-    loaded.no_padding()
-    return loaded
 
 
 _DECODERS = ("ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip")

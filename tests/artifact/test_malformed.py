@@ -140,6 +140,25 @@ def test_huge_counts_allocate_nothing(file: Callable[[bytes], Path], field: str,
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("n", [10 << 20, (64 << 20) + 1])
+def test_a_long_token_takes_no_more_memory_than_itself(read: Read, file: Callable[[bytes], Path], n: int) -> None:
+    """One of 10 MB is read; what uses the vocabulary refuses it."""
+    key, tokens = b"tokenizer.ggml.tokens", [b"<s>", b"a" * n]
+    strings = b"".join(struct.pack("<Q", len(token)) + token for token in tokens)
+    path = file(gguf([pair(key, ARRAY, struct.pack("<IQ", STRING, len(tokens)) + strings)]))
+    tracemalloc.start()
+    try:
+        if n <= gguf_file.MAX_STRING:
+            read(path)
+        else:
+            assert f"{key.decode()}[1]: length: expected at most {gguf_file.MAX_STRING}" in refused(
+                read, path, "malformed"
+            )
+        assert tracemalloc.get_traced_memory()[1] < 3 * (10 << 20)
+    finally:
+        tracemalloc.stop()
+
+
 BROKEN: dict[str, tuple[bytes, str, str]] = {
     # header
     "magic": (gguf(magic=b"PWRI"), "malformed", "expected a GGUF file, found one that begins with .*PWRI"),

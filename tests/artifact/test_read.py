@@ -1,6 +1,7 @@
 """What open_artifact and verify promise: the artifact is what its own keys say, or one line says what is not."""
 
 import importlib
+import json
 import os
 import struct
 import subprocess
@@ -16,6 +17,7 @@ from powerinfer_tools.artifact import Artifact, layout, open_artifact, verify
 from powerinfer_tools.artifact.layout import TensorPlan
 from powerinfer_tools.checkpoint import open_checkpoint
 from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.tokens import Tokenizer
 from tests.artifacts import make_artifact
 from tests.tiny import make_llama, make_opt
 
@@ -183,6 +185,20 @@ def test_a_key_that_is_wrong_is_named(
     monkeypatch.setattr(split_module, "artifact_metadata", lambda *given: metadata(*given) | {key: value})
     with pytest.raises(PowerinferError, match=message):
         make_artifact(model, tmp_path / "m.gguf", quant="q8_0", predictor=True, rank=32)
+
+
+def test_a_token_of_10_mb_is_refused_by_what_reads_text(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The artifact keeps the tokenizer verbatim and does not look into it."""
+    metadata = split_module.artifact_metadata
+    description = json.loads((model / "tokenizer.json").read_text())
+    description["added_tokens"][0]["content"] = "a" * (10 << 20)
+    changed = {layout.KEY_TOKENIZER: json.dumps(description)}
+    monkeypatch.setattr(split_module, "artifact_metadata", lambda *given: metadata(*given) | changed)
+    artifact = make_artifact(model, tmp_path / "m.gguf")
+    with pytest.raises(PowerinferError, match="expected tokens of at most 4096 characters, found one of 10485760"):
+        Tokenizer(artifact.tokenizer_json, artifact.special)
 
 
 @pytest.mark.parametrize("key", [layout.KEY_QUANT, layout.KEY_TOKENIZER, layout.KEY_TIED, "llama.vocab_size"])

@@ -224,7 +224,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "merges malformed": ({"tokenizer.ggml.merges": ["a b c"]}, "merges: expected two pieces"),
     "merges of unknown tokens": ({"tokenizer.ggml.merges": ["qqq zzz"]}, "expected a tokenizer, found"),
     "tokens repeated": ({"tokenizer.ggml.tokens": ["a", "a"]}, "tokens: expected every token once"),
-    "token too long": ({"tokenizer.ggml.tokens": ["a" * 10_000]}, "tokens of at most 4096 characters"),
+    "token too long": ({"tokenizer.ggml.tokens": ["a" * 4097]}, "tokens: expected tokens of at most 4096 characters"),
+    "token of 10 MB": ({"tokenizer.ggml.tokens": ["a" * (10 << 20)]}, "tokens: expected tokens of at most 4096"),
 }
 
 

@@ -253,6 +253,14 @@ def cut_weights(folder: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
 
+def long_token(folder: Path) -> None:
+    """A token of 10 MB."""
+    path = folder / "tokenizer.json"
+    description = json.loads(path.read_text())
+    description["added_tokens"].append(description["added_tokens"][0] | {"id": 299, "content": "a" * (10 << 20)})
+    path.write_text(json.dumps(description))
+
+
 def huge(name: str) -> Callable[[Path], None]:
     """A file of 1 GB that takes no room."""
     return lambda folder: os.truncate(folder / name, 1 << 30)
@@ -279,6 +287,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no tokenizer": (remove("tokenizer.json"), "tokenizer.json: expected this file, found none"),
     "tokenizer rubbish": (write("tokenizer.json", b"{}"), "tokenizer.json: expected a tokenizer, found"),
     "tokenizer of 1 GB": (huge("tokenizer.json"), "tokenizer.json: expected at most"),
+    "token of 10 MB": (long_token, "tokenizer.json: expected tokens of at most 4096 characters, found one of 10485760"),
     "template long": (write("chat_template.jinja", b"x" * (1 << 20)), "chat_template.jinja: expected at most 262144"),
 }
 

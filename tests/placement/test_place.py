@@ -1,4 +1,4 @@
-"""Placements: within budget, proven, no worse than greedy or brute force, and the original's faults."""
+"""Placements: within budget, proven, no worse than greedy, brute force or less memory; and the original's faults."""
 
 import itertools
 import json
@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement import Placement, place, read_placement, write_placement
 from powerinfer_tools.placement import program as program_module
-from powerinfer_tools.placement.greedy import greedy
 from powerinfer_tools.placement.problem import Budgets, Plan, Problem
 from tests.placement import worlds
+from tests.placement.greedy import greedy
 
 KIB = 1 << 10
 shapes = st.tuples(st.integers(1, 5), st.sampled_from([32, 96, 200]))
@@ -27,7 +27,7 @@ few = settings(max_examples=15, deadline=None)
 
 
 def solve(
-    shape: tuple[int, int], seed: int, mode: str, vram: int, ram: int | None, objective: str = "time", **machine: float
+    shape: tuple[int, int], seed: int, mode: str, vram: int, ram: int | None, objective: str = "time", **machine: Any
 ) -> tuple[Problem, Placement]:
     """The placement and the problem that it solves."""
     n_layer, n_ff = shape
@@ -74,7 +74,6 @@ def test_budgets_are_kept_to_the_byte_and_bounds_hold(
     assert problem.fits(plan, budgets)
     assert all(0 <= k1 <= k2 <= problem.n_ff for k1, k2 in zip(placement.vram, placement.ram, strict=True))
     assert placement.expected_ms == problem.seconds(plan) * 1e3
-    assert placement.bound is not None
     if objective == "time":
         assert placement.expected_ms >= placement.bound * (1 - 1e-9)
     else:
@@ -96,22 +95,59 @@ def test_never_worse_than_greedy(
             assert placement.impact >= problem.impact(rival) * (1 - 1e-9)
 
 
-@few
-@given(shapes, st.integers(0, 99), modes, st.tuples(shares, shares), shares, objectives)
-def test_more_memory_is_never_worse_than_the_stated_gap(
-    shape: tuple[int, int], seed: int, mode: str, vram: tuple[float, float], ram: float, objective: str
-) -> None:
-    problem = worlds.problem(*shape, seed, mode)
-    small, large = (budgets_of(problem, share, ram) for share in sorted(vram))
-    _, before = solve(shape, seed, mode, small.vram, small.ram, objective)
-    _, after = solve(shape, seed, mode, large.vram, large.ram, objective)
-    assert after.bound is not None
-    if objective == "time":
-        assert after.bound <= before.expected_ms * (1 + 1e-9)
-        assert after.expected_ms <= before.expected_ms * (1 + (after.gap or 0)) * (1 + 1e-9)
+def assert_no_worse(before: Placement, after: Placement) -> None:
+    if before.objective == "time":
+        assert after.expected_ms <= before.expected_ms * (1 + 1e-9)
     else:
-        assert after.bound >= before.impact * (1 - 1e-9) - 1e-6
-        assert after.impact >= before.impact * (1 - (after.gap or 0)) * (1 - 1e-9) - 1e-6
+        assert after.impact >= before.impact * (1 - 1e-9)
+
+
+@few
+@given(shapes, st.integers(0, 99), modes, shares, shares, st.tuples(shares, shares), objectives)
+def test_more_memory_is_never_worse(
+    shape: tuple[int, int],
+    seed: int,
+    mode: str,
+    vram: float,
+    ram: float,
+    more: tuple[float, float],
+    objective: str,
+) -> None:
+    """More vram, more ram, and both; steps of a few neurons, too."""
+    problem = worlds.problem(*shape, seed, mode)
+    small = budgets_of(problem, vram, ram)
+    _, before = solve(shape, seed, mode, small.vram, small.ram, objective)
+    for scale in (1.0, 0.001):
+        extra = [int(scale * share * problem.costs.needed) for share in more]
+        for card, memory in ((extra[0], 0), (0, extra[1]), extra):
+            _, after = solve(shape, seed, mode, small.vram + card, small.ram + memory, objective)
+            assert_no_worse(before, after)
+
+
+@pytest.mark.parametrize(
+    ("shape", "seed", "mode", "small", "large"),  # bytes of ram beside the scratch
+    [
+        ((7, 64), 31, "predictor", 259315, 260296),  # the disk's latency once seemed cheap: 3.7 % slower
+        ((3, 160), 28, "mixed", 155444, 155934),  # 1.0 % slower
+    ],
+)
+def test_more_memory_was_once_worse(shape: tuple[int, int], seed: int, mode: str, small: int, large: int) -> None:
+    scratch = worlds.problem(*shape, seed, mode).costs.scratch
+    before, after = (solve(shape, seed, mode, 0, scratch + ram)[1] for ram in (small, large))
+    assert_no_worse(before, after)
+    assert max(before.gap, after.gap) < 0.02
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_tiny_problems_gain_from_more_memory(seed: int) -> None:
+    """The program solves them whole; a neuron is a large step."""
+    problem = worlds.problem(2, 6, seed, "mixed")
+    shares = np.linspace(0, 1, 8)
+    for objective in ("time", "impact"):
+        budgets = [budgets_of(problem, 1.1 * share, share) for share in shares]
+        placed = [solve((2, 6), seed, "mixed", b.vram, b.ram, objective)[1] for b in budgets]
+        for before, after in itertools.pairwise(placed):
+            assert_no_worse(before, after)
 
 
 def every_plan(problem: Problem) -> list[Plan]:
@@ -229,20 +265,21 @@ def test_a_budget_that_cannot_do_names_one_that_would(vram: int) -> None:
             solve((4, 200), 0, "mixed", vram, least - 1)
 
 
+@pytest.mark.parametrize("shape", [(2, 6), (4, 200)])
 @pytest.mark.parametrize("status", ["failed", "infeasible", "stopped"])
-def test_without_a_solver_the_greedy_plan_stands(status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_solver_the_patterns_stand(
+    shape: tuple[int, int], status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Values of variables are read only where the status says that they mean something."""
-
-    def no_solver(lp: Any, gap: float, time_limit_s: float, relaxed: bool = False) -> str:
-        return "failed" if status == "stopped" and relaxed else status
-
-    monkeypatch.setattr(program_module, "solve", no_solver)
-    if status == "stopped":
-        monkeypatch.setattr(program_module.Program, "read", lambda self: None)
-    problem, placement = solve((4, 200), 0, "gate", 100 * KIB, None)
-    assert placement.status in ("greedy", "stopped")
-    assert placement.bound is None
-    assert problem.fits(plan_of(placement), Budgets(100 * KIB, None))
+    budgets = budgets_of(worlds.problem(*shape), 0.8, 0.1)
+    _, solved = solve(shape, 0, "gate", budgets.vram, budgets.ram)
+    monkeypatch.setattr(program_module, "solve", lambda *_, **__: status)
+    problem, placement = solve(shape, 0, "gate", budgets.vram, budgets.ram)
+    assert problem.fits(plan_of(placement), budgets)
+    assert placement.bound <= solved.expected_ms <= placement.expected_ms * (1 + 1e-9)
+    if shape == (4, 200):  # there the program proves, and the plan is one of the patterns'
+        assert plan_of(placement).vram.tolist() == solved.vram
+        assert placement.expected_ms == solved.expected_ms
 
 
 def test_a_machine_without_card_or_disk() -> None:

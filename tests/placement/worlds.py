@@ -1,6 +1,7 @@
 """Small models, firing patterns and machines for placement, drawn from a few numbers."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,14 +61,14 @@ def firing(n_layer: int, n_ff: int, seed: int) -> Firing:
     return Firing(np.clip(draw.lognormal(draw.uniform(-4, -1, (n_layer, 1)), skew, (n_layer, n_ff)), 0, 1))
 
 
-def machine(merge_s: float = 2e-7, disk_latency_s: float = 1e-6) -> Machine:
+def machine(merge_s: float = 2e-7, disk_latency_s: float = 1e-6, has_disk: bool = True) -> Machine:
     """A card ten times as fast as RAM, a disk ten times slower; tiny models take microseconds on it."""
     return Machine(
         name="test",
         threads=2,
         ram=Tier(1 << 40, 30e9, ((64, 10e9), (4096, 24e9))),
         vram=Tier(1 << 40, 300e9, ((64, 100e9), (4096, 250e9)), merge_s / 2),
-        disk=Tier(1 << 40, 3e9, ((64, 0.1e9), (4096, 1e9)), disk_latency_s),
+        disk=Tier(1 << 40, 3e9, ((64, 0.1e9), (4096, 1e9)), disk_latency_s) if has_disk else None,
     )
 
 
@@ -79,7 +80,7 @@ def plans(n_layer: int, mode: str = "gate") -> list[LayerPlan]:
     ]
 
 
-def problem(n_layer: int = 4, n_ff: int = 96, seed: int = 0, mode: str = "gate", **machine_args: float) -> Problem:
+def problem(n_layer: int = 4, n_ff: int = 96, seed: int = 0, mode: str = "gate", **machine_args: Any) -> Problem:
     here = machine(**machine_args)
     costs = artifact_costs(
         config(n_layer, n_ff), plans(n_layer, mode), quant="q8_0", biases=BIASES, ctx_size=64, threads=here.threads

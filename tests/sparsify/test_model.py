@@ -36,6 +36,16 @@ def test_the_teacher_is_the_reference(bench: Bench, tokens: torch.Tensor) -> Non
     assert torch.equal(teacher.logits(teacher.streams(tokens)[-1]), forward(bench.checkpoint, tokens))
 
 
+def test_attention_in_bfloat16_is_that_of_float32_but_for_rounding(bench: Bench, tokens: torch.Tensor) -> None:
+    layer = load_teacher(bench.checkpoint, "cpu", "float32").layers[0]
+    x = layer.attn_norm(torch.randn(*tokens.shape, bench.checkpoint.config.n_embd))
+    exact = layer.attn(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = layer.attn(x)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).square().sum() <= 1e-3 * exact.square().sum()
+
+
 @pytest.mark.parametrize("rank", [None, 4])
 def test_a_student_begins_as_its_teacher(bench: Bench, tokens: torch.Tensor, rank: int | None) -> None:
     torch.testing.assert_close(logits(student_of(bench, rank=rank), tokens), forward(bench.checkpoint, tokens))

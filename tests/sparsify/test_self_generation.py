@@ -37,6 +37,14 @@ def write(bench: Bench, folder: Path, seed: int = 0, n_tokens: int = 1500) -> li
     return self_generate(teacher, tokenizer, frame, folder, n_tokens=n_tokens, seed=seed, team=team, show=silent)
 
 
+def test_tokens_are_drawn_with_their_probability() -> None:
+    probability = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05, 0.0])
+    drawn = library._draw(probability.log().repeat(20000, 1), torch.Generator().manual_seed(0))
+    found = torch.bincount(drawn, minlength=6) / 20000
+    torch.testing.assert_close(found, probability, atol=0.015, rtol=0)
+    assert found[[1, 5]].tolist() == [0, 0]
+
+
 def test_the_decoder_is_the_model(teacher: Teacher) -> None:
     prompt, rows = [5, 9, 200], [[7, 30, 31, 99], [250, 3, 8, 41], [66, 67, 68, 69]]
     with torch.no_grad():

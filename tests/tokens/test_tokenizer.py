@@ -1,6 +1,7 @@
 """Texts to ids and back, whole and in streams."""
 
 import json
+from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -139,6 +140,25 @@ def test_lone_surrogates_are_encoded(tokenizer: Tokenizer) -> None:
 def test_no_tokenizer(text: str) -> None:
     with pytest.raises(PowerinferError, match=r"tokenizer\.json: expected a tokenizer"):
         Tokenizer(text, SPECIAL)
+
+
+@pytest.mark.parametrize("make", [byte_level_json, sentencepiece_json])
+@pytest.mark.parametrize("added", [False, True])
+def test_a_token_of_10_mb_is_refused(make: Callable[[], str], added: bool) -> None:
+    """The library makes an automaton of added tokens, of a gigabyte for this one."""
+    text, description = "a" * (10 << 20), json.loads(make())
+    if added:
+        description["added_tokens"][0]["content"] = text
+    else:
+        description["model"]["vocab"][text] = 1000
+    with pytest.raises(PowerinferError, match="expected tokens of at most 4096 characters, found one of 10485760"):
+        Tokenizer(json.dumps(description), SPECIAL)
+
+
+def test_a_token_of_the_longest_that_is_allowed() -> None:
+    description = json.loads(byte_level_json())
+    token = description["model"]["vocab"]["a" * 4096] = 1000
+    assert Tokenizer(json.dumps(description), SPECIAL).decode([token]) == "a" * 4096
 
 
 def test_an_unknown_decoder_is_refused_by_name() -> None:
