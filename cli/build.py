@@ -27,6 +27,8 @@ def build(
     tokens: options.Tokens = options.TOKENS,
     recall: options.Recall = options.RECALL,
     error: options.Error = options.ERROR,
+    top1: options.Top1 = options.TOP1,
+    perplexity: options.Perplexity = options.PERPLEXITY,
     ram: options.Ram = None,
     ctx_size: Annotated[
         int | None,
@@ -88,6 +90,8 @@ def build(
             n_tokens=tokens,
             recall=recall,
             error=error,
+            top1=top1,
+            perplexity=perplexity,
             ram=ram,
             ctx_size=ctx_size,
             machine=read_machine(machine) if machine else None,

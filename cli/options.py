@@ -140,6 +140,29 @@ Error = Annotated[
     ),
 ]
 ERROR = 0.02
+Top1 = Annotated[
+    float,
+    typer.Option(
+        "--top1",
+        metavar="X",
+        min=0.0,
+        max=1.0,
+        rich_help_panel=BUILD,
+        help="Least share of tokens whose likeliest next token all predictors together leave as it is.",
+    ),
+]
+TOP1 = 0.98
+Perplexity = Annotated[
+    float,
+    typer.Option(
+        "--perplexity",
+        metavar="X",
+        min=0.0,
+        rich_help_panel=BUILD,
+        help="Largest share by which all predictors together raise perplexity.",
+    ),
+]
+PERPLEXITY = 0.005
 Quant = Annotated[
     Literal["f32", "f16", "q8_0", "q4_0"],
     typer.Option("--quant", rich_help_panel=BUILD, help="Type of the artifact's matrices."),

@@ -11,6 +11,8 @@ def train(
     output: options.Output,
     recall: options.Recall = options.RECALL,
     error: options.Error = options.ERROR,
+    top1: options.Top1 = options.TOP1,
+    perplexity: options.Perplexity = options.PERPLEXITY,
     quant: options.Quant = options.QUANT,
     activation: options.Activation = None,
     patch: options.Patch = None,
@@ -39,6 +41,8 @@ def train(
             output,
             recall=recall,
             error=error,
+            top1=top1,
+            perplexity=perplexity,
             quant=quant,
             seed=seed,
             force=force,
@@ -46,15 +50,23 @@ def train(
         )
     for note in checkpoint.notes:
         console.say(f"note: {note}")
-    gates = [figures["layer"] for figures in predictors.figures if figures["mode"] == "gate"]
-    if gates:
-        console.say(f"in gate mode, where no predictor saved enough bytes: layers {', '.join(map(str, gates))}")
+    loss = predictors.loss
+    gates = {figures["layer"] for figures in predictors.figures if figures["mode"] == "gate"} - set(loss["dropped"])
+    for why, layers in (("saved enough bytes", gates), ("left the model's answers as they are", loss["dropped"])):
+        if layers:
+            console.say(f"in gate mode, where no predictor {why}: layers {', '.join(map(str, sorted(layers)))}")
+    console.say(
+        f"in the whole model, over {loss['tokens']} held-out tokens: the likeliest next token stays the same for "
+        f"{loss['top1']:.2%}, perplexity {loss['perplexity']:+.2%}"
+    )
     files = f"--activations {activations} --predictors {output}"
     following = f"powerinfer split {options.named(model, patch)} {files} --quant {quant}"
     console.wrote(output, f"{following} -o {output.with_suffix('.gguf')}")
     if json:
         kind = "relu" if predictors.relu else "linear"
-        console.print_json({"path": str(output), "quant": quant, "kind": kind, "layers": predictors.figures})
+        console.print_json(
+            {"path": str(output), "quant": quant, "kind": kind, "loss": loss, "layers": predictors.figures}
+        )
     else:
         show(predictors.figures)
 

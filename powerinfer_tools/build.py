@@ -53,6 +53,8 @@ class Recipe:
     n_tokens: int
     recall: float
     error: float
+    top1: float
+    perplexity: float
     ram: int | None
     ctx_size: int
     seed: int
@@ -70,6 +72,8 @@ def build(
     n_tokens: int = 32768,
     recall: float = 0.98,
     error: float = 0.02,
+    top1: float = 0.98,
+    perplexity: float = 0.005,
     ram: int | None = None,
     ctx_size: int | None = None,
     machine: Machine | None = None,
@@ -90,7 +94,7 @@ def build(
     if quant == "auto":
         quant = default_quant(checkpoint.config)
     ctx_size = min(ctx_size or CTX_SIZE, checkpoint.config.n_ctx)
-    recipe = Recipe(quant, sparsity, n_tokens, recall, error, ram, ctx_size, seed)
+    recipe = Recipe(quant, sparsity, n_tokens, recall, error, top1, perplexity, ram, ctx_size, seed)
     arguments = _arguments(recipe, corpus)
     if output.exists() and not force:
         return _built_before(checkpoint, output, arguments, report)
@@ -218,7 +222,7 @@ class _Stages:
         if not self.checkpoint.config.exactly_sparse:
             return None
         recipe = self.recipe
-        options = {key: getattr(recipe, key) for key in ("recall", "error", "quant", "seed")}
+        options = {key: getattr(recipe, key) for key in ("recall", "error", "top1", "perplexity", "quant", "seed")}
         inputs = {"checkpoint": activations.checkpoint_digest, "activations": activations.digest}
 
         def make(path: Path) -> Predictors:
@@ -298,8 +302,9 @@ def _describe_activations(activations: Activations) -> str:
 
 
 def _describe_predictors(predictors: Predictors) -> str:
-    n = sum(plan.mode == MODE_PREDICTOR for plan in predictors.plans)
-    return f"{n} layers with a predictor, {len(predictors.plans) - n} cheaper in mode gate"
+    n, dropped = sum(plan.mode == MODE_PREDICTOR for plan in predictors.plans), len(predictors.loss["dropped"])
+    gates = f"{len(predictors.plans) - n} in mode gate" + (f", {dropped} of them for accuracy" if dropped else "")
+    return f"{n} layers with a predictor, {gates}"
 
 
 def _describe_placement(placement: Placement) -> str:

@@ -80,6 +80,8 @@ def test_predictors_keep_their_bounds_on_samples_held_out(sparse: Built) -> None
         assert figures["output_error"] <= 0.02
         assert figures["bytes_predictor"] < figures["bytes_gate"]
         assert figures["predicted"] < 0.7
+    loss = sparse.predictors.loss
+    assert (loss["dropped"], loss["top1"] >= 0.98, loss["perplexity"] <= 0.005) == ([], True, True)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from powerinfer_tools.checkpoint.source import Checkpoint
 from powerinfer_tools.files import Table, read_table, require_same
 
 KIND = "activations"
+HELD_OUT_EVERY = 5  # every fifth window is for judging predictors, not for fitting them
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Activations:
     def positions(self) -> npt.NDArray[np.int64]:
         """The sampled tokens' places among the calibration tokens, rising: int64 [n_samples]."""
         return self._table.arrays["positions"]
+
+    def held_out(self) -> npt.NDArray[np.int32]:
+        """Windows of tokens by which predictors are judged in the end: int32 [n, window]."""
+        return self._table.arrays["held_out"]
 
     def inputs(self, layer: int) -> npt.NDArray[np.float16]:
         """The sampled normalised FFN inputs: float16 [n_samples, n_embd]."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from powerinfer_tools.activations.corpus import calibration_windows
-from powerinfer_tools.activations.file import KIND, Activations, read_activations
+from powerinfer_tools.activations.file import HELD_OUT_EVERY, KIND, Activations, read_activations
 from powerinfer_tools.checkpoint.source import Checkpoint
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.files import Array, Table, read_table, sha256_bytes, sha256_file, write_table
@@ -15,6 +15,7 @@ from powerinfer_tools.progress import Progress, default_progress
 from powerinfer_tools.work import resumable
 
 LAYER_KIND = "profiled layer"
+HELD_OUT_TOKENS = 2048
 
 
 def profile(
@@ -56,7 +57,7 @@ def profile(
         layers = _run_layers(checkpoint, tokens, positions, sparsity, folder, show)
         thresholds = [layer.header["threshold"] for layer in layers]
         header = _header(checkpoint, digest, corpus, tokens, positions, sparsity, seed, thresholds)
-        write_table(output, KIND, header, _Arrays(layers, positions), force)
+        write_table(output, KIND, header, _Arrays(layers, positions, _held_out(tokens)), force)
     return read_activations(output)
 
 
@@ -105,25 +106,34 @@ def _run_layers(
     return layers
 
 
-class _Arrays(Mapping[str, Array]):
-    """The arrays of all layers, read one at a time, and the sampled positions."""
+def _held_out(tokens: Array) -> Array:
+    """Evenly spread windows among those whose samples no predictor is fitted to, HELD_OUT_TOKENS of them at most."""
+    windows = tokens[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] if len(tokens) >= HELD_OUT_EVERY else tokens[-1:]
+    n = min(len(windows), max(1, HELD_OUT_TOKENS // tokens.shape[1]))
+    chosen: Array = windows[np.arange(n) * len(windows) // n].astype(np.int32)
+    return chosen
 
-    def __init__(self, layers: list[Table], positions: Array) -> None:
-        self._layers, self._positions = layers, positions
+
+class _Arrays(Mapping[str, Array]):
+    """The arrays of all layers, read one at a time, the sampled positions, and the windows held out."""
+
+    def __init__(self, layers: list[Table], positions: Array, held_out: Array) -> None:
+        self._layers = layers
+        self._whole = {"positions": positions, "held_out": held_out}
 
     def __getitem__(self, name: str) -> Array:
-        if name == "positions":
-            return self._positions
+        if name in self._whole:
+            return self._whole[name]
         what, layer = name.split(".")
         return self._layers[int(layer)].arrays[what]
 
     def __iter__(self) -> Iterator[str]:
-        yield "positions"
+        yield from self._whole
         for i in range(len(self._layers)):
             yield from (f"counts.{i}", f"inputs.{i}", f"active.{i}")
 
     def __len__(self) -> int:
-        return 1 + 3 * len(self._layers)
+        return len(self._whole) + 3 * len(self._layers)
 
 
 def _header(

@@ -20,7 +20,9 @@ class Predictors:
     """One plan a layer, and for layers in mode predictor its weights.
 
     relu: logits = w_out . relu(w_in . x) + bias, else w_out . (w_in . x) + bias; quant: the type that the weights are
-    rounded to; figures: what was measured of each layer on held-out samples, as `train` describes it.
+    rounded to; figures: what was measured of each layer on held-out samples, as `train` describes it; loss: what they
+    change in the whole model on held-out windows: tokens, top1 (share that keeps its likeliest next token), perplexity
+    (relative rise), dropped (layers that changed too much and were put in gate mode).
     """
 
     path: Path
@@ -31,6 +33,7 @@ class Predictors:
     quant: str
     plans: list[LayerPlan]
     figures: list[dict[str, Any]]
+    loss: dict[str, Any]
     header: dict[str, Any] = field(repr=False)
     _table: Table = field(repr=False)
 
@@ -59,6 +62,7 @@ def read_predictors(path: Path) -> Predictors:
         quant=header["quant"],
         plans=[LayerPlan(**plan) for plan in header["plans"]],
         figures=header["figures"],
+        loss=header["loss"],
         header=header,
         _table=table,
     )

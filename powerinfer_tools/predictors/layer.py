@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from powerinfer_tools import reference
-from powerinfer_tools.activations.file import Activations
+from powerinfer_tools.activations.file import HELD_OUT_EVERY, Activations
 from powerinfer_tools.artifact.layout import MODE_GATE, MODE_NAMES, MODE_PREDICTOR, LayerPlan
 from powerinfer_tools.checkpoint.source import Checkpoint
 from powerinfer_tools.predictors.choose import Choice, HeldOut, choose
@@ -16,7 +16,6 @@ from powerinfer_tools.predictors.select import FfnCosts
 
 MARGIN = 0.03  # a predictor must save this share of the gate mode's bytes
 HOPELESS = 1.02  # of the bytes that would pay: fine-tuning that starts worse is given up early
-HELD_OUT = 5  # every fifth window
 RANK_STEP = 32  # a block of the quantised types
 
 
@@ -90,9 +89,9 @@ def _samples(checkpoint: Checkpoint, activations: Activations, i: int, device: s
 def _held_out(activations: Activations) -> Tensor:
     """Which samples are judged by, bool [n_samples]: those of every fifth window, as neighbours are alike."""
     windows = torch.from_numpy(activations.positions()) // activations.window
-    if int(windows[-1]) < HELD_OUT:
+    if int(windows[-1]) < HELD_OUT_EVERY:
         windows = torch.arange(len(windows))  # too few windows: every fifth sample
-    return windows % HELD_OUT == HELD_OUT - 1
+    return windows % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
 def _best_start(samples: Samples, relu: bool, bounds: Bounds, costs: FfnCosts, target: float) -> tuple[Network, Choice]:

@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from powerinfer_tools.activations.file import Activations, apply
-from powerinfer_tools.artifact.layout import QUANTS
+from powerinfer_tools.artifact.layout import MODE_GATE, MODE_NAMES, MODE_PREDICTOR, QUANTS, LayerPlan
 from powerinfer_tools.checkpoint.source import Checkpoint
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.files import Array, Table, read_table, write_table
@@ -30,6 +30,8 @@ def train(
     *,
     recall: float = 0.98,
     error: float = 0.02,
+    top1: float = 0.98,
+    perplexity: float = 0.005,
     quant: str = "q4_0",
     seed: int = 0,
     force: bool = False,
@@ -39,19 +41,23 @@ def train(
 
     On samples that were held out, a predictor finds at least `recall` of the neurons that fire, and those it misses
     change the layer's output by a relative squared error of at most `error`; within that it reads the fewest bytes a
-    token. Weights are rounded to `quant`. figures[i]: recall, precision, active (share that fires), predicted (share
-    whose deciding row is read), rank, always, threshold, output_error, bytes_gate, bytes_predictor, mode; in mode gate
-    they tell of the best predictor that was found. A killed run goes on at its last layer.
+    token. In the whole model they then leave at least `top1` of the tokens their likeliest next token and raise
+    perplexity by at most the share `perplexity`: layers that change too much go back to gate mode, and `loss` says
+    what the others change. Weights are rounded to `quant`. figures[i]: recall, precision, active (share that fires),
+    predicted (share whose deciding row is read), rank, always, threshold, output_error, bytes_gate, bytes_predictor,
+    mode; in mode gate they tell of the best predictor that was found. A killed run goes on at its last layer.
     Errors: the model is not exactly sparse; the profile is another checkpoint's; output exists without `force`.
     """
     from powerinfer_tools.predictors.layer import Bounds
 
-    _check(checkpoint, activations, recall, error, quant)
+    _check(checkpoint, activations, recall, error, top1, perplexity, quant)
     fingerprint = {
         "checkpoint": activations.checkpoint_digest,
         "activations": activations.digest,
         "recall": recall,
         "error": error,
+        "top1": top1,
+        "perplexity": perplexity,
         "quant": quant,
         "seed": seed,
         "device": _device(),
@@ -63,19 +69,28 @@ def train(
         for i in range(activations.n_layer):
             layers.append(_fitted(checkpoint, activations, i, relu, bounds, folder))
             show("train, layers", i + 1, activations.n_layer)
-        plans = [layer.header["plan"] for layer in layers]
+        loss = _verified(checkpoint, activations, layers, relu, top1, perplexity, show)
         header = {
             "inputs": {"checkpoint": activations.checkpoint_digest, "activations": activations.digest},
-            **{key: fingerprint[key] for key in ("recall", "error", "quant", "seed")},
+            **{key: fingerprint[key] for key in ("recall", "error", "top1", "perplexity", "quant", "seed")},
             "relu": relu,
-            "plans": plans,
+            "plans": [layer.header["plan"] for layer in layers],
             "figures": [layer.header["figures"] for layer in layers],
+            "loss": loss,
         }
         write_table(output, KIND, header, _Arrays(layers), force)
     return read_predictors(output)
 
 
-def _check(checkpoint: Checkpoint, activations: Activations, recall: float, error: float, quant: str) -> None:
+def _check(
+    checkpoint: Checkpoint,
+    activations: Activations,
+    recall: float,
+    error: float,
+    top1: float,
+    perplexity: float,
+    quant: str,
+) -> None:
     apply(activations, checkpoint)
     if not checkpoint.config.exactly_sparse:
         raise PowerinferError(
@@ -85,8 +100,11 @@ def _check(checkpoint: Checkpoint, activations: Activations, recall: float, erro
         )
     if not 0 < recall <= 1:
         raise PowerinferError(f"recall: expected a share above 0 and up to 1, found {recall}", "usage")
-    if not error >= 0:
-        raise PowerinferError(f"error: expected at least 0, found {error}", "usage")
+    if not 0 <= top1 <= 1:
+        raise PowerinferError(f"top1: expected a share from 0 to 1, found {top1}", "usage")
+    for name, value in (("error", error), ("perplexity", perplexity)):
+        if not value >= 0:
+            raise PowerinferError(f"{name}: expected at least 0, found {value}", "usage")
     if quant not in QUANTS:
         raise PowerinferError(f"quant: expected one of {', '.join(QUANTS)}, found {quant}", "usage")
 
@@ -124,6 +142,36 @@ def _fitted(
     return read_table(record, LAYER_KIND)
 
 
+def _verified(
+    checkpoint: Checkpoint,
+    activations: Activations,
+    layers: list[Table],
+    relu: bool,
+    top1: float,
+    perplexity: float,
+    show: Progress,
+) -> dict[str, Any]:
+    """What the predictors change in the whole model; layers that change too much become layers in gate mode."""
+    import torch
+
+    from powerinfer_tools.predictors.fit import Network
+    from powerinfer_tools.predictors.verify import Screen, Tolerance, verify
+
+    screens = {}
+    for i, layer in enumerate(layers):
+        if layer.header["plan"]["mode"] == MODE_PREDICTOR:
+            w_in, w_out, bias = (torch.from_numpy(layer.arrays[part]).to(_device()) for part in ("in", "out", "bias"))
+            always = torch.zeros(activations.n_ff, dtype=torch.bool, device=_device())
+            always[torch.from_numpy(activations.order(i)[: layer.header["plan"]["always"]].copy())] = True
+            screens[i] = Screen(Network(w_in, w_out, bias, relu), always)
+    tokens = torch.from_numpy(activations.held_out()).long()
+    kept, loss = verify(checkpoint, tokens, screens, Tolerance(top1, perplexity), show)
+    for i in screens.keys() - set(kept):
+        layers[i].header["plan"] = asdict(LayerPlan(MODE_GATE))
+        layers[i].header["figures"]["mode"] = MODE_NAMES[MODE_GATE]
+    return asdict(loss) | {"dropped": sorted(screens.keys() - set(kept))}
+
+
 def _arrays(fitted: "FittedLayer") -> dict[str, Array]:
     if fitted.network is None:
         return {}
@@ -133,7 +181,7 @@ def _arrays(fitted: "FittedLayer") -> dict[str, Array]:
 
 
 class _Arrays(Mapping[str, Array]):
-    """The weights of all layers, read one at a time."""
+    """The weights of all layers that have a predictor, read one at a time."""
 
     def __init__(self, layers: list[Table]) -> None:
         self._layers = layers
@@ -144,7 +192,8 @@ class _Arrays(Mapping[str, Array]):
 
     def __iter__(self) -> Iterator[str]:
         for i, layer in enumerate(self._layers):
-            yield from (f"{what}.{i}" for what in layer.arrays)
+            if layer.header["plan"]["mode"] == MODE_PREDICTOR:
+                yield from (f"{what}.{i}" for what in layer.arrays)
 
     def __len__(self) -> int:
-        return sum(len(layer.arrays) for layer in self._layers)
+        return sum(1 for _ in self)

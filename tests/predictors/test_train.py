@@ -104,6 +104,25 @@ def test_gates_without_structure_stay_in_gate_mode(tmp_path, n_embd, bounds):
         predictors.weights(1)
 
 
+def test_what_the_whole_model_does_not_bear_goes_back_to_gate_mode(low_rank, tmp_path):
+    checkpoint, activations = open_checkpoint(low_rank[0]), read_activations(low_rank[1])
+    kept = read_predictors(low_rank[2]).loss
+    assert kept["dropped"] == []
+    assert (kept["tokens"], kept["top1"] >= 0.98, kept["perplexity"] <= 0.005) == (
+        activations.held_out().size,
+        True,
+        True,
+    )
+    assert kept["top1"] < 1
+    strict = train(checkpoint, activations, tmp_path / "p", top1=1.0, perplexity=0.0, progress=silent)
+    n_layer = activations.n_layer
+    assert [plan.mode for plan in strict.plans] == [MODE_GATE] * n_layer
+    assert [figures["mode"] for figures in strict.figures] == ["gate"] * n_layer
+    assert (strict.loss["dropped"], strict.loss["top1"]) == (list(range(n_layer)), 1.0)
+    with pytest.raises(PowerinferError, match="layer 0 runs in gate mode"):
+        strict.weights(0)
+
+
 def test_plain_ffn_is_predicted_by_its_up_rows(tmp_path):
     checkpoint = open_checkpoint(tiny.make_opt(tmp_path / "model"))
     activations = profiled(checkpoint, tmp_path, seed=0)

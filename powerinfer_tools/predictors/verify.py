@@ -1,0 +1,119 @@
+"""Whether the model still says what it said where predictors choose; layers that change too much go back to gate mode.
+
+A layer's own output error does not tell: a few dimensions of the stream can be so large that a small relative error
+there drowns all the others, which the next layer's norm scales up. So whole windows pass the model twice, exactly and
+with the predictors.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
+
+from powerinfer_tools import reference
+from powerinfer_tools.checkpoint.source import Checkpoint
+from powerinfer_tools.predictors.fit import Network
+from powerinfer_tools.progress import Progress
+from powerinfer_tools.reference.norm import load_norm
+
+SAFETY = 0.8  # of what is left to lose, by the estimate from what was measured
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What predictors may change. top1: least share of tokens with the same likeliest next token; perplexity: largest
+    relative rise."""
+
+    top1: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What predictors did change, over `tokens` of held-out text: as in Tolerance."""
+
+    tokens: int
+    top1: float
+    perplexity: float
+
+    def within(self, tolerance: Tolerance) -> bool:
+        return self.top1 >= tolerance.top1 and self.perplexity <= tolerance.perplexity
+
+    def excess(self, tolerance: Tolerance) -> float:
+        """How many times too much was changed: perplexity rises with the square of a change, disagreement with it."""
+        disagree, may_disagree = 1 - self.top1, max(1 - tolerance.top1, 1e-9)
+        return max((disagree / may_disagree) ** 2, self.perplexity / max(tolerance.perplexity, 1e-9))
+
+
+@dataclass(frozen=True)
+class Screen:
+    """One layer's predictor as the engine uses it. always: bool [n_ff], neurons that are computed unasked."""
+
+    network: Network
+    always: Tensor
+
+    def passes(self, x: Tensor) -> Tensor:
+        """[.., n_embd] -> bool [.., n_ff]."""
+        return (self.network.logits(x) >= 0) | self.always
+
+
+@torch.inference_mode()
+def verify(
+    checkpoint: Checkpoint, tokens: Tensor, screens: Mapping[int, Screen], tolerance: Tolerance, show: Progress
+) -> tuple[list[int], Loss]:
+    """Which layers may keep their predictor, and the loss with these; tokens: [b, n], screens: by layer.
+
+    Of layers that together change too much, those that shift the next layer's input most go first.
+    """
+    exact, _ = _streams(checkpoint, tokens, {}, show)
+    kept = dict(screens)
+    while kept:
+        predicted, shifts = _streams(checkpoint, tokens, kept, show)
+        loss = _compare(checkpoint, tokens, exact, predicted)
+        if loss.within(tolerance):
+            return sorted(kept), loss
+        allowed = SAFETY * sum(shifts.values()) / loss.excess(tolerance)
+        while kept and (len(kept) == len(shifts) or sum(shifts[i] for i in kept) > allowed):
+            del kept[max(kept, key=lambda i: shifts[i])]
+    return [], Loss(tokens.numel(), 1.0, 0.0)
+
+
+def _streams(
+    checkpoint: Checkpoint, tokens: Tensor, screens: Mapping[int, Screen], show: Progress
+) -> tuple[Tensor, dict[int, float]]:
+    """The stream [b, n, n_embd] after the last layer, and by how much each screen shifts what the next layer sees."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    n_layer = checkpoint.config.n_layer
+    hidden, shifts = reference.embed(checkpoint, tokens), {}
+    for i in range(n_layer):
+        layer = reference.load_layer(checkpoint, i, device)
+        following = load_norm(checkpoint, f"blk.{i + 1}.attn_norm" if i + 1 < n_layer else "output_norm", device)
+        shift = 0.0
+        for b, window in enumerate(hidden):
+            stream = layer.attention(window[None].to(device))
+            x = layer.ffn_input(stream)
+            h = layer.ffn.neurons(x)
+            after = stream + linear(h, layer.ffn.down, layer.ffn.down_bias)
+            if i in screens:
+                seen = following(after)
+                after = stream + linear(h * screens[i].passes(x), layer.ffn.down, layer.ffn.down_bias)
+                shift += float((following(after) - seen).square().sum() / seen.square().sum())
+            hidden[b] = after[0].to(hidden.device)
+        if i in screens:
+            shifts[i] = shift
+        show("verify, layers", i + 1, n_layer)
+    return hidden, shifts
+
+
+def _compare(checkpoint: Checkpoint, tokens: Tensor, exact: Tensor, predicted: Tensor) -> Loss:
+    same = n = 0
+    rise = 0.0  # nats, over all tokens that are predicted from others
+    for ids, *streams in zip(tokens, exact, predicted, strict=True):
+        before, after = reference.logits(checkpoint, torch.stack(streams))
+        same += int((before.argmax(-1) == after.argmax(-1)).sum())
+        rise += float(cross_entropy(after[:-1], ids[1:], reduction="sum"))
+        rise -= float(cross_entropy(before[:-1], ids[1:], reduction="sum"))
+        n += len(ids) - 1
+    return Loss(tokens.numel(), same / tokens.numel(), float(torch.tensor(rise / max(n, 1)).expm1()))
