@@ -50,6 +50,7 @@ Session::Session(const Model& model, const pi_session_params& params)
     for (Worker& w : workers_) {
         allocate(w.asked, c.n_ff);
         allocate(w.active, c.n_ff);
+        if (model.disk) allocate(w.places, c.n_ff);
         for (auto* buffer : {&w.logit, &w.pre, &w.a, &w.up}) allocate(*buffer, c.n_ff);
         allocate(w.scores, QUERIES * ld_scores());
         allocate(w.packed, PACKED_FLOATS);
@@ -66,6 +67,10 @@ Session::Session(const Model& model, const pi_session_params& params)
     allocate(v_, c.kv_dim());
     allocate(partial_, MAX_CHUNKS * c.n_embd);
     allocate(position_row_, c.n_embd);
+    if (model.disk) {
+        allocate(chosen_, c.n_ff);
+        allocate(chosen_pre_, c.n_ff);
+    }
     allocate(logits, c.n_vocab);
     allocate(b_hidden_, BATCH * c.n_embd);
     allocate(b_x_, BATCH * std::max(c.n_embd, c.q_dim()));
