@@ -19,6 +19,16 @@ DEFAULT_CTX = 4096  # positions, where the model has as many: what a chat needs,
 MAX_THREADS = 256  # of the native engine
 
 
+def default_threads() -> int:
+    """One a processor."""
+    return min(MAX_THREADS, len(os.sched_getaffinity(0)))
+
+
+def default_ctx(n_ctx_train: int) -> int:
+    """Positions of a context, of a model that has so many."""
+    return min(DEFAULT_CTX, n_ctx_train)
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """Sizes in elements; weight_bytes of all tensors; resident, cache and disk_bytes: as held in memory."""
@@ -151,8 +161,8 @@ class Engine:
             raise PowerinferError(f"mode: expected {', '.join(native.MODES)}, found {mode}", "usage")
         self.model = model if isinstance(model, Model) else Model(model)
         self.info = self.model.info
-        self.threads = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
-        self.ctx_size = ctx_size or min(DEFAULT_CTX, self.info.n_ctx_train)
+        self.threads = threads or default_threads()
+        self.ctx_size = ctx_size or default_ctx(self.info.n_ctx_train)
         if self.ctx_size > self.info.n_ctx_train:
             raise PowerinferError(
                 f"--ctx-size: expected at most the model's {self.info.n_ctx_train}, found {self.ctx_size}", "usage"

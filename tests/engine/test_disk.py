@@ -1,15 +1,12 @@
 """The disk tier: whatever stays in the file, every mode gives the same bits as with all of it in memory."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from powerinfer_tools.artifact import open_artifact
 from powerinfer_tools.engine import DiskLimits, Engine, Model
-from powerinfer_tools.errors import PowerinferError
 from tests.artifacts import make_artifact
 from tests.tiny import make_llama, make_opt
 
@@ -27,7 +24,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for quant in QUANTS:
         for name in ("llama", "opt"):
             make_artifact(folder / name, folder / f"{name}-gate-{quant}.gguf", quant=quant)
-            make_artifact(folder / name, folder / f"{name}-predictor-{quant}.gguf", quant=quant, predictor=True, slack=0.02)
+            make_artifact(
+                folder / name, folder / f"{name}-predictor-{quant}.gguf", quant=quant, predictor=True, slack=0.02
+            )
     return folder
 
 
