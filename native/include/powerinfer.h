@@ -56,9 +56,10 @@ typedef struct {
 /* For a model that is larger than memory: some neurons stay in the file and are read when a token asks for them. */
 typedef struct {
     uint32_t struct_size;
-    uint32_t reader;            /* 0: the best here; 1: io_uring; 2: threads */
-    uint32_t n_slots;           /* neurons of each layer that a cache can hold beside the resident ones */
-    uint32_t n_transit;         /* neurons that one layer can read for one token; where it asks for more, it reads all */
+    uint32_t reader;    /* 0: the best here; 1: io_uring; 2: threads */
+    uint32_t n_slots;   /* neurons of each layer that a cache can hold beside the resident ones */
+    uint32_t n_transit; /* neurons that one layer can read for one token; where it asks for more, it reads all */
+    uint32_t n_layer;
     const uint32_t* n_resident; /* [n_layer]: the first neurons of each layer, which stay in memory; at most n_ff */
 } pi_disk_params;
 

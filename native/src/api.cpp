@@ -100,7 +100,9 @@ pi_status pi_model_open(const char* path, const pi_disk_params* disk, pi_model**
     return guarded([&] {
         require(path && out, "path and out: expected both, found NULL");
         require(!disk || disk->struct_size == sizeof(pi_disk_params), "struct_size: expected that of pi_disk_params");
-        require(!disk || (disk->n_resident && disk->reader <= 2), "n_resident and reader: expected both");
+        constexpr uint32_t MOST = 1u << 24;
+        require(!disk || (disk->n_resident && disk->reader <= 2 && disk->n_slots <= MOST && disk->n_transit <= MOST),
+                "disk: expected n_resident, a reader from 0 to 2 and at most 2^24 slots and neurons in transit");
         auto model = std::unique_ptr<pi_model>(new pi_model{pi::Model(path)});
         model->model.load(disk);
         *out = model.release();

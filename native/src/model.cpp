@@ -277,6 +277,9 @@ void Model::load(const pi_disk_params* limits) {
 }
 
 void Model::open_disk(const pi_disk_params& limits) {
+    if (limits.n_layer != config.n_layer)
+        throw Error(PI_ERROR_ARGUMENT, "n_resident: expected " + std::to_string(config.n_layer) + " layers, found " +
+                                           std::to_string(limits.n_layer));
     std::vector<Bundles> layers;
     for (uint32_t i = 0; i < config.n_layer; i++) {
         const Tensor& t = *gguf_.find("blk." + std::to_string(i) + ".ffn_neurons.weight");

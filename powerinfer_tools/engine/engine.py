@@ -265,6 +265,7 @@ def _disk_params(limits: DiskLimits) -> native.CDiskParams:
         reader=native.READERS[limits.reader],
         n_slots=limits.slots,
         n_transit=limits.transit,
+        n_layer=len(limits.resident),
         n_resident=(c.c_uint32 * len(limits.resident))(*limits.resident),
     )
 

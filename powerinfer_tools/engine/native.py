@@ -40,7 +40,7 @@ class CModelInfo(c.Structure):
 
 class CDiskParams(c.Structure):
     _fields_ = [
-        *((n, u32) for n in "struct_size reader n_slots n_transit".split()),
+        *((n, u32) for n in "struct_size reader n_slots n_transit n_layer".split()),
         ("n_resident", c.POINTER(u32)),
     ]
 

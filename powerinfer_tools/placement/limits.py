@@ -4,6 +4,7 @@ What is counted: this process as it is, weights, KV cache and scratch of every c
 What then remains goes to neurons: the hottest of all layers stay, and a cache holds what the text at hand asks for.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,7 +48,16 @@ def open_within(
         return Model(artifact.path), None
     ctx_size = ctx_size or default_ctx(artifact.config.n_ctx)
     budget = fit(artifact, ram, ctx_size=ctx_size, threads=threads or default_threads(), contexts=contexts)
+    if budget.limits is not None:
+        _forget_cached(artifact.path)
     return Model(artifact.path, budget.limits), budget
+
+
+def _forget_cached(path: Path) -> None:
+    """Drops what the page cache holds of a file: its header was read before, and counts as memory."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def process_bytes() -> int:
