@@ -57,7 +57,7 @@ DiskTier::DiskTier(int fd, uint64_t data_offset, uint64_t file_bytes, uint32_t n
     }
     slots_bytes_ = page_up(slots + (n_transit_ + 1) * widest);
     shared_bytes_ = std::max(slots_bytes_, longest);
-    landing_bytes_ = n_transit_ * (page_up(widest) + PAGE);
+    landing_bytes_ = std::min(n_transit_ * (page_up(widest) + PAGE), longest + 2 * MAX_CHUNKS * PAGE);
     tables_bytes_ = n_tables + n_transit_ * (sizeof(Miss) + sizeof(Read)) + 8 * (n_transit_ + params.n_slots);
     try {
         map_memory(file_bytes, layers);
@@ -158,10 +158,12 @@ bool DiskTier::request(size_t il, std::span<const std::span<const uint32_t>> chu
     Layer& layer = layers_[il];
     now_ = &layer;
     layer.step++;
-    count_uses(layer, chunks);
+    Counts found = count_uses(layer, chunks);
     if (misses_.size() > n_transit_ || !plan_reads(layer)) return false;
     admit(layer);
     cached_ = true;
+    counts_.from_prefix += found.from_prefix;
+    counts_.from_cache += found.from_cache;
     counts_.from_disk += misses_.size();
     counts_.reads += reads_.size();
     for (const Read& read : reads_) counts_.bytes += read.n_bytes;
@@ -170,7 +172,8 @@ bool DiskTier::request(size_t il, std::span<const std::span<const uint32_t>> chu
 }
 
 // misses_ = what is not in memory
-void DiskTier::count_uses(Layer& layer, std::span<const std::span<const uint32_t>> chunks) {
+DiskTier::Counts DiskTier::count_uses(Layer& layer, std::span<const std::span<const uint32_t>> chunks) {
+    Counts found;
     if (layer.step % AGE_STEPS == 0)
         for (uint16_t& uses : layer.uses) uses = static_cast<uint16_t>(uses - uses * AGE_STEPS / WINDOW);
     misses_.clear();
@@ -180,9 +183,9 @@ void DiskTier::count_uses(Layer& layer, std::span<const std::span<const uint32_t
             layer.uses[i] = static_cast<uint16_t>(std::min<uint32_t>(layer.uses[i] + ONE, UINT16_MAX));
             uint32_t place = layer.place[i];
             if (place < layer.n_resident) {
-                counts_.from_prefix++;
+                found.from_prefix++;
             } else if (place != NOWHERE) {
-                counts_.from_cache++;
+                found.from_cache++;
                 layer.used_at[place - layer.first_slot] = layer.step;
             } else {
                 misses_.push_back({i, nullptr});
@@ -191,6 +194,7 @@ void DiskTier::count_uses(Layer& layer, std::span<const std::span<const uint32_t
     }
     first_miss_[chunks.size()] = misses_.size();
     for (size_t c = chunks.size(); c < MAX_CHUNKS; c++) first_miss_[c + 1] = misses_.size();
+    return found;
 }
 
 // reads_ = the misses' blocks, those of a chunk that lie close together in one; false where the landing is too small
@@ -200,9 +204,11 @@ bool DiskTier::plan_reads(const Layer& layer) {
     auto end_block = [&](const Miss& m) {
         return (layer.offset + (m.neuron + 1) * layer.stride + block - 1) / block * block;
     };
-    for (const Miss& m : misses_) {
-        if (spare < end_block(m) - first_block(m)) return false;
-        spare -= end_block(m) - first_block(m);
+    for (size_t m = 0; m < misses_.size(); m++) {
+        uint64_t begin = first_block(misses_[m]), end = end_block(misses_[m]);
+        if (m > 0) begin = std::max(begin, std::min(end, end_block(misses_[m - 1])));
+        if (spare < end - begin) return false;
+        spare -= end - begin;
     }
     reads_.clear();
     for (size_t c = 0; c < MAX_CHUNKS; c++) {
@@ -215,6 +221,8 @@ bool DiskTier::plan_reads(const Layer& layer) {
             if (last && gap <= std::min(MERGE_BYTES, spare) && end - last->offset <= MOST_BYTES) {
                 spare -= gap;
                 used += end - last_end;
+            } else if (used + end - begin > landing_bytes_) {
+                return false;
             } else {
                 last = &reads_.emplace_back(Read{begin, 0, 0, landing_ + used, &pending_[c]});
                 used += end - begin;

@@ -88,7 +88,7 @@ class DiskTier {
     void load(uint64_t file_bytes);
     void read_whole(uint64_t begin, uint64_t end, uint64_t file_bytes, uint8_t* to);
     uint8_t* memory_of(uint64_t offset) const { return arena_ + (offset - arena_begin_); }
-    void count_uses(Layer& layer, std::span<const std::span<const uint32_t>> chunks);
+    Counts count_uses(Layer& layer, std::span<const std::span<const uint32_t>> chunks);
     bool plan_reads(const Layer& layer);
     void admit(Layer& layer);
     void forget();

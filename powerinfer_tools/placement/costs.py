@@ -190,7 +190,8 @@ class DiskCosts:
         """Buffers that reads arrive in, and the tables of what is where."""
         tails = self.tails(resident)
         cold = [(size, k) for (_, size), k, tail in zip(self.bundles, resident, tails, strict=True) if tail]
-        landing = transit * (_pages(max((size for size, _ in cold), default=0)) + PAGE)
+        widest = max((size for size, _ in cold), default=0)
+        landing = min(transit * (_pages(widest) + PAGE), max(tails) + 2 * CHUNKS * PAGE)
         tables = sum(6 * self.n_ff + 8 * min(slots, self.n_ff - k) for _, k in cold)
         return landing + tables + transit * (MISS_BYTES + READ_BYTES) + 8 * (transit + slots)
 
