@@ -200,14 +200,14 @@ class UringReader final : public Reader {
     }
 
     void wait(std::atomic<uint32_t>& pending) override {
-        while (pending.load(std::memory_order_acquire) > 0) {
-            if (mutex_.try_lock()) {  // else another thread takes what is done
-                if (pending.load(std::memory_order_acquire) > 0) turn(1);
+        do {
+            if (mutex_.try_lock()) {                                // else another thread takes what is done
+                turn(pending.load(std::memory_order_acquire) > 0);  // also keeps the others' reads going
                 mutex_.unlock();
-            } else {
+            } else if (pending.load(std::memory_order_acquire) > 0) {
                 std::this_thread::yield();
             }
-        }
+        } while (pending.load(std::memory_order_acquire) > 0);
     }
 
    private:

@@ -18,7 +18,7 @@ from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement.costs import BUNDLE, PAGE, DiskCosts, artifact_costs, disk_scratch_bytes
 
 SLACK = 24 << 20  # bytes: page tables, and what Python and its libraries still take
-CACHE_SHARE = 0.25  # of the memory for neurons, at least: measured in benchmarks/LOG.md
+CACHE_SHARE = 0.4  # of the memory for neurons, at least: measured in benchmarks/LOG.md
 HEADROOM, MARGIN = 1.5, 64  # neurons in transit: times what is expected, and more
 READ_EQUALS = 32 << 10  # bytes that a disk reads in sequence in the time that one more read takes
 
@@ -97,7 +97,8 @@ def fit(
         least = process + beside + solver.least()
         raise PowerinferError(
             f"--ram: expected at least {least} bytes ({least / 2**20:.1f} MiB), found {ram}: attention, KV cache, "
-            "scratch, what chooses neurons and one layer's neurons cannot stay on disk",
+            "scratch, what chooses neurons and one layer's neurons cannot stay on disk; "
+            "a shorter --ctx-size needs less",
             "infeasible",
         )
     held = limits.resident, limits.slots, limits.transit
