@@ -180,7 +180,7 @@ def open_assistant(
     artifact = open_artifact(path)
     template = _read_template(template_file) if template_file else artifact.chat_template
     tokenizer = Tokenizer(artifact.tokenizer_json, artifact.special)  # first: what the budget counts, too
-    model, _ = open_within(artifact, ram, ctx_size=ctx_size, threads=threads)
+    model = path if ram is None else open_within(artifact, ram, ctx_size=ctx_size, threads=threads)[0]
     engine = Engine(model, ctx_size=ctx_size, threads=threads, mode=MODES[mode])
     return Assistant(artifact, tokenizer, engine, template if use_template else None)
 
