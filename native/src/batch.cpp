@@ -47,7 +47,7 @@ void Session::score(const int32_t* tokens, size_t n, float* logits_out, pi_layer
 
 void Session::forward_batch(const int32_t* tokens, size_t n, bool selective, pi_layer_score* scores) {
     const Config& c = model.config;
-    for (size_t t = 0; t < n; t++) embed(tokens[t], position + t, &b_hidden_[t * c.n_embd]);
+    embed(tokens, n, b_hidden_.data());
     set_angles(position, n);
     for (size_t il = 0; il < c.n_layer; il++) {
         const Layer& layer = model.weights.layers[il];

@@ -25,7 +25,7 @@ void Session::decode(int32_t token, float* logits_out) {
     auto start = std::chrono::steady_clock::now();
     std::fill_n(spent_, +N_PARTS, 0);
     mark_ = ticks();
-    embed(token, position, hidden_.data());
+    embed(&token, 1, hidden_.data());
     set_angles(position, 1);
     for (size_t il = 0; il < model.weights.layers.size(); il++) {
         const Layer& layer = model.weights.layers[il];

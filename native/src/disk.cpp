@@ -36,8 +36,12 @@ uint64_t page_down(uint64_t n) { return n / PAGE * PAGE; }
 #if defined(__linux__)
 
 DiskTier::DiskTier(int fd, uint64_t data_offset, uint64_t file_bytes, uint32_t n_ff, const std::vector<Bundles>& layers,
-                   const pi_disk_params& params)
-    : n_ff_(n_ff), data_offset_(data_offset), n_transit_(params.n_transit), reader_(Reader::open(fd, params.reader)) {
+                   const Table& table, const pi_disk_params& params)
+    : n_ff_(n_ff),
+      data_offset_(data_offset),
+      n_transit_(params.n_transit),
+      table_(table),
+      reader_(Reader::open(fd, params.reader)) {
     if (sysconf(_SC_PAGESIZE) != PAGE) throw Error(PI_ERROR_UNSUPPORTED, "a limit of memory needs pages of 4096 bytes");
     uint64_t widest = 0, n_tables = 0, slots = 0, longest = 0;
     for (const Bundles& b : layers) {
@@ -58,6 +62,7 @@ DiskTier::DiskTier(int fd, uint64_t data_offset, uint64_t file_bytes, uint32_t n
     slots_bytes_ = page_up(slots + (n_transit_ + 1) * widest);
     shared_bytes_ = std::max(slots_bytes_, longest);
     landing_bytes_ = std::min(n_transit_ * (page_up(widest) + PAGE), longest + 2 * MAX_CHUNKS * PAGE);
+    if (holds_table()) rows_bytes_ = TABLE_ROWS * (page_up(table.row_bytes) + PAGE);
     tables_bytes_ = n_tables + n_transit_ * (sizeof(Miss) + sizeof(Read)) + 8 * (n_transit_ + params.n_slots);
     try {
         map_memory(file_bytes, layers);
@@ -66,6 +71,7 @@ DiskTier::DiskTier(int fd, uint64_t data_offset, uint64_t file_bytes, uint32_t n
         reader_.reset();
         if (arena_) munmap(arena_, arena_bytes_);
         if (landing_) munmap(landing_, landing_bytes_);
+        if (rows_landing_) munmap(rows_landing_, rows_bytes_);
         if (shared_ >= 0) close(shared_);
         throw;
     }
@@ -79,6 +85,7 @@ DiskTier::~DiskTier() {
     reader_.reset();
     munmap(arena_, arena_bytes_);
     if (landing_) munmap(landing_, landing_bytes_);
+    if (rows_landing_) munmap(rows_landing_, rows_bytes_);
     close(shared_);
 }
 
@@ -99,13 +106,14 @@ void DiskTier::map_memory(uint64_t file_bytes, const std::vector<Bundles>& layer
     slots_ = arena_ + data_bytes;
     if (shared_bytes_ > 0) map(slots_, shared_bytes_, MAP_SHARED | MAP_FIXED, shared_);
     if (landing_bytes_ > 0) landing_ = map(nullptr, landing_bytes_, PRIVATE, -1);
+    if (rows_bytes_ > 0) rows_landing_ = map(nullptr, rows_bytes_, PRIVATE, -1);
     weights_bytes_ = data_bytes;
+    for (auto [begin, n_bytes] : holes()) weights_bytes_ -= n_bytes;
     uint8_t* at = slots_;
     for (size_t i = 0; i < layers_.size(); i++) {
         Layer& layer = layers_[i];
         layer.base = memory_of(layers[i].offset);
         if (layer.tail_bytes == 0) continue;
-        weights_bytes_ -= layer.tail_bytes;
         map(memory_of(layer.tail_begin), layer.tail_bytes, MAP_SHARED | MAP_FIXED, shared_);
         auto place_from = [&](const uint8_t* p) {  // the first that begins there or later
             return static_cast<uint32_t>((static_cast<uint64_t>(p - layer.base) + layer.stride - 1) / layer.stride);
@@ -132,13 +140,23 @@ void DiskTier::read_whole(uint64_t begin, uint64_t end, uint64_t file_bytes, uin
     }
 }
 
+// What stays in the file: (begin, bytes) in its order, whole pages.
+std::vector<std::pair<uint64_t, uint64_t>> DiskTier::holes() const {
+    std::vector<std::pair<uint64_t, uint64_t>> found;
+    for (const Layer& layer : layers_)
+        if (layer.tail_bytes > 0) found.emplace_back(layer.tail_begin, layer.tail_bytes);
+    uint64_t begin = page_up(table_.offset), end = page_down(table_.offset + table_.n_bytes);
+    if (end > begin) found.emplace_back(begin, end - begin);
+    std::ranges::sort(found);
+    return found;
+}
+
 void DiskTier::load(uint64_t file_bytes) {
     uint64_t at = arena_begin_;
-    for (const Layer& layer : layers_) {
-        if (layer.tail_bytes == 0) continue;
-        use_huge_pages(memory_of(at), layer.tail_begin - at);
-        read_whole(at, layer.tail_begin, file_bytes, memory_of(at));
-        at = layer.tail_begin + layer.tail_bytes;
+    for (auto [begin, n_bytes] : holes()) {
+        use_huge_pages(memory_of(at), begin - at);
+        read_whole(at, begin, file_bytes, memory_of(at));
+        at = begin + n_bytes;
     }
     read_whole(at, page_up(file_bytes), file_bytes, memory_of(at));
     streaming_.store(static_cast<uint32_t>(stream_.size()));
@@ -152,6 +170,25 @@ void DiskTier::expect(size_t il, const float* frequency) {
     Layer& layer = layers_[il];
     for (size_t i = 0; i < layer.uses.size(); i++)
         layer.uses[i] = static_cast<uint16_t>(std::clamp(frequency[i], 0.0f, 1.0f) * (ONE * WINDOW));
+}
+
+void DiskTier::read_rows(const int32_t* ids, size_t n) {
+    uint64_t block = reader_->block(), used = 0;
+    std::vector<Read> reads;
+    std::atomic<uint32_t> pending{static_cast<uint32_t>(n)};
+    rows_.clear();
+    for (size_t k = 0; k < n; k++) {
+        uint64_t at = table_.offset + static_cast<uint64_t>(ids[k]) * table_.row_bytes, end = at + table_.row_bytes;
+        uint64_t begin = at / block * block, n_bytes = (end + block - 1) / block * block - begin;
+        reads.push_back({begin, static_cast<uint32_t>(n_bytes), static_cast<uint32_t>(end - begin),
+                         rows_landing_ + used, &pending});
+        rows_.push_back(rows_landing_ + used + (at - begin));
+        used += n_bytes;
+    }
+    reader_->submit(reads.data(), n);
+    reader_->wait(pending);
+    counts_.reads += n;
+    for (const Read& read : reads) counts_.bytes += read.n_bytes;
 }
 
 bool DiskTier::request(size_t il, std::span<const std::span<const uint32_t>> chunks) {
@@ -321,7 +358,8 @@ void DiskTier::release(size_t il) {
 
 #else
 
-DiskTier::DiskTier(int, uint64_t, uint64_t, uint32_t, const std::vector<Bundles>&, const pi_disk_params&) {
+DiskTier::DiskTier(int, uint64_t, uint64_t, uint32_t, const std::vector<Bundles>&, const Table&,
+                   const pi_disk_params&) {
     throw Error(PI_ERROR_UNSUPPORTED, "a limit of memory needs Linux");
 }
 

@@ -28,11 +28,18 @@ struct Bundles {
     uint32_t n_resident;
 };
 
+// A matrix of which a token needs one row: it stays in the file, too. n_bytes 0: there is none.
+struct Table {
+    uint64_t offset = 0, n_bytes = 0, row_bytes = 0;
+};
+
+constexpr size_t TABLE_ROWS = 256;  // that are read together
+
 class DiskTier {
    public:
-    // Reads everything but the tails of the file's data, [data_offset, file_bytes).
+    // Reads everything but the tails, and the table, of the file's data, [data_offset, file_bytes).
     DiskTier(int fd, uint64_t data_offset, uint64_t file_bytes, uint32_t n_ff, const std::vector<Bundles>& layers,
-             const pi_disk_params& params);
+             const Table& table, const pi_disk_params& params);
     ~DiskTier();
     DiskTier(const DiskTier&) = delete;
     DiskTier& operator=(const DiskTier&) = delete;
@@ -53,6 +60,10 @@ class DiskTier {
     void end_stream();             // waits for it
     void release(size_t il);       // the tail has been used
 
+    bool holds_table() const { return table_.n_bytes > 0; }
+    void read_rows(const int32_t* ids, size_t n);            // of the table, at most TABLE_ROWS
+    const uint8_t* row(size_t k) const { return rows_[k]; }  // of ids[k]
+
     void check() { reader_->check(); }  // throws where a read failed or the file was changed
 
     struct Counts {
@@ -64,7 +75,7 @@ class DiskTier {
     std::mutex in_use;                                         // by one call at a time: sessions share the cache
     uint64_t weights_bytes() const { return weights_bytes_; }  // resident tensors, in whole pages
     uint64_t cache_bytes() const { return shared_bytes_; }
-    uint64_t beside_bytes() const { return landing_bytes_ + tables_bytes_; }
+    uint64_t beside_bytes() const { return landing_bytes_ + tables_bytes_ + rows_bytes_; }
 
    private:
     struct Layer {
@@ -86,6 +97,7 @@ class DiskTier {
 
     void map_memory(uint64_t file_bytes, const std::vector<Bundles>& layers);
     void load(uint64_t file_bytes);
+    std::vector<std::pair<uint64_t, uint64_t>> holes() const;
     void read_whole(uint64_t begin, uint64_t end, uint64_t file_bytes, uint8_t* to);
     uint8_t* memory_of(uint64_t offset) const { return arena_ + (offset - arena_begin_); }
     Counts count_uses(Layer& layer, std::span<const std::span<const uint32_t>> chunks);
@@ -102,6 +114,11 @@ class DiskTier {
     uint8_t* slots_ = nullptr;    // (shared_bytes_,)
     uint8_t* landing_ = nullptr;  // (landing_bytes_,) where reads arrive, whole blocks
     std::vector<Layer> layers_;
+
+    Table table_;
+    uint64_t rows_bytes_ = 0;
+    uint8_t* rows_landing_ = nullptr;  // (rows_bytes_,)
+    std::vector<const uint8_t*> rows_;
 
     // the present step
     Layer* now_ = nullptr;

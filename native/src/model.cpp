@@ -288,7 +288,12 @@ void Model::open_disk(const pi_disk_params& limits) {
                                                std::to_string(limits.n_resident[i]));
         layers.push_back({t.offset, t.n_bytes / config.n_ff, limits.n_resident[i]});
     }
-    disk = std::make_unique<DiskTier>(fd_, gguf_.data_offset, gguf_.file_bytes, config.n_ff, layers, limits);
+    Table table;
+    if (!config.tied) {  // else it is the output head, too
+        const Tensor& t = *gguf_.find("token_embd.weight");
+        table = {t.offset, t.n_bytes, t.n_bytes / config.n_vocab};
+    }
+    disk = std::make_unique<DiskTier>(fd_, gguf_.data_offset, gguf_.file_bytes, config.n_ff, layers, table, limits);
 }
 
 void Model::read_all() {

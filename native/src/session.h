@@ -19,7 +19,8 @@
 
 namespace pi {
 
-constexpr size_t BATCH = 256;           // tokens that go through the matrix-matrix path together
+constexpr size_t BATCH = 256;  // tokens that go through the matrix-matrix path together
+static_assert(BATCH <= TABLE_ROWS);
 constexpr size_t DOWN_COLUMNS = 64;     // columns of the down projection that one item of a batch computes
 constexpr size_t PACKED_FLOATS = 8192;  // a packed tile: 512 elements of 16 rows, or 128 rows of 64 columns
 constexpr size_t PACKED_BLOCKS = 16;    // the same in 8 bits: 512 elements of 32 rows or columns
@@ -98,7 +99,7 @@ class Session {
 
    private:
     void check_tokens(const int32_t* tokens, size_t n) const;
-    void embed(int32_t token, size_t pos, float* out);
+    void embed(const int32_t* tokens, size_t n, float* out);
     void normalise(const Norm& norm, const float* x, float* out) const;
     void set_angles(size_t pos, size_t n);
     void rotate(float* x, uint32_t n_heads, size_t t);

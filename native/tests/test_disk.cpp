@@ -16,6 +16,7 @@ namespace {
 constexpr uint32_t N_FF = 400;
 constexpr uint64_t STRIDE = 1234, DATA = 5000;  // nothing is aligned
 constexpr uint32_t RESIDENT[] = {0, 30, 350, N_FF};
+constexpr uint64_t TABLE_ROWS = 100, ROW = 333;
 constexpr size_t N_LAYERS = std::size(RESIDENT);
 
 int failed = 0;
@@ -31,8 +32,9 @@ struct File {
     std::string path = "test_disk.tmp";
     int fd;
     std::vector<pi::Bundles> layers;
+    pi::Table table{DATA + 40 + N_LAYERS * N_FF * STRIDE, TABLE_ROWS * ROW, ROW};
 
-    File() : bytes(DATA + N_LAYERS * N_FF * STRIDE + 77) {
+    File() : bytes(DATA + N_LAYERS * N_FF * STRIDE + TABLE_ROWS * ROW + 77) {
         for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(std::rand());
         fd = open(path.c_str(), O_RDWR | O_CREAT | O_TRUNC, 0600);
         expect(pwrite(fd, bytes.data(), bytes.size(), 0) == static_cast<ssize_t>(bytes.size()), "the file is written");
@@ -44,7 +46,7 @@ struct File {
     }
     pi::DiskTier open_tier(uint32_t reader, uint32_t n_slots, uint32_t n_transit) const {
         pi_disk_params params{sizeof(pi_disk_params), reader, n_slots, n_transit, N_LAYERS, nullptr};
-        return pi::DiskTier(fd, DATA, bytes.size(), N_FF, layers, params);
+        return pi::DiskTier(fd, DATA, bytes.size(), N_FF, layers, table, params);
     }
     const uint8_t* bundle(size_t il, uint32_t i) const { return &bytes[layers[il].offset + i * STRIDE]; }
 };
@@ -87,6 +89,12 @@ void brings_what_is_asked_for(uint32_t reader) {
             fetch(file, disk, il, ids[0], ids[1]);
             if (token % 50 == 7) expect(streams(file, disk, il), "a layer is streamed to its natural place");
         }
+    int32_t rows[] = {0, 99, 42};
+    disk.read_rows(rows, 3);
+    for (size_t k = 0; k < 3; k++) {
+        const uint8_t* expected = &file.bytes[file.table.offset + static_cast<uint64_t>(rows[k]) * ROW];
+        expect(std::memcmp(disk.row(k), expected, ROW) == 0, "rows are those of the file");
+    }
     auto counts = disk.take_counts();
     expect(counts.from_cache > 0 && counts.from_disk > 0 && counts.from_prefix > 0, "all three are used");
     expect(counts.reads < counts.from_disk, "neighbours are read together");

@@ -26,6 +26,7 @@ CHUNKS = 24  # partial sums of an FFN
 
 # with neurons on disk (native/src/disk.cpp)
 PAGE = 4096
+TABLE_ROWS = 256  # of the embedding that are read together
 MISS_BYTES, READ_BYTES = 16, 32  # of one neuron that is read, and of its read
 
 BESIDE = ("ffn_select.weight", "ffn_gate.bias", "ffn_up.bias")
@@ -157,14 +158,21 @@ def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, thr
 class DiskCosts:
     """Bytes of an artifact's weights where only the first neurons of each layer stay in memory, to the byte.
 
-    bundles: of each layer, where they begin in the file and bytes of one. Tensors are held in whole pages, as they lie
-    in the file from data_offset to file_bytes, but for each layer's tail: the whole pages after its resident neurons.
+    bundles: of each layer, where they begin in the file and bytes of one; table: where the embedding begins, its bytes
+    and those of a row, where it is no output head, too. Tensors are held in whole pages, as they lie in the file from
+    data_offset to file_bytes, but for the table and each layer's tail: the whole pages after its resident neurons.
     """
 
     data_offset: int
     file_bytes: int
     n_ff: int
     bundles: tuple[tuple[int, int], ...]
+    table: tuple[int, int, int] | None
+
+    @property
+    def whole(self) -> int:
+        """All tensors, in whole pages."""
+        return _pages(self.file_bytes) - self.data_offset // PAGE * PAGE
 
     def tails(self, resident: Sequence[int]) -> list[int]:
         """Bytes of each layer that are not in memory."""
@@ -175,7 +183,8 @@ class DiskCosts:
 
     def weights(self, resident: Sequence[int]) -> int:
         """What stays in memory."""
-        return _pages(self.file_bytes) - self.data_offset // PAGE * PAGE - sum(self.tails(resident))
+        begin, n_bytes, _ = self.table or (0, 0, 0)
+        return self.whole - sum(self.tails(resident)) - max(0, (begin + n_bytes) // PAGE * PAGE - _pages(begin))
 
     def cache(self, resident: Sequence[int], slots: int, transit: int) -> int:
         """Memory that the cache, the neurons in transit and a tail that is read whole share."""
@@ -193,7 +202,8 @@ class DiskCosts:
         widest = max((size for size, _ in cold), default=0)
         landing = min(transit * (_pages(widest) + PAGE), max(tails) + 2 * CHUNKS * PAGE)
         tables = sum(6 * self.n_ff + 8 * min(slots, self.n_ff - k) for _, k in cold)
-        return landing + tables + transit * (MISS_BYTES + READ_BYTES) + 8 * (transit + slots)
+        rows = 0 if self.table is None else TABLE_ROWS * (_pages(self.table[2]) + PAGE)
+        return rows + landing + tables + transit * (MISS_BYTES + READ_BYTES) + 8 * (transit + slots)
 
     def total(self, resident: Sequence[int], slots: int, transit: int) -> int:
         """All of it."""

@@ -87,7 +87,7 @@ def fit(
     one = costs.kv + costs.scratch
     process = process_bytes() if process is None else process
     disk = disk_costs(artifact)
-    whole = Budget(ram, process, disk.weights([config.n_ff] * config.n_layer), contexts * one, 0, 0, None)
+    whole = Budget(ram, process, disk.whole, contexts * one, 0, 0, None)
     if whole.total <= ram:
         return whole
     beside = contexts * (one + disk_scratch_bytes(config, threads))
@@ -118,7 +118,11 @@ def disk_costs(artifact: Artifact) -> DiskCosts:
     config, file = artifact.config, artifact.file
     tensors = [file.tensors[f"blk.{i}.{BUNDLE}"] for i in range(config.n_layer)]
     bundles = tuple((tensor.offset, tensor.n_bytes // config.n_ff) for tensor in tensors)
-    return DiskCosts(file.data_offset, file.n_bytes, config.n_ff, bundles)
+    table = None
+    if not config.tied:
+        embedding = file.tensors["token_embd.weight"]
+        table = (embedding.offset, embedding.n_bytes, embedding.n_bytes // config.n_vocab)
+    return DiskCosts(file.data_offset, file.n_bytes, config.n_ff, bundles, table)
 
 
 class _Solver:
