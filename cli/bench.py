@@ -12,6 +12,7 @@ def bench(
     artifact: options.Artifact,
     mode: options.Mode = options.MODE,
     threads: options.Threads = None,
+    ram: options.Ram = None,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of the prompt.")] = 128,
     tokens: Annotated[int, typer.Option("--decode-tokens", min=1, help="Tokens to decode.")] = 64,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs; medians are shown.")] = 3,
@@ -29,6 +30,8 @@ def bench(
 
     powerinfer bench model.gguf --mode dense --breakdown
 
+    powerinfer bench model.gguf --ram 4GiB
+
     powerinfer bench model.gguf --json | jq .decode.tokens_per_s
     """
     from powerinfer_tools.bench import PROMPT
@@ -43,6 +46,7 @@ def bench(
             n_tokens=tokens,
             repeats=repeats,
             threads=threads,
+            ram=ram,
             kernels=kernels,
             text=text,
             progress=progress,
@@ -71,6 +75,26 @@ def _show(result: dict[str, Any], breakdown: bool) -> None:
     if result["predicted_ms_per_token"] is not None:
         rows.insert(3, ("predicted from bytes and bandwidths", f"{result['predicted_ms_per_token']:.2f} ms"))
     console.table(f"{result['model']}, {how}", ["", ""], rows)
+    if result["disk"] is not None:
+        _show_disk(result)
     if breakdown:
         parts = [(p["part"], f"{p['ms']:.3f}", f"{p['bytes'] / 1e6:.2f}") for p in result["breakdown"]]
         console.table("where a token's time goes", ["part", "ms", "MB"], parts)
+
+
+def _show_disk(result: dict[str, Any]) -> None:
+    disk, budget = result["disk"], result["disk"]["budget"]
+    tiers = [
+        (tier["name"], console.size(tier["bytes"]), f"{tier['neurons_share']:.1%}", f"{tier['hits_share']:.1%}")
+        for tier in result["tiers"]
+    ]
+    console.table("", ["memory", "neurons' bytes", "of the neurons", "of what tokens asked for"], tiers)
+    rows = [
+        ("budget, all counted", f"{console.size(budget['ram'])}, {console.size(budget['total'])} used"),
+        ("read from disk, a token", f"{disk['bytes_per_token'] / 1e6:.1f} MB in {disk['reads_per_token']:.0f} reads"),
+        ("of that between the neurons", f"{disk['padding_share']:.1%}"),
+        ("layers read whole, a token", f"{disk['stream_bytes_per_token'] / 1e6:.1f} MB"),
+        ("waiting for the disk, a token", f"{disk['wait_ms_per_token']:.1f} ms"),
+        ("first token of the prompt, from the start of loading", f"{result['first_token_s']:.2f} s"),
+    ]
+    console.table("", ["", ""], rows)

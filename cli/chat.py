@@ -29,6 +29,7 @@ def chat(
     stop: options.Stop = None,
     threads: options.Threads = None,
     ctx_size: options.CtxSize = None,
+    ram: options.Ram = None,
     mode: options.Mode = options.MODE,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -58,6 +59,7 @@ def chat(
         ctx_size=ctx_size,
         threads=threads,
         mode=mode,
+        ram=ram,
         template_file=chat_template,
         use_template=not no_chat_template,
     ) as assistant:

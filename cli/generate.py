@@ -60,6 +60,7 @@ def generate(
     stop: options.Stop = None,
     threads: options.Threads = None,
     ctx_size: options.CtxSize = None,
+    ram: options.Ram = None,
     mode: options.Mode = options.MODE,
     output: options.OptionalOutput = None,
     force: options.Force = False,
@@ -94,6 +95,7 @@ def generate(
         ctx_size=ctx_size,
         threads=threads,
         mode=mode,
+        ram=ram,
         template_file=chat_template,
         use_template=not no_chat_template,
     ) as assistant:

@@ -11,6 +11,7 @@ from powerinfer_tools.artifact.read import Artifact, open_artifact
 from powerinfer_tools.engine import Engine, Sampling, Token, generate
 from powerinfer_tools.engine.generate import Context
 from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.placement.limits import open_within
 from powerinfer_tools.tokens import Stops, Tokenizer, chat_ids
 from powerinfer_tools.tokens.chat import PLAIN_STOPS
 from powerinfer_tools.tokens.template import TEMPLATE, Message
@@ -32,9 +33,8 @@ class Settings:
 class Assistant:
     """A model that answers. template: text of a chat template, None for plain "User: … Assistant:" lines."""
 
-    def __init__(self, artifact: Artifact, engine: Engine, template: str | None) -> None:
-        self.artifact, self.engine, self.template = artifact, engine, template
-        self.tokenizer = Tokenizer(artifact.tokenizer_json, artifact.special)
+    def __init__(self, artifact: Artifact, tokenizer: Tokenizer, engine: Engine, template: str | None) -> None:
+        self.artifact, self.tokenizer, self.engine, self.template = artifact, tokenizer, engine, template
         self._context = Context()
 
     def __enter__(self) -> "Assistant":
@@ -169,14 +169,20 @@ def open_assistant(
     ctx_size: int | None = None,
     threads: int | None = None,
     mode: str = "sparse",
+    ram: int | None = None,
     template_file: Path | None = None,
     use_template: bool = True,
 ) -> Assistant:
-    """Opens an artifact for answering. mode: sparse or dense; template_file: a template instead of the artifact's."""
+    """Opens an artifact for answering.
+
+    mode: sparse or dense; ram: bytes to stay within; template_file: a template instead of the artifact's.
+    """
     artifact = open_artifact(path)
     template = _read_template(template_file) if template_file else artifact.chat_template
-    engine = Engine(path, ctx_size=ctx_size, threads=threads, mode=MODES[mode])
-    return Assistant(artifact, engine, template if use_template else None)
+    tokenizer = Tokenizer(artifact.tokenizer_json, artifact.special)  # first: what the budget counts, too
+    model = path if ram is None else open_within(artifact, ram, ctx_size=ctx_size, threads=threads)[0]
+    engine = Engine(model, ctx_size=ctx_size, threads=threads, mode=MODES[mode])
+    return Assistant(artifact, tokenizer, engine, template if use_template else None)
 
 
 def _read_template(path: Path) -> str:

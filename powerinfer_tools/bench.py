@@ -13,11 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_tools.artifact import Artifact, open_artifact
-from powerinfer_tools.engine import Engine, Model, Sampling, Stats
+from powerinfer_tools.engine import DiskLimits, Engine, Sampling, Stats
+from powerinfer_tools.engine.engine import default_threads
 from powerinfer_tools.engine.native import KERNELS, measure_memory
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement.costs import artifact_costs
+from powerinfer_tools.placement.limits import Budget, disk_costs, open_within
 from powerinfer_tools.placement.machine import Machine, Tier
+from powerinfer_tools.placement.measure import measure_file
 from powerinfer_tools.placement.problem import Plan, Problem
 from powerinfer_tools.progress import Progress, default_progress
 from powerinfer_tools.tokens import Tokenizer
@@ -50,6 +53,7 @@ def bench(
     n_tokens: int = 64,
     repeats: int = 3,
     threads: int | None = None,
+    ram: int | None = None,
     kernels: str = "best",
     text: str = PROMPT,
     progress: Progress | None = None,
@@ -58,7 +62,8 @@ def bench(
 
     The prompt is `text`, repeated to prompt_tokens; decoding continues it at temperature 0.8. bytes_per_token counts
     weights and KV cache that decoding read; ceiling_gb_s is this machine's sequential read with as many threads.
-    kernels: best, scalar, avx2 or avx512.
+    kernels: best, scalar, avx2 or avx512. ram: bytes to stay within: "disk" says what that cost, "tiers" where neurons
+    were; first_token_s is then from the start of loading, past the page cache, to the first token of the prompt.
     """
     artifact = open_artifact(path)
     if prompt_tokens + n_tokens > artifact.config.n_ctx:
@@ -68,18 +73,27 @@ def bench(
             "usage",
         )
     ids = _prompt(artifact, text, prompt_tokens)
+    ctx_size, threads = len(ids) + n_tokens, threads or default_threads()
+    disk = measure_file(path) if ram is not None else None
+    machine = _measure(threads, disk, CEILING_BYTES if ram is None else min(CEILING_BYTES, ram // 4))
     runs: list[Timed] = []
-    model = Model(path)
+    start = time.perf_counter()
+    model, budget = open_within(artifact, ram, ctx_size=ctx_size, threads=threads)
     with default_progress(progress) as report:
         for i in range(repeats):
-            with Engine(
-                model, ctx_size=len(ids) + n_tokens, threads=threads, mode=mode, kernels=KERNELS[kernels]
-            ) as engine:
-                threads = engine.threads
+            with Engine(model, ctx_size=ctx_size, threads=threads, mode=mode, kernels=KERNELS[kernels]) as engine:
+                if i == 0:
+                    engine.prefill(ids)
+                    engine.sample(Sampling())
+                    first_token_s = time.perf_counter() - start
+                    engine.truncate(0)
                 runs.append(_run(engine, ids, n_tokens))
             report("bench, runs", i + 1, repeats)
-    peak = peak_rss_bytes()  # before memory is measured, which takes a large buffer
-    return {**_document(artifact, mode, _measure(threads or 1), len(ids), runs), "peak_rss_bytes": peak}
+    return {
+        **_document(artifact, mode, machine, len(ids), runs, budget),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "first_token_s": first_token_s,
+    }
 
 
 def _prompt(artifact: Artifact, text: str, n: int) -> list[int]:
@@ -109,12 +123,14 @@ def _run(engine: Engine, prompt: list[int], n_tokens: int) -> Timed:
     return Timed(prefill_s, seconds, ids, engine.stats())
 
 
-def _measure(threads: int) -> Machine:
-    rows = tuple((size, measure_memory(threads, CEILING_BYTES, size, ROW_STRIDE)) for size in ROW_BYTES)
-    return Machine("this machine", threads, Tier(0, measure_memory(threads, CEILING_BYTES), rows))
+def _measure(threads: int, disk: Tier | None, n_bytes: int) -> Machine:
+    rows = tuple((size, measure_memory(threads, n_bytes, size, ROW_STRIDE)) for size in ROW_BYTES)
+    return Machine("this machine", threads, Tier(0, measure_memory(threads, n_bytes), rows), disk=disk)
 
 
-def _document(artifact: Artifact, mode: str, machine: Machine, n_prompt: int, runs: list[Timed]) -> dict[str, Any]:
+def _document(
+    artifact: Artifact, mode: str, machine: Machine, n_prompt: int, runs: list[Timed], budget: Budget | None
+) -> dict[str, Any]:
     stats = runs[0].stats
     decode_s = statistics.median(sum(run.decode_s) for run in runs)
     per_token = np.sort(np.concatenate([run.decode_s for run in runs])) * 1e3
@@ -122,6 +138,7 @@ def _document(artifact: Artifact, mode: str, machine: Machine, n_prompt: int, ru
     n = len(runs[0].ids)
     bytes_per_token = stats.bytes_decode / n
     ceiling = machine.ram.sequential
+    limits = budget.limits if budget is not None else None
     return {
         "model": artifact.config.name,
         "quant": artifact.quant,
@@ -138,10 +155,48 @@ def _document(artifact: Artifact, mode: str, machine: Machine, n_prompt: int, ru
         "ceiling_gb_s": ceiling / 1e9,
         "ceiling_share": bytes_per_token * n / decode_s / ceiling,
         "active_ratio": stats.active_ratio,
-        "predicted_ms_per_token": predicted_seconds(artifact, machine, n_prompt + n) * 1e3 if mode == "auto" else None,
-        "tiers": [{"name": "ram", "bytes": artifact.tensor_bytes, "neurons_share": 1.0, "hits_share": 1.0}],
+        "predicted_ms_per_token": predicted_seconds(artifact, machine, n_prompt + n, limits) * 1e3
+        if mode == "auto"
+        else None,
+        "tiers": _tiers(artifact, limits, stats),
+        "disk": _disk(artifact, budget, runs) if budget is not None else None,
         "breakdown": breakdown(runs),
         "output_hash": hashlib.sha256(np.asarray(runs[0].ids, "<i4").tobytes()).hexdigest()[:16],
+    }
+
+
+def _tiers(artifact: Artifact, limits: DiskLimits | None, stats: Stats) -> list[dict[str, Any]]:
+    """Where neurons lie, and where decoding found those that it asked for."""
+    if limits is None:
+        return [{"name": "ram", "bytes": artifact.tensor_bytes, "neurons_share": 1.0, "hits_share": 1.0}]
+    config, disk = artifact.config, disk_costs(artifact)
+    size, n_all = disk.bundles[0][1], config.n_layer * config.n_ff
+    prefix = sum(limits.resident)
+    cached = sum(min(limits.slots, config.n_ff - k) for k in limits.resident)
+    asked = max(1, stats.neurons_prefix + stats.neurons_cache + stats.neurons_disk)
+    rows = [
+        ("prefix", prefix, stats.neurons_prefix),
+        ("cache", cached, stats.neurons_cache),
+        ("disk", n_all - prefix, stats.neurons_disk),
+    ]
+    return [
+        {"name": name, "bytes": n * size, "neurons_share": n / n_all, "hits_share": hits / asked}
+        for name, n, hits in rows
+    ]
+
+
+def _disk(artifact: Artifact, budget: Budget, runs: list[Timed]) -> dict[str, Any]:
+    """What staying within a budget cost: counters of the first run, the wait of the median one."""
+    stats, n = runs[0].stats, len(runs[0].ids)
+    useful = stats.neurons_disk * disk_costs(artifact).bundles[0][1]
+    counted = "ram process weights contexts cache beside total".split()
+    return {
+        "budget": {name: getattr(budget, name) for name in counted},
+        "bytes_per_token": stats.disk_bytes / n,
+        "reads_per_token": stats.disk_reads / n,
+        "padding_share": 1 - useful / stats.disk_bytes if stats.disk_bytes else 0.0,
+        "stream_bytes_per_token": stats.stream_bytes / n,
+        "wait_ms_per_token": statistics.median(run.stats.seconds_disk for run in runs) / n * 1e3,
     }
 
 
@@ -155,6 +210,7 @@ def breakdown(runs: list[Timed]) -> list[dict[str, Any]]:
         "gate": (stats.seconds_gate, stats.bytes_gate),
         "up and down": (stats.seconds_updown, stats.bytes_updown),
         "output head": (stats.seconds_head, stats.bytes_head),
+        "waiting for the disk": (stats.seconds_disk, 0),
         "synchronisation": (stats.seconds_sync, 0),
         "norms and other serial work": (stats.seconds_other, 0),
     }
@@ -174,8 +230,9 @@ class _StoredFiring:
         return self.artifact.frequency(i).astype(np.float64)
 
 
-def predicted_seconds(artifact: Artifact, machine: Machine, ctx_size: int) -> float:
-    """What placement's model expects of a token with everything in RAM, from the frequencies of the calibration."""
+def predicted_seconds(artifact: Artifact, machine: Machine, ctx_size: int, limits: DiskLimits | None = None) -> float:
+    """What placement's model expects of a token, from the frequencies of the calibration: the cache holds the hottest
+    neurons that follow the resident ones."""
     biases = frozenset(name for name in artifact.file.tensors if name.endswith(".bias"))
     plans, config = artifact.plans, artifact.config
     costs = artifact_costs(
@@ -183,7 +240,10 @@ def predicted_seconds(artifact: Artifact, machine: Machine, ctx_size: int) -> fl
     )
     problem = Problem(costs, _StoredFiring(artifact), machine)
     none = np.zeros(config.n_layer, np.int64)
-    return float(problem.seconds(Plan(none.astype(bool), False, none, none + config.n_ff)))
+    in_memory = none + config.n_ff
+    if limits is not None:
+        in_memory = np.minimum(in_memory, np.array(limits.resident) + limits.slots)
+    return float(problem.seconds(Plan(none.astype(bool), False, none, in_memory)))
 
 
 def peak_rss_bytes() -> int:

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_tools.artifact import open_artifact
-from powerinfer_tools.engine import Engine, LayerScore, Model
+from powerinfer_tools.engine import Engine, LayerScore
 from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.placement.limits import open_within
 from powerinfer_tools.progress import Progress, default_progress
 from powerinfer_tools.tokens import Tokenizer
 
@@ -47,26 +48,35 @@ def evaluate(
     n_tokens: int = 8192,
     window: int = 512,
     threads: int | None = None,
+    ram: int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Scores windows of the corpus by teacher forcing, each from an empty context.
+    """Scores windows of the corpus by teacher forcing, each from an empty context; ram: bytes to stay within.
 
     Errors: a corpus too short for one window; whatever the artifact's reader finds.
     """
     artifact = open_artifact(path)
     window = min(window, artifact.config.n_ctx)
     windows = _windows(Tokenizer(artifact.tokenizer_json, artifact.special), corpus, n_tokens, window)
-    return evaluate_windows(path, windows, threads=threads, progress=progress)
+    return evaluate_windows(path, windows, threads=threads, ram=ram, progress=progress)
 
 
 def evaluate_windows(
-    path: Path, windows: list[list[int]], *, threads: int | None = None, progress: Progress | None = None
+    path: Path,
+    windows: list[list[int]],
+    *,
+    threads: int | None = None,
+    ram: int | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """As evaluate, on windows of token ids, at least one and all of one length."""
-    artifact, model, window = open_artifact(path), Model(path), len(windows[0])
+    artifact, window = open_artifact(path), len(windows[0])
     runs = {"sparse": "auto", "dense": "dense"}
+    uncut = artifact.config.activation == "silu" and any(artifact.config.thresholds)
+    contexts = len(runs) + uncut
+    model, _ = open_within(artifact, ram, ctx_size=window, threads=threads, contexts=contexts)
     engines = {name: Engine(model, ctx_size=window, threads=threads, mode=mode) for name, mode in runs.items()}
-    if artifact.config.activation == "silu" and any(artifact.config.thresholds):
+    if uncut:
         engines["uncut"] = Engine(model, ctx_size=window, threads=threads, mode="dense", uncut=True)
     totals = _Totals(artifact.config.n_layer, artifact.config.n_ff)
     with default_progress(progress) as report:

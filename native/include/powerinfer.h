@@ -19,7 +19,7 @@ extern "C" {
 #define PI_API __attribute__((visibility("default")))
 #endif
 
-#define PI_ABI_VERSION 2u
+#define PI_ABI_VERSION 3u
 
 typedef enum {
     PI_OK = 0,
@@ -47,8 +47,21 @@ typedef struct pi_session pi_session; /* KV cache, scratch, threads, sampler sta
 typedef struct {
     uint32_t struct_size;
     uint32_t n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim, n_vocab, n_ctx_train;
-    uint64_t weight_bytes; /* all tensors as held in memory */
+    uint64_t weight_bytes; /* all tensors */
+    /* as held in memory: tensors (with a disk tier in whole pages, and only what stays), the disk tier's cache of
+     * neurons, its tables and the buffers that reads arrive in */
+    uint64_t resident_bytes, cache_bytes, disk_bytes;
 } pi_model_info;
+
+/* For a model that is larger than memory: some neurons stay in the file and are read when a token asks for them. */
+typedef struct {
+    uint32_t struct_size;
+    uint32_t reader;    /* 0: the best here; 1: io_uring; 2: threads */
+    uint32_t n_slots;   /* neurons of each layer that a cache can hold beside the resident ones */
+    uint32_t n_transit; /* neurons that one layer can read for one token; where it asks for more, it reads all */
+    uint32_t n_layer;
+    const uint32_t* n_resident; /* [n_layer]: the first neurons of each layer, which stay in memory; at most n_ff */
+} pi_disk_params;
 
 typedef struct {
     uint32_t struct_size;
@@ -71,6 +84,11 @@ typedef struct {
     double seconds_attention, seconds_predictor, seconds_gate, seconds_updown, seconds_head, seconds_other,
         seconds_sync;
     uint64_t bytes_attention, bytes_predictor, bytes_gate, bytes_updown, bytes_head;
+    /* With a disk tier. seconds_disk: waiting for it, of decode. Neurons of layers that have some on disk, as decode
+     * asked for them, by where they were; reads and bytes of these reads, and the bytes of whole layers in sequence. */
+    double seconds_disk;
+    uint64_t neurons_prefix, neurons_cache, neurons_disk;
+    uint64_t disk_reads, disk_bytes, stream_bytes;
 } pi_stats;
 
 /* One layer's selection against the truth, counted by pi_score (neuron occurrences over tokens). */
@@ -95,7 +113,8 @@ PI_API void pi_set_log(void (*log)(int level, const char* message, void* user), 
 
 /* Checks the whole header: the container, the keys, every tensor that they demand. Reads no tensor data. */
 PI_API pi_status pi_check(const char* path);
-PI_API pi_status pi_model_open(const char* path, pi_model** out);
+/* disk: NULL where all of the model lies in memory. */
+PI_API pi_status pi_model_open(const char* path, const pi_disk_params* disk, pi_model** out);
 PI_API void pi_model_close(pi_model* model);
 PI_API pi_status pi_model_get_info(const pi_model* model, pi_model_info* out);
 

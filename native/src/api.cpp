@@ -4,6 +4,7 @@
 #include <memory>
 #include <new>
 
+#include "disk.h"
 #include "measure.h"
 #include "model.h"
 #include "powerinfer.h"
@@ -95,11 +96,15 @@ pi_status pi_check(const char* path) {
     });
 }
 
-pi_status pi_model_open(const char* path, pi_model** out) {
+pi_status pi_model_open(const char* path, const pi_disk_params* disk, pi_model** out) {
     return guarded([&] {
         require(path && out, "path and out: expected both, found NULL");
+        require(!disk || disk->struct_size == sizeof(pi_disk_params), "struct_size: expected that of pi_disk_params");
+        constexpr uint32_t MOST = 1u << 24;
+        require(!disk || (disk->n_resident && disk->reader <= 2 && disk->n_slots <= MOST && disk->n_transit <= MOST),
+                "disk: expected n_resident, a reader from 0 to 2 and at most 2^24 slots and neurons in transit");
         auto model = std::unique_ptr<pi_model>(new pi_model{pi::Model(path)});
-        model->model.load();
+        model->model.load(disk);
         *out = model.release();
     });
 }
@@ -109,9 +114,16 @@ void pi_model_close(pi_model* model) { delete model; }
 pi_status pi_model_get_info(const pi_model* model, pi_model_info* out) {
     return guarded([&] {
         require(model && out, "model and out: expected both, found NULL");
-        const pi::Config& c = model->model.config;
+        const pi::Model& m = model->model;
+        const pi::Config& c = m.config;
         pi_model_info info{sizeof(pi_model_info), c.n_layer,  c.n_embd,  c.n_ff,  c.n_head,
-                           c.n_head_kv,           c.head_dim, c.n_vocab, c.n_ctx, model->model.weight_bytes};
+                           c.n_head_kv,           c.head_dim, c.n_vocab, c.n_ctx, m.weight_bytes,
+                           m.weight_bytes,        0,          0};
+        if (m.disk) {
+            info.resident_bytes = m.disk->weights_bytes();
+            info.cache_bytes = m.disk->cache_bytes();
+            info.disk_bytes = m.disk->beside_bytes();
+        }
         copy_out(info, out);
     });
 }

@@ -22,6 +22,7 @@ bool in_blocks(const Rows& rows) { return rows.type == Type::Q4_0 || rows.type =
 
 void Session::prefill(const int32_t* tokens, size_t n, float* logits_out) {
     check_tokens(tokens, n);
+    std::unique_lock<std::mutex> turn = take_turn();
     for (size_t done = 0; done < n; done += BATCH) {
         size_t m = std::min(BATCH, n - done);
         forward_batch(tokens + done, m, false, nullptr);
@@ -33,6 +34,7 @@ void Session::prefill(const int32_t* tokens, size_t n, float* logits_out) {
 
 void Session::score(const int32_t* tokens, size_t n, float* logits_out, pi_layer_score* scores) {
     check_tokens(tokens, n);
+    std::unique_lock<std::mutex> turn = take_turn();
     const Config& c = model.config;
     for (size_t done = 0; done < n; done += BATCH) {
         size_t m = std::min(BATCH, n - done);
@@ -45,16 +47,28 @@ void Session::score(const int32_t* tokens, size_t n, float* logits_out, pi_layer
 
 void Session::forward_batch(const int32_t* tokens, size_t n, bool selective, pi_layer_score* scores) {
     const Config& c = model.config;
-    for (size_t t = 0; t < n; t++) embed(tokens[t], position + t, &b_hidden_[t * c.n_embd]);
+    embed(tokens, n, b_hidden_.data());
     set_angles(position, n);
     for (size_t il = 0; il < c.n_layer; il++) {
         const Layer& layer = model.weights.layers[il];
         normalise_batch(layer.attn_norm, n);
         attention_batch(layer, il, n);
         normalise_batch(layer.ffn_norm, n);
+        if (model.disk) {
+            model.disk->start_stream(il);
+            model.disk->end_stream();
+        }
         ffn_batch(layer, n, selective, scores ? scores + il : nullptr);
+        if (model.disk) stream_on(il);
     }
+    if (model.disk) collect_disk_counts();
     position += n;
+}
+
+// Layer il has been computed: the next one's neurons may come.
+void Session::stream_on(size_t il) {
+    model.disk->release(il);
+    if (il + 1 < model.config.n_layer) model.disk->start_stream(il + 1);
 }
 
 // b_x_ = the normalised b_hidden_, in both forms

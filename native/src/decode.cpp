@@ -21,18 +21,20 @@ size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
 void Session::decode(int32_t token, float* logits_out) {
     check_tokens(&token, 1);
+    std::unique_lock<std::mutex> turn = take_turn();
     auto start = std::chrono::steady_clock::now();
     std::fill_n(spent_, +N_PARTS, 0);
     mark_ = ticks();
-    embed(token, position, hidden_.data());
+    embed(&token, 1, hidden_.data());
     set_angles(position, 1);
     for (size_t il = 0; il < model.weights.layers.size(); il++) {
         const Layer& layer = model.weights.layers[il];
         normalise(layer.attn_norm, hidden_.data(), x_.f.data());
         attention(layer, il);
         normalise(layer.ffn_norm, hidden_.data(), x_.f.data());
-        ffn(layer);
+        ffn(layer, il);
     }
+    if (model.disk) collect_disk_counts();
     position++;
     output_head(hidden_.data());
     stats.n_decode++;
@@ -78,6 +80,7 @@ void Session::collect_seconds(double seconds) {
     sums[GATE] = &stats.seconds_gate;
     sums[UPDOWN] = &stats.seconds_updown;
     sums[HEAD] = &stats.seconds_head;
+    sums[DISK] = &stats.seconds_disk;
     sums[OTHER] = &stats.seconds_other;
     sums[SYNC] = &stats.seconds_sync;
     double all = 0;
@@ -135,7 +138,7 @@ void Session::attention(const Layer& layer, size_t il) {
 }
 
 // hidden += ffn(x), x in x_
-void Session::ffn(const Layer& layer) {
+void Session::ffn(const Layer& layer, size_t il) {
     Vector x = quantised(x_, model.config.n_embd), rank{};
     if (asks(layer)) {
         Linear in{layer.predictor->in, nullptr};
@@ -147,13 +150,21 @@ void Session::ffn(const Layer& layer) {
         const Rows& out = layer.predictor->out;
         stats.bytes_predictor += n * in.rows.row_size() + out.n_rows * (out.row_size() + sizeof(float));
     }
+    if (model.disk && model.disk->holds(il))
+        ffn_from_disk(layer, il, x, rank);
+    else
+        ffn_chunks(layer, x, rank);
+    sum_chunks(layer);
+    collect_counts(layer);
+}
+
+// partial_ = what each chunk of neurons adds
+void Session::ffn_chunks(const Layer& layer, Vector x, Vector rank) {
     size_t n_chunks = layer.chunks.size() - 1;
     bool backwards = mode_ == PI_MODE_DENSE;  // there the last chunks are the largest: they come first
     parallel(UPDOWN, n_chunks, [&](size_t item, uint32_t thread) {
         ffn_chunk(layer, backwards ? n_chunks - 1 - item : item, x, rank, workers_[thread]);
     });
-    sum_chunks(layer);
-    collect_counts(layer);
 }
 
 // Neurons of [lo, hi) whose deciding row is computed, ascending, in w.asked. A forecast that is no number (damaged
@@ -204,7 +215,8 @@ void Session::decide(const Layer& layer, const uint32_t* ids, size_t n, Vector x
         ops.matvec(select.type, select.n, select.row(ids[0]), select.stride, n, x, w.pre.data());
     } else {
         const uint8_t* then = layer.up.data ? layer.up.data : layer.down.data;
-        ops.matvec_picked(select.type, select.n, select.data, select.stride, ids, n, then, x, w.pre.data());
+        const uint32_t* at = places(ids, n, w);
+        ops.matvec_picked(select.type, select.n, select.data, select.stride, at, n, then, x, w.pre.data());
     }
     finish_deciding(layer, ids, n, w);
     w.spent[GATE] += ticks() - begin;
@@ -228,8 +240,8 @@ size_t Session::add_neurons(const Layer& layer, const uint32_t* ids, const float
         n_active += pre[i] != 0 || mode_ == PI_MODE_DENSE;
     }
     if (up.data)
-        ops.matvec_picked(up.type, up.n, up.data, up.stride, w.active.data(), n_active, layer.down.data, x,
-                          w.up.data());
+        ops.matvec_picked(up.type, up.n, up.data, up.stride, places(w.active.data(), n_active, w), n_active,
+                          layer.down.data, x, w.up.data());
     add_down(layer, n_active, nullptr, sum, w);
     return n_active;
 }
@@ -264,7 +276,114 @@ void Session::add_down(const Layer& layer, size_t n, const uint8_t* next, float*
     }
     w.n_active += n;
     for (size_t i = 0; i < n; i++) w.n_fired += h[i] != 0;
-    ops.add_rows(down.type, down.n, down.data, down.stride, w.active.data(), h, n, next, sum);
+    ops.add_rows(down.type, down.n, down.data, down.stride, places(w.active.data(), n, w), h, n, next, sum);
+}
+
+// ---- layers with neurons on disk (disk.h)
+
+// The same as ffn_chunks. Where every neuron is needed, or more than there is room for, the layer is read whole.
+void Session::ffn_from_disk(const Layer& layer, size_t il, Vector x, Vector rank) {
+    DiskTier& disk = *model.disk;
+    bool picks = asks(layer) || (layer.apart && mode_ != PI_MODE_DENSE);
+    if (picks && fetch(layer, il, x, rank)) return;
+    lap(OTHER);
+    disk.start_stream(il);
+    disk.end_stream();
+    lap(DISK);
+    ffn_chunks(layer, x, rank);
+    disk.release(il);
+}
+
+// Chooses first, then computes what is in memory while the rest is read. False where that is too much.
+bool Session::fetch(const Layer& layer, size_t il, Vector x, Vector rank) {
+    DiskTier& disk = *model.disk;
+    size_t n_chunks = layer.chunks.size() - 1;
+    parallel(layer.apart ? GATE : PREDICTOR, n_chunks,
+             [&](size_t chunk, uint32_t thread) { choose(layer, chunk, x, rank, workers_[thread]); });
+    std::array<std::span<const uint32_t>, MAX_CHUNKS> chosen;
+    for (size_t c = 0; c < n_chunks; c++) chosen[c] = {&chosen_[layer.chunks[c]], n_chosen_[c]};
+    bool fits = disk.request(il, {chosen.data(), n_chunks});
+    lap(DISK);
+    if (!fits) {
+        for (Worker& w : workers_) w.n_computed = 0;  // counted again when all is there
+        return false;
+    }
+    places_ = disk.places(il);
+    // Every thread begins with chunks of frequent neurons, which are in memory: item p of thread t is chunk p * n + t.
+    size_t n_threads = workers_.size();
+    std::array<size_t, MAX_CHUNKS> order;
+    for (size_t t = 0, item = 0; t < n_threads; t++)
+        for (size_t c = t; c < n_chunks; c += n_threads) order[item++] = c;
+    parallel(UPDOWN, n_chunks, [&](size_t item, uint32_t thread) {
+        Worker& w = workers_[thread];
+        uint64_t begin = ticks();
+        model.disk->bring(order[item]);
+        w.spent[DISK] += ticks() - begin;
+        fetched_chunk(layer, order[item], x, w);
+    });
+    places_ = nullptr;
+    disk.finish();
+    return true;
+}
+
+// chosen_ of a chunk: what the predictor lets through, or what fires where a matrix apart says so
+void Session::choose(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w) {
+    uint32_t lo = layer.chunks[chunk], hi = layer.chunks[chunk + 1];
+    if (lo == hi) {
+        n_chosen_[chunk] = 0;
+        return;
+    }
+    if (!layer.apart) {
+        n_chosen_[chunk] = ask(layer, lo, hi, rank, w);
+        std::copy_n(w.asked.data(), n_chosen_[chunk], &chosen_[lo]);
+        return;
+    }
+    for (uint32_t i = lo; i < hi; i++) w.asked[i - lo] = i;
+    decide(layer, w.asked.data(), hi - lo, x, w);
+    size_t n = 0;
+    for (uint32_t i = lo; i < hi; i++) {
+        chosen_[lo + n] = i;
+        chosen_pre_[lo + n] = w.pre[i - lo];
+        n += w.pre[i - lo] != 0;
+    }
+    n_chosen_[chunk] = n;
+}
+
+// What ffn_chunk does, with neurons that are chosen and at hand.
+void Session::fetched_chunk(const Layer& layer, size_t chunk, Vector x, Worker& w) {
+    const uint32_t* ids = &chosen_[layer.chunks[chunk]];
+    const float* pre = &chosen_pre_[layer.chunks[chunk]];
+    size_t n = n_chosen_[chunk];
+    if (!layer.apart) {
+        decide(layer, ids, n, x, w);
+        pre = w.pre.data();
+    }
+    float* sum = &partial_[chunk * model.config.n_embd];
+    std::fill_n(sum, model.config.n_embd, 0.0f);
+    chunk_fired_[chunk] = add_neurons(layer, ids, pre, n, x, sum, w) > 0;
+}
+
+// Where the kernels find these neurons.
+const uint32_t* Session::places(const uint32_t* ids, size_t n, Worker& w) const {
+    if (!places_) return ids;
+    for (size_t i = 0; i < n; i++) w.places[i] = places_[ids[i]];
+    return w.places.data();
+}
+
+// Sessions of one model share what is read from disk: one call after the other.
+std::unique_lock<std::mutex> Session::take_turn() const {
+    return model.disk ? std::unique_lock(model.disk->in_use) : std::unique_lock<std::mutex>();
+}
+
+void Session::collect_disk_counts() {
+    model.disk->check();
+    DiskTier::Counts counts = model.disk->take_counts();
+    stats.neurons_prefix += counts.from_prefix;
+    stats.neurons_cache += counts.from_cache;
+    stats.neurons_disk += counts.from_disk;
+    stats.disk_reads += counts.reads;
+    stats.disk_bytes += counts.bytes;
+    stats.stream_bytes += counts.streamed;
 }
 
 // hidden += the chunks' partial sums, in the order of the chunks, + bias

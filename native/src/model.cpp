@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "disk.h"
 #include "huge_pages.h"
 
 namespace pi {
@@ -240,12 +241,12 @@ void Model::bind_layer(uint32_t i, const uint8_t* base) {
 }
 
 // Every stored order must be a permutation: anything else means damaged data.
-void Model::check_orders() const {
+void Model::check_orders(const uint8_t* base) const {
     std::vector<bool> seen(config.n_ff);
     for (uint32_t i = 0; i < config.n_layer; i++) {
         std::string name = "blk." + std::to_string(i) + ".ffn_order.weight";
         const Tensor* t = gguf_.find(name);
-        const uint8_t* data = arena_ + (t->offset - gguf_.data_offset);
+        const uint8_t* data = base + (t->offset - gguf_.data_offset);
         std::fill(seen.begin(), seen.end(), false);
         for (uint32_t j = 0; j < config.n_ff; j++) {
             int32_t index;
@@ -259,7 +260,43 @@ void Model::check_orders() const {
     }
 }
 
-void Model::load() {
+void Model::load(const pi_disk_params* limits) {
+    if (limits)
+        open_disk(*limits);
+    else
+        read_all();
+    close(fd_);
+    fd_ = -1;
+    for (const Tensor& t : gguf_.tensors) weight_bytes += t.n_bytes;
+    const uint8_t* base = disk ? disk->data() : arena_;
+    check_orders(base);
+    bind(base);
+    if (!disk) return;
+    for (uint32_t i = 0; i < config.n_layer; i++)
+        disk->expect(i, vector("blk." + std::to_string(i) + ".ffn_frequency.weight", base, config.n_ff, true));
+}
+
+void Model::open_disk(const pi_disk_params& limits) {
+    if (limits.n_layer != config.n_layer)
+        throw Error(PI_ERROR_ARGUMENT, "n_resident: expected " + std::to_string(config.n_layer) + " layers, found " +
+                                           std::to_string(limits.n_layer));
+    std::vector<Bundles> layers;
+    for (uint32_t i = 0; i < config.n_layer; i++) {
+        const Tensor& t = *gguf_.find("blk." + std::to_string(i) + ".ffn_neurons.weight");
+        if (limits.n_resident[i] > config.n_ff)
+            throw Error(PI_ERROR_ARGUMENT, "n_resident: expected at most " + std::to_string(config.n_ff) + ", found " +
+                                               std::to_string(limits.n_resident[i]));
+        layers.push_back({t.offset, t.n_bytes / config.n_ff, limits.n_resident[i]});
+    }
+    Table table;
+    if (!config.tied) {  // else it is the output head, too
+        const Tensor& t = *gguf_.find("token_embd.weight");
+        table = {t.offset, t.n_bytes, t.n_bytes / config.n_vocab};
+    }
+    disk = std::make_unique<DiskTier>(fd_, gguf_.data_offset, gguf_.file_bytes, config.n_ff, layers, table, limits);
+}
+
+void Model::read_all() {
     uint64_t n = gguf_.file_bytes - gguf_.data_offset;
     arena_bytes_ = (n + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE + HUGE_PAGE;
     void* memory = mmap(nullptr, arena_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -276,11 +313,6 @@ void Model::load() {
         done += static_cast<uint64_t>(got);
     }
     mprotect(arena_, arena_bytes_, PROT_READ);
-    close(fd_);
-    fd_ = -1;
-    for (const Tensor& t : gguf_.tensors) weight_bytes += t.n_bytes;
-    check_orders();
-    bind(arena_);
 }
 
 }  // namespace pi

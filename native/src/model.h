@@ -81,6 +81,8 @@ struct Weights {
     std::vector<Layer> layers;
 };
 
+class DiskTier;
+
 class Model {
    public:
     // Reads and checks the header only: what pi_check does.
@@ -89,17 +91,21 @@ class Model {
     Model(const Model&) = delete;
     Model& operator=(const Model&) = delete;
 
-    void load();  // reads the tensor data into huge pages and binds `weights`
+    // Reads the tensor data into huge pages and binds `weights`. limits: NULL, or which neurons stay on disk.
+    void load(const pi_disk_params* limits = nullptr);
 
     Config config{};
     Weights weights;
     uint64_t weight_bytes = 0;
+    std::unique_ptr<DiskTier> disk;  // NULL where all is in memory
 
    private:
     void read_config();
     void bind(const uint8_t* base);  // base: where the data section lies, or NULL to check shapes only
     void bind_layer(uint32_t i, const uint8_t* base);
-    void check_orders() const;
+    void read_all();
+    void open_disk(const pi_disk_params& limits);
+    void check_orders(const uint8_t* base) const;
 
     Rows matrix(const std::string& name, const uint8_t* base, uint64_t n, uint64_t n_rows) const;
     const float* vector(const std::string& name, const uint8_t* base, uint64_t n, bool required) const;

@@ -50,6 +50,7 @@ Session::Session(const Model& model, const pi_session_params& params)
     for (Worker& w : workers_) {
         allocate(w.asked, c.n_ff);
         allocate(w.active, c.n_ff);
+        if (model.disk) allocate(w.places, c.n_ff);
         for (auto* buffer : {&w.logit, &w.pre, &w.a, &w.up}) allocate(*buffer, c.n_ff);
         allocate(w.scores, QUERIES * ld_scores());
         allocate(w.packed, PACKED_FLOATS);
@@ -66,6 +67,10 @@ Session::Session(const Model& model, const pi_session_params& params)
     allocate(v_, c.kv_dim());
     allocate(partial_, MAX_CHUNKS * c.n_embd);
     allocate(position_row_, c.n_embd);
+    if (model.disk) {
+        allocate(chosen_, c.n_ff);
+        allocate(chosen_pre_, c.n_ff);
+    }
     allocate(logits, c.n_vocab);
     allocate(b_hidden_, BATCH * c.n_embd);
     allocate(b_x_, BATCH * std::max(c.n_embd, c.q_dim()));
@@ -100,13 +105,19 @@ void Session::truncate(size_t n) {
     has_logits = false;
 }
 
-void Session::embed(int32_t token, size_t pos, float* out) {
+// out: (n, n_embd), of tokens at `position` and after it
+void Session::embed(const int32_t* tokens, size_t n, float* out) {
     const Rows& rows = model.weights.token_embd;
-    ops.dequantize(rows.type, 0, rows.n, rows.row(static_cast<uint64_t>(token)), out);
-    if (model.config.arch != Arch::Opt) return;
-    const Rows& positions = model.weights.position_embd;
-    ops.dequantize(positions.type, 0, positions.n, positions.row(pos), position_row_.data());
-    for (size_t i = 0; i < positions.n; i++) out[i] += position_row_[i];
+    bool on_disk = model.disk && model.disk->holds_table();
+    if (on_disk) model.disk->read_rows(tokens, n);
+    for (size_t t = 0; t < n; t++, out += rows.n) {
+        const uint8_t* row = on_disk ? model.disk->row(t) : rows.row(static_cast<uint64_t>(tokens[t]));
+        ops.dequantize(rows.type, 0, rows.n, row, out);
+        if (model.config.arch != Arch::Opt) continue;
+        const Rows& positions = model.weights.position_embd;
+        ops.dequantize(positions.type, 0, positions.n, positions.row(position + t), position_row_.data());
+        for (size_t i = 0; i < positions.n; i++) out[i] += position_row_[i];
+    }
 }
 
 void Session::normalise(const Norm& norm, const float* x, float* out) const {

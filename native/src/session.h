@@ -3,12 +3,14 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <initializer_list>
 #include <memory>
 #include <new>
 #include <utility>
 #include <vector>
 
+#include "disk.h"
 #include "huge_pages.h"
 #include "model.h"
 #include "sampler.h"
@@ -17,7 +19,8 @@
 
 namespace pi {
 
-constexpr size_t BATCH = 256;           // tokens that go through the matrix-matrix path together
+constexpr size_t BATCH = 256;  // tokens that go through the matrix-matrix path together
+static_assert(BATCH <= TABLE_ROWS);
 constexpr size_t DOWN_COLUMNS = 64;     // columns of the down projection that one item of a batch computes
 constexpr size_t PACKED_FLOATS = 8192;  // a packed tile: 512 elements of 16 rows, or 128 rows of 64 columns
 constexpr size_t PACKED_BLOCKS = 16;    // the same in 8 bits: 512 elements of 32 rows or columns
@@ -59,11 +62,12 @@ struct Activations {
 };
 
 // Where the time of a token goes. OTHER is what one thread does alone; SYNC is waiting for other threads.
-enum Part { ATTENTION, PREDICTOR, GATE, UPDOWN, HEAD, OTHER, SYNC, N_PARTS };
+enum Part { ATTENTION, PREDICTOR, GATE, UPDOWN, HEAD, DISK, OTHER, SYNC, N_PARTS };
 
 // One thread's scratch.
 struct Worker {
     Buffer<uint32_t> asked, active;                      // (n_ff,) indices of neurons
+    Buffer<uint32_t> places;                             // (n_ff,) where these lie, with a disk tier
     Buffer<float> logit, pre, a, up;                     // (n_ff,)
     Buffer<float> scores;                                // (QUERIES, n_ctx, rounded up to whole tiles) attention
     Buffer<float> packed;                                // (PACKED_FLOATS,)
@@ -95,7 +99,7 @@ class Session {
 
    private:
     void check_tokens(const int32_t* tokens, size_t n) const;
-    void embed(int32_t token, size_t pos, float* out);
+    void embed(const int32_t* tokens, size_t n, float* out);
     void normalise(const Norm& norm, const float* x, float* out) const;
     void set_angles(size_t pos, size_t n);
     void rotate(float* x, uint32_t n_heads, size_t t);
@@ -113,8 +117,16 @@ class Session {
     Vector quantised(Activations& x, size_t n);
     void project(Part part, std::initializer_list<Job> jobs, Vector x);
     void attention(const Layer& layer, size_t il);
-    void ffn(const Layer& layer);
+    void ffn(const Layer& layer, size_t il);
+    void ffn_chunks(const Layer& layer, Vector x, Vector rank);
     void ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w);
+    void ffn_from_disk(const Layer& layer, size_t il, Vector x, Vector rank);
+    bool fetch(const Layer& layer, size_t il, Vector x, Vector rank);
+    void choose(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w);
+    void fetched_chunk(const Layer& layer, size_t chunk, Vector x, Worker& w);
+    const uint32_t* places(const uint32_t* ids, size_t n, Worker& w) const;
+    void collect_disk_counts();
+    std::unique_lock<std::mutex> take_turn() const;
     void decide(const Layer& layer, const uint32_t* ids, size_t n, Vector x, Worker& w);
     void finish_deciding(const Layer& layer, const uint32_t* ids, size_t n, Worker& w);
     size_t add_neurons(const Layer& layer, const uint32_t* ids, const float* pre, size_t n, Vector x, float* sum,
@@ -133,6 +145,7 @@ class Session {
 
     // batch.cpp
     void forward_batch(const int32_t* tokens, size_t n, bool selective, pi_layer_score* scores);
+    void stream_on(size_t il);
     void normalise_batch(const Norm& norm, size_t n);
     void quantise_token(const float* x, size_t len, size_t t);
     void quantise_batch(const float* x, size_t n, size_t len);
@@ -170,6 +183,11 @@ class Session {
     Buffer<float> partial_;           // (n_chunks, n_embd) each chunk's share of the FFN
     bool chunk_fired_[MAX_CHUNKS] = {};
     Buffer<float> position_row_;  // (n_embd,) opt
+    // with a disk tier
+    Buffer<uint32_t> chosen_;   // (n_ff,) neurons that a layer computes, each chunk's from its first place on
+    Buffer<float> chosen_pre_;  // (n_ff,) what their deciding rows gave, where these were computed already
+    std::array<size_t, MAX_CHUNKS> n_chosen_{};
+    const uint32_t* places_ = nullptr;  // of the present layer's neurons; NULL: each lies in its own
     // batch.cpp: (BATCH, .) each
     Buffer<float> b_hidden_, b_x_, b_q_, b_k_, b_v_, b_select_, b_up_, b_rank_, b_asked_;
     Buffer<BatchX8> b_q8_;  // what a quantised matrix is multiplied with, in blocks: the last one filled up with zeros

@@ -19,9 +19,19 @@ DEFAULT_CTX = 4096  # positions, where the model has as many: what a chat needs,
 MAX_THREADS = 256  # of the native engine
 
 
+def default_threads() -> int:
+    """One a processor."""
+    return min(MAX_THREADS, len(os.sched_getaffinity(0)))
+
+
+def default_ctx(n_ctx_train: int) -> int:
+    """Positions of a context, of a model that has so many."""
+    return min(DEFAULT_CTX, n_ctx_train)
+
+
 @dataclass(frozen=True)
 class ModelInfo:
-    """Sizes in elements; weight_bytes as held in memory."""
+    """Sizes in elements; weight_bytes of all tensors; resident, cache and disk_bytes: as held in memory."""
 
     n_layer: int
     n_embd: int
@@ -32,6 +42,21 @@ class ModelInfo:
     n_vocab: int
     n_ctx_train: int
     weight_bytes: int
+    resident_bytes: int
+    cache_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True)
+class DiskLimits:
+    """Which neurons stay on disk. resident: neurons of each layer that stay in memory, its first; slots: neurons of
+    each layer that a cache can hold beside them; transit: neurons that a layer can read for one token.
+    reader: best, io_uring or threads."""
+
+    resident: tuple[int, ...]
+    slots: int
+    transit: int
+    reader: str = "best"
 
 
 @dataclass(frozen=True)
@@ -68,6 +93,13 @@ class Stats:
     bytes_gate: int
     bytes_updown: int
     bytes_head: int
+    seconds_disk: float
+    neurons_prefix: int
+    neurons_cache: int
+    neurons_disk: int
+    disk_reads: int
+    disk_bytes: int
+    stream_bytes: int
 
     @property
     def active_ratio(self) -> float:
@@ -86,13 +118,17 @@ class LayerScore:
 
 
 class Model:
-    """An artifact's weights in memory, read only: any number of engines may share them."""
+    """An artifact's weights in memory, read only: any number of engines may share them.
 
-    def __init__(self, path: Path | str) -> None:
+    limits: the neurons that stay on disk, which engines then read for each other, one call after the other.
+    """
+
+    def __init__(self, path: Path | str, limits: DiskLimits | None = None) -> None:
         self._lib = native.library()
         self.handle = c.c_void_p()
         self.path = Path(path)
-        native.check(self._lib.pi_model_open(os.fsencode(path), c.byref(self.handle)), str(path))
+        params = None if limits is None else c.byref(_disk_params(limits))
+        native.check(self._lib.pi_model_open(os.fsencode(path), params, c.byref(self.handle)), str(path))
         info = native.CModelInfo(struct_size=c.sizeof(native.CModelInfo))
         native.check(self._lib.pi_model_get_info(self.handle, c.byref(info)))
         self.info = ModelInfo(**{name: getattr(info, name) for name in ModelInfo.__dataclass_fields__})
@@ -125,8 +161,8 @@ class Engine:
             raise PowerinferError(f"mode: expected {', '.join(native.MODES)}, found {mode}", "usage")
         self.model = model if isinstance(model, Model) else Model(model)
         self.info = self.model.info
-        self.threads = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
-        self.ctx_size = ctx_size or min(DEFAULT_CTX, self.info.n_ctx_train)
+        self.threads = threads or default_threads()
+        self.ctx_size = ctx_size or default_ctx(self.info.n_ctx_train)
         if self.ctx_size > self.info.n_ctx_train:
             raise PowerinferError(
                 f"--ctx-size: expected at most the model's {self.info.n_ctx_train}, found {self.ctx_size}", "usage"
@@ -221,6 +257,17 @@ class Engine:
 
     def _logits(self, rows: int) -> Logits | None:
         return np.empty((rows, self.info.n_vocab), np.float32) if rows else None
+
+
+def _disk_params(limits: DiskLimits) -> native.CDiskParams:
+    return native.CDiskParams(
+        struct_size=c.sizeof(native.CDiskParams),
+        reader=native.READERS[limits.reader],
+        n_slots=limits.slots,
+        n_transit=limits.transit,
+        n_layer=len(limits.resident),
+        n_resident=(c.c_uint32 * len(limits.resident))(*limits.resident),
+    )
 
 
 def _ids(tokens: Sequence[int]) -> npt.NDArray[np.int32]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from powerinfer_tools.errors import PowerinferError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LIBRARY = {"linux": "libpowerinfer.so", "darwin": "libpowerinfer.dylib", "win32": "powerinfer.dll"}
 KINDS = {
     1: "usage",
@@ -22,6 +22,7 @@ KINDS = {
     8: "internal",
 }
 KERNELS = {"best": 0, "scalar": 1, "avx2": 2, "avx512": 3}
+READERS = {"best": 0, "io_uring": 1, "threads": 2}
 MODES = {"auto": 0, "dense": 1, "gate": 2, "predictor": 3}
 
 u32, u64, size_t, f32, f64 = c.c_uint32, c.c_uint64, c.c_size_t, c.c_float, c.c_double
@@ -33,7 +34,14 @@ class CModelInfo(c.Structure):
     _fields_ = [
         ("struct_size", u32),
         *((n, u32) for n in "n_layer n_embd n_ff n_head n_head_kv head_dim n_vocab n_ctx_train".split()),
-        ("weight_bytes", u64),
+        *((f"{n}_bytes", u64) for n in "weight resident cache disk".split()),
+    ]
+
+
+class CDiskParams(c.Structure):
+    _fields_ = [
+        *((n, u32) for n in "struct_size reader n_slots n_transit n_layer".split()),
+        ("n_resident", c.POINTER(u32)),
     ]
 
 
@@ -48,6 +56,8 @@ class CStats(c.Structure):
         *((n, u64) for n in "neurons_active neurons_computed neurons_total".split()),
         *((f"seconds_{n}", f64) for n in "attention predictor gate updown head other sync".split()),
         *((n, u64) for n in "bytes_attention bytes_predictor bytes_gate bytes_updown bytes_head".split()),
+        ("seconds_disk", f64),
+        *((n, u64) for n in "neurons_prefix neurons_cache neurons_disk disk_reads disk_bytes stream_bytes".split()),
     ]
 
 
@@ -73,7 +83,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pi_last_error": (c.c_char_p, []),
     "pi_kernels": (c.c_char_p, [u32]),
     "pi_check": (c.c_int, [c.c_char_p]),
-    "pi_model_open": (c.c_int, [c.c_char_p, P(handle)]),
+    "pi_model_open": (c.c_int, [c.c_char_p, P(CDiskParams), P(handle)]),
     "pi_model_close": (None, [handle]),
     "pi_model_get_info": (c.c_int, [handle, P(CModelInfo)]),
     "pi_session_open": (c.c_int, [handle, P(CSessionParams), P(handle)]),

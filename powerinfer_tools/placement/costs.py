@@ -24,6 +24,11 @@ TILES = 8192 + 16 * 288 + BATCH * 64  # float32 numbers of a thread's matrix til
 QUERIES, TILE_ROWS = 32, 16  # tokens whose attention is computed at once; positions of a tile
 CHUNKS = 24  # partial sums of an FFN
 
+# with neurons on disk (native/src/disk.cpp)
+PAGE = 4096
+TABLE_ROWS = 256  # of the embedding that are read together
+MISS_BYTES, READ_BYTES = 16, 32  # of one neuron that is read, and of its read
+
 BESIDE = ("ffn_select.weight", "ffn_gate.bias", "ffn_up.bias")
 PREDICTOR = ("predictor_out.weight", "predictor_out.bias")
 TABLE = ("ffn_order.weight", "ffn_frequency.weight")
@@ -147,3 +152,69 @@ def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, thr
     token = d + wide + q + 2 * kv + 3 * config.n_ff + rank + angles
     blocks = wide // 32 + rank // 32 + BATCH * -(-max(wide, config.n_ff, rank) // 32)  # of 32 numbers
     return 4 * (threads * thread + decode + BATCH * token) + 40 * blocks  # scale, sum and 32 bytes
+
+
+@dataclass(frozen=True)
+class DiskCosts:
+    """Bytes of an artifact's weights where only the first neurons of each layer stay in memory, to the byte.
+
+    bundles: of each layer, where they begin in the file and bytes of one; table: where the embedding begins, its bytes
+    and those of a row, where it is no output head, too. Tensors are held in whole pages, as they lie in the file from
+    data_offset to file_bytes, but for the table and each layer's tail: the whole pages after its resident neurons.
+    """
+
+    data_offset: int
+    file_bytes: int
+    n_ff: int
+    bundles: tuple[tuple[int, int], ...]
+    table: tuple[int, int, int] | None
+
+    @property
+    def whole(self) -> int:
+        """All tensors, in whole pages."""
+        return _pages(self.file_bytes) - self.data_offset // PAGE * PAGE
+
+    def tails(self, resident: Sequence[int]) -> list[int]:
+        """Bytes of each layer that are not in memory."""
+        return [
+            max(0, (begin + self.n_ff * size) // PAGE * PAGE - _pages(begin + k * size))
+            for (begin, size), k in zip(self.bundles, resident, strict=True)
+        ]
+
+    def weights(self, resident: Sequence[int]) -> int:
+        """What stays in memory."""
+        begin, n_bytes, _ = self.table or (0, 0, 0)
+        return self.whole - sum(self.tails(resident)) - max(0, (begin + n_bytes) // PAGE * PAGE - _pages(begin))
+
+    def cache(self, resident: Sequence[int], slots: int, transit: int) -> int:
+        """Memory that the cache, the neurons in transit and a tail that is read whole share."""
+        tails = self.tails(resident)
+        cold = [(size, k) for (_, size), k, tail in zip(self.bundles, resident, tails, strict=True) if tail]
+        if not cold:
+            return 0
+        kept = sum((min(slots, self.n_ff - k) + 1) * size for size, k in cold)
+        return max(_pages(kept + (transit + 1) * max(size for size, _ in cold)), *tails)
+
+    def beside(self, resident: Sequence[int], slots: int, transit: int) -> int:
+        """Buffers that reads arrive in, and the tables of what is where."""
+        tails = self.tails(resident)
+        cold = [(size, k) for (_, size), k, tail in zip(self.bundles, resident, tails, strict=True) if tail]
+        widest = max((size for size, _ in cold), default=0)
+        landing = min(transit * (_pages(widest) + PAGE), max(tails) + 2 * CHUNKS * PAGE)
+        tables = sum(6 * self.n_ff + 8 * min(slots, self.n_ff - k) for _, k in cold)
+        rows = 0 if self.table is None else TABLE_ROWS * (_pages(self.table[2]) + PAGE)
+        return rows + landing + tables + transit * (MISS_BYTES + READ_BYTES) + 8 * (transit + slots)
+
+    def total(self, resident: Sequence[int], slots: int, transit: int) -> int:
+        """All of it."""
+        parts = (self.weights(resident), self.cache(resident, slots, transit), self.beside(resident, slots, transit))
+        return sum(parts)
+
+
+def disk_scratch_bytes(config: Config, threads: int) -> int:
+    """What a session needs beside scratch_bytes where neurons are on disk: their places, and what was chosen."""
+    return 4 * config.n_ff * (threads + 2)
+
+
+def _pages(n_bytes: int) -> int:
+    return -(-n_bytes // PAGE) * PAGE

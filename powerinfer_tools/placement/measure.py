@@ -122,6 +122,18 @@ def _measure_disk(folder: Path, notes: list[str]) -> Tier | None:
     return Tier(n_bytes, sequential, rows, latency)
 
 
+def measure_file(path: Path) -> Tier:
+    """The disk as it reads this file, past the page cache."""
+    n_bytes = path.stat().st_size
+    fd = _open_past_cache(str(path), [])
+    try:
+        sizes = [size for size in READ_BYTES if size <= n_bytes // 2] or [4096]
+        rows = tuple((size, _read_speed(fd, size, IN_FLIGHT, n_bytes=n_bytes)) for size in sizes)
+        return Tier(n_bytes, rows[-1][1], rows, statistics.median(_read_times(fd, 4096, 200, n_bytes)))
+    finally:
+        os.close(fd)
+
+
 def _open_past_cache(name: str, notes: list[str]) -> int:
     try:
         return os.open(name, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
@@ -130,9 +142,9 @@ def _open_past_cache(name: str, notes: list[str]) -> int:
         return os.open(name, os.O_RDONLY)
 
 
-def _read_speed(fd: int, size: int, in_flight: int, shuffled: bool = True) -> float:
+def _read_speed(fd: int, size: int, in_flight: int, shuffled: bool = True, n_bytes: int = FILE_BYTES) -> float:
     """Bytes per second of reads of `size` bytes, by `in_flight` threads, each with its own share of the places."""
-    places = np.arange(0, FILE_BYTES - size + 1, size)
+    places = np.arange(0, max(n_bytes - size, 0) + 1, size)
     if shuffled:
         places = np.random.default_rng(size).permutation(places)
     shares = [places[i::in_flight].tolist() for i in range(in_flight)]
@@ -151,8 +163,8 @@ def _read_until(fd: int, size: int, places: Sequence[int], end: float) -> int:
     return 0
 
 
-def _read_times(fd: int, size: int, n: int) -> list[float]:
-    places = np.random.default_rng(1).integers(0, FILE_BYTES // size, n) * size
+def _read_times(fd: int, size: int, n: int, n_bytes: int = FILE_BYTES) -> list[float]:
+    places = np.random.default_rng(1).integers(0, max(n_bytes // size, 1), n) * size
     times = []
     with mmap(-1, size) as buffer:
         for place in places.tolist():

@@ -1,0 +1,370 @@
+#include "disk.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "huge_pages.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+namespace pi {
+
+namespace {
+
+constexpr uint64_t PAGE = 4096;
+constexpr uint32_t NOWHERE = UINT32_MAX;
+constexpr uint64_t STREAM_BYTES = 1 << 20;  // of one read in sequence
+constexpr uint64_t MERGE_BYTES =
+    16 << 10;  // a gap that costs less than another read: both measured in benchmarks/LOG.md
+constexpr uint64_t MOST_BYTES = 256 << 10;  // of a read of several neurons
+
+// The cache keeps what was asked for most, by counters that forget: a use adds ONE, and after every AGE_STEPS tokens an
+// eighth is taken off, so that they remember about WINDOW tokens. That is least-frequently-used with TinyLFU's ageing
+// and admission (Einziger, Friedman, Manes 2017): who comes takes a place only from one that counts less, so that what
+// passes once flushes nothing. Counters begin with what the calibration text says.
+constexpr uint32_t ONE = 256, AGE_STEPS = 16, WINDOW = 128;
+
+uint64_t page_up(uint64_t n) { return (n + PAGE - 1) / PAGE * PAGE; }
+uint64_t page_down(uint64_t n) { return n / PAGE * PAGE; }
+
+}  // namespace
+
+#if defined(__linux__)
+
+DiskTier::DiskTier(int fd, uint64_t data_offset, uint64_t file_bytes, uint32_t n_ff, const std::vector<Bundles>& layers,
+                   const Table& table, const pi_disk_params& params)
+    : n_ff_(n_ff),
+      data_offset_(data_offset),
+      n_transit_(params.n_transit),
+      table_(table),
+      reader_(Reader::open(fd, params.reader)) {
+    if (sysconf(_SC_PAGESIZE) != PAGE) throw Error(PI_ERROR_UNSUPPORTED, "a limit of memory needs pages of 4096 bytes");
+    uint64_t widest = 0, n_tables = 0, slots = 0, longest = 0;
+    for (const Bundles& b : layers) {
+        Layer& layer = layers_.emplace_back();
+        layer.offset = b.offset;
+        layer.stride = b.stride;
+        layer.tail_begin = page_up(b.offset + b.n_resident * b.stride);
+        uint64_t end = page_down(b.offset + n_ff * b.stride);
+        layer.tail_bytes = end > layer.tail_begin ? end - layer.tail_begin : 0;
+        if (layer.tail_bytes == 0) continue;
+        layer.n_resident = static_cast<uint32_t>((layer.tail_begin - b.offset) / b.stride);
+        layer.n_slots = std::min(params.n_slots, n_ff - b.n_resident);
+        slots += (layer.n_slots + 1) * b.stride;
+        longest = std::max(longest, layer.tail_bytes);
+        widest = std::max(widest, b.stride);
+        n_tables += 6 * uint64_t{n_ff} + 8 * layer.n_slots;
+    }
+    slots_bytes_ = page_up(slots + (n_transit_ + 1) * widest);
+    shared_bytes_ = std::max(slots_bytes_, longest);
+    landing_bytes_ = std::min(n_transit_ * (page_up(widest) + PAGE), longest + 2 * MAX_CHUNKS * PAGE);
+    if (holds_table()) rows_bytes_ = TABLE_ROWS * (page_up(table.row_bytes) + PAGE);
+    tables_bytes_ = n_tables + n_transit_ * (sizeof(Miss) + sizeof(Read)) + 8 * (n_transit_ + params.n_slots);
+    try {
+        map_memory(file_bytes, layers);
+        load(file_bytes);
+    } catch (...) {
+        reader_.reset();
+        if (arena_) munmap(arena_, arena_bytes_);
+        if (landing_) munmap(landing_, landing_bytes_);
+        if (rows_landing_) munmap(rows_landing_, rows_bytes_);
+        if (shared_ >= 0) close(shared_);
+        throw;
+    }
+    misses_.reserve(n_transit_);
+    reads_.reserve(n_transit_);
+    candidates_.reserve(n_transit_);
+    victims_.reserve(params.n_slots);
+}
+
+DiskTier::~DiskTier() {
+    reader_.reset();
+    munmap(arena_, arena_bytes_);
+    if (landing_) munmap(landing_, landing_bytes_);
+    if (rows_landing_) munmap(rows_landing_, rows_bytes_);
+    close(shared_);
+}
+
+void DiskTier::map_memory(uint64_t file_bytes, const std::vector<Bundles>& layers) {
+    auto map = [](void* at, uint64_t n, int flags, int fd) {
+        void* p = mmap(at, n, PROT_READ | PROT_WRITE, flags, fd, 0);
+        if (p == MAP_FAILED) throw Error(PI_ERROR_MEMORY, "cannot map " + std::to_string(n) + " bytes of memory");
+        return static_cast<uint8_t*>(p);
+    };
+    constexpr int PRIVATE = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    arena_begin_ = page_down(data_offset_);
+    uint64_t data_bytes = page_up(file_bytes) - arena_begin_;
+    shared_ = memfd_create("powerinfer", MFD_CLOEXEC);
+    if (shared_ < 0 || ftruncate(shared_, static_cast<off_t>(shared_bytes_)) != 0)
+        throw Error(PI_ERROR_MEMORY, "cannot make shared memory of " + std::to_string(shared_bytes_) + " bytes");
+    arena_bytes_ = data_bytes + std::max(shared_bytes_, PAGE);
+    arena_ = map(nullptr, arena_bytes_, PRIVATE, -1);
+    slots_ = arena_ + data_bytes;
+    if (shared_bytes_ > 0) map(slots_, shared_bytes_, MAP_SHARED | MAP_FIXED, shared_);
+    if (landing_bytes_ > 0) landing_ = map(nullptr, landing_bytes_, PRIVATE, -1);
+    if (rows_bytes_ > 0) rows_landing_ = map(nullptr, rows_bytes_, PRIVATE, -1);
+    weights_bytes_ = data_bytes;
+    for (auto [begin, n_bytes] : holes()) weights_bytes_ -= n_bytes;
+    uint8_t* at = slots_;
+    for (size_t i = 0; i < layers_.size(); i++) {
+        Layer& layer = layers_[i];
+        layer.base = memory_of(layers[i].offset);
+        if (layer.tail_bytes == 0) continue;
+        map(memory_of(layer.tail_begin), layer.tail_bytes, MAP_SHARED | MAP_FIXED, shared_);
+        auto place_from = [&](const uint8_t* p) {  // the first that begins there or later
+            return static_cast<uint32_t>((static_cast<uint64_t>(p - layer.base) + layer.stride - 1) / layer.stride);
+        };
+        layer.first_slot = place_from(at);
+        at += (layer.n_slots + 1) * layer.stride;
+        layer.place.assign(n_ff_, NOWHERE);
+        for (uint32_t n = 0; n < layer.n_resident; n++) layer.place[n] = n;
+        layer.uses.assign(n_ff_, 0);
+        layer.tenant.assign(layer.n_slots, NOWHERE);
+        layer.used_at.assign(layer.n_slots, 0);
+    }
+    for (Layer& layer : layers_)
+        if (layer.tail_bytes > 0)
+            layer.first_transit =
+                static_cast<uint32_t>((static_cast<uint64_t>(at - layer.base) + layer.stride - 1) / layer.stride);
+}
+
+// Reads [begin, end) of the file, pages or up to its end, in large pieces; streaming_ counts them down.
+void DiskTier::read_whole(uint64_t begin, uint64_t end, uint64_t file_bytes, uint8_t* to) {
+    for (uint64_t at = begin; at < end; at += STREAM_BYTES) {
+        uint64_t n = std::min(STREAM_BYTES, end - at), there = std::min(n, file_bytes - at);
+        stream_.push_back({at, static_cast<uint32_t>(n), static_cast<uint32_t>(there), to + (at - begin), &streaming_});
+    }
+}
+
+// What stays in the file: (begin, bytes) in its order, whole pages.
+std::vector<std::pair<uint64_t, uint64_t>> DiskTier::holes() const {
+    std::vector<std::pair<uint64_t, uint64_t>> found;
+    for (const Layer& layer : layers_)
+        if (layer.tail_bytes > 0) found.emplace_back(layer.tail_begin, layer.tail_bytes);
+    uint64_t begin = page_up(table_.offset), end = page_down(table_.offset + table_.n_bytes);
+    if (end > begin) found.emplace_back(begin, end - begin);
+    std::ranges::sort(found);
+    return found;
+}
+
+void DiskTier::load(uint64_t file_bytes) {
+    uint64_t at = arena_begin_;
+    for (auto [begin, n_bytes] : holes()) {
+        use_huge_pages(memory_of(at), begin - at);
+        read_whole(at, begin, file_bytes, memory_of(at));
+        at = begin + n_bytes;
+    }
+    read_whole(at, page_up(file_bytes), file_bytes, memory_of(at));
+    streaming_.store(static_cast<uint32_t>(stream_.size()));
+    reader_->submit(stream_.data(), stream_.size());
+    reader_->wait(streaming_);
+    stream_.clear();
+    reader_->check();
+}
+
+void DiskTier::expect(size_t il, const float* frequency) {
+    Layer& layer = layers_[il];
+    for (size_t i = 0; i < layer.uses.size(); i++)
+        layer.uses[i] = static_cast<uint16_t>(std::clamp(frequency[i], 0.0f, 1.0f) * (ONE * WINDOW));
+}
+
+void DiskTier::read_rows(const int32_t* ids, size_t n) {
+    uint64_t block = reader_->block(), used = 0;
+    std::vector<Read> reads;
+    std::atomic<uint32_t> pending{static_cast<uint32_t>(n)};
+    rows_.clear();
+    for (size_t k = 0; k < n; k++) {
+        uint64_t at = table_.offset + static_cast<uint64_t>(ids[k]) * table_.row_bytes, end = at + table_.row_bytes;
+        uint64_t begin = at / block * block, n_bytes = (end + block - 1) / block * block - begin;
+        reads.push_back({begin, static_cast<uint32_t>(n_bytes), static_cast<uint32_t>(end - begin),
+                         rows_landing_ + used, &pending});
+        rows_.push_back(rows_landing_ + used + (at - begin));
+        used += n_bytes;
+    }
+    reader_->submit(reads.data(), n);
+    reader_->wait(pending);
+    counts_.reads += n;
+    for (const Read& read : reads) counts_.bytes += read.n_bytes;
+}
+
+bool DiskTier::request(size_t il, std::span<const std::span<const uint32_t>> chunks) {
+    Layer& layer = layers_[il];
+    now_ = &layer;
+    layer.step++;
+    Counts found = count_uses(layer, chunks);
+    if (misses_.size() > n_transit_ || !plan_reads(layer)) return false;
+    admit(layer);
+    cached_ = true;
+    counts_.from_prefix += found.from_prefix;
+    counts_.from_cache += found.from_cache;
+    counts_.from_disk += misses_.size();
+    counts_.reads += reads_.size();
+    for (const Read& read : reads_) counts_.bytes += read.n_bytes;
+    reader_->submit(reads_.data(), reads_.size());
+    return true;
+}
+
+// misses_ = what is not in memory
+DiskTier::Counts DiskTier::count_uses(Layer& layer, std::span<const std::span<const uint32_t>> chunks) {
+    Counts found;
+    if (layer.step % AGE_STEPS == 0)
+        for (uint16_t& uses : layer.uses) uses = static_cast<uint16_t>(uses - uses * AGE_STEPS / WINDOW);
+    misses_.clear();
+    for (size_t c = 0; c < chunks.size(); c++) {
+        first_miss_[c] = misses_.size();
+        for (uint32_t i : chunks[c]) {
+            layer.uses[i] = static_cast<uint16_t>(std::min<uint32_t>(layer.uses[i] + ONE, UINT16_MAX));
+            uint32_t place = layer.place[i];
+            if (place < layer.n_resident) {
+                found.from_prefix++;
+            } else if (place != NOWHERE) {
+                found.from_cache++;
+                layer.used_at[place - layer.first_slot] = layer.step;
+            } else {
+                misses_.push_back({i, nullptr});
+            }
+        }
+    }
+    first_miss_[chunks.size()] = misses_.size();
+    for (size_t c = chunks.size(); c < MAX_CHUNKS; c++) first_miss_[c + 1] = misses_.size();
+    return found;
+}
+
+// reads_ = the misses' blocks, those of a chunk that lie close together in one; false where the landing is too small
+bool DiskTier::plan_reads(const Layer& layer) {
+    uint64_t block = reader_->block(), used = 0, spare = landing_bytes_;
+    auto first_block = [&](const Miss& m) { return (layer.offset + m.neuron * layer.stride) / block * block; };
+    auto end_block = [&](const Miss& m) {
+        return (layer.offset + (m.neuron + 1) * layer.stride + block - 1) / block * block;
+    };
+    for (size_t m = 0; m < misses_.size(); m++) {
+        uint64_t begin = first_block(misses_[m]), end = end_block(misses_[m]);
+        if (m > 0) begin = std::max(begin, std::min(end, end_block(misses_[m - 1])));
+        if (spare < end - begin) return false;
+        spare -= end - begin;
+    }
+    reads_.clear();
+    for (size_t c = 0; c < MAX_CHUNKS; c++) {
+        size_t first_read = reads_.size();
+        for (size_t m = first_miss_[c]; m < first_miss_[c + 1]; m++) {
+            uint64_t begin = first_block(misses_[m]), end = end_block(misses_[m]);
+            Read* last = reads_.size() > first_read ? &reads_.back() : nullptr;
+            uint64_t last_end = last ? last->offset + last->n_bytes : 0;
+            uint64_t gap = begin > last_end ? begin - last_end : 0;
+            if (last && gap <= std::min(MERGE_BYTES, spare) && end - last->offset <= MOST_BYTES) {
+                spare -= gap;
+                used += end - last_end;
+            } else if (used + end - begin > landing_bytes_) {
+                return false;
+            } else {
+                last = &reads_.emplace_back(Read{begin, 0, 0, landing_ + used, &pending_[c]});
+                used += end - begin;
+            }
+            uint64_t wanted_end = layer.offset + (misses_[m].neuron + 1) * layer.stride;
+            last->n_bytes = static_cast<uint32_t>(end - last->offset);
+            last->needed = static_cast<uint32_t>(wanted_end - last->offset);
+            misses_[m].from = last->to + (wanted_end - layer.stride - last->offset);
+        }
+        pending_[c].store(static_cast<uint32_t>(reads_.size() - first_read), std::memory_order_relaxed);
+    }
+    return true;
+}
+
+// Gives every miss a place: a slot of one that was asked for less and is not needed now, or one in transit.
+void DiskTier::admit(Layer& layer) {
+    victims_.clear();
+    candidates_.clear();
+    for (uint32_t s = 0; s < layer.n_slots; s++) {
+        uint32_t tenant = layer.tenant[s];
+        if (tenant == NOWHERE)
+            victims_.emplace_back(0, s);
+        else if (layer.used_at[s] != layer.step)
+            victims_.emplace_back(layer.uses[tenant], s);
+    }
+    for (uint32_t m = 0; m < misses_.size(); m++) {
+        candidates_.emplace_back(layer.uses[misses_[m].neuron], m);
+        layer.place[misses_[m].neuron] = layer.first_transit + m;
+    }
+    size_t n = std::min(victims_.size(), candidates_.size());
+    std::ranges::partial_sort(victims_, victims_.begin() + static_cast<std::ptrdiff_t>(n));
+    std::ranges::partial_sort(candidates_, candidates_.begin() + static_cast<std::ptrdiff_t>(n), [](auto& a, auto& b) {
+        return a.first != b.first ? a.first > b.first : a.second < b.second;
+    });
+    for (size_t i = 0; i < n && candidates_[i].first > victims_[i].first; i++) {
+        uint32_t neuron = misses_[candidates_[i].second].neuron, slot = victims_[i].second;
+        if (layer.tenant[slot] != NOWHERE) layer.place[layer.tenant[slot]] = NOWHERE;
+        layer.tenant[slot] = neuron;
+        layer.used_at[slot] = layer.step;
+        layer.place[neuron] = layer.first_slot + slot;
+    }
+}
+
+void DiskTier::bring(size_t chunk) {
+    reader_->wait(pending_[chunk]);
+    for (size_t m = first_miss_[chunk]; m < first_miss_[chunk + 1]; m++)
+        std::memcpy(now_->base + now_->place[misses_[m].neuron] * now_->stride, misses_[m].from, now_->stride);
+}
+
+void DiskTier::finish() {
+    for (const Miss& m : misses_)
+        if (now_->place[m.neuron] >= now_->first_transit) now_->place[m.neuron] = NOWHERE;
+    misses_.clear();
+    reader_->check();
+}
+
+// The shared memory is about to be overwritten.
+void DiskTier::forget() {
+    if (!cached_) return;
+    cached_ = false;
+    uint64_t longest = 0;
+    for (const Layer& layer : layers_) longest = std::max(longest, layer.tail_bytes);
+    for (Layer& layer : layers_)
+        for (uint32_t s = 0; s < layer.n_slots; s++) {
+            bool lost = layer.base + (layer.first_slot + s) * layer.stride < slots_ + longest;
+            if (!lost || layer.tenant[s] == NOWHERE) continue;
+            layer.place[layer.tenant[s]] = NOWHERE;
+            layer.tenant[s] = NOWHERE;
+        }
+    madvise(slots_, shared_bytes_, MADV_DONTNEED);  // this view only: a page counts once in the process's memory
+}
+
+void DiskTier::start_stream(size_t il) {
+    Layer& layer = layers_[il];
+    if (layer.tail_bytes == 0 || streamed_ == &layer) return;
+    forget();
+    streamed_ = &layer;
+    stream_.clear();
+    uint64_t end = layer.tail_begin + layer.tail_bytes;
+    read_whole(layer.tail_begin, end, end, memory_of(layer.tail_begin));
+    streaming_.store(static_cast<uint32_t>(stream_.size()));
+    counts_.streamed += layer.tail_bytes;
+    reader_->submit(stream_.data(), stream_.size());
+}
+
+void DiskTier::end_stream() {
+    reader_->wait(streaming_);
+    reader_->check();
+}
+
+void DiskTier::release(size_t il) {
+    const Layer& layer = layers_[il];
+    streamed_ = nullptr;
+    if (layer.tail_bytes > 0) madvise(memory_of(layer.tail_begin), layer.tail_bytes, MADV_DONTNEED);
+}
+
+#else
+
+DiskTier::DiskTier(int, uint64_t, uint64_t, uint32_t, const std::vector<Bundles>&, const Table&,
+                   const pi_disk_params&) {
+    throw Error(PI_ERROR_UNSUPPORTED, "a limit of memory needs Linux");
+}
+
+#endif
+
+DiskTier::Counts DiskTier::take_counts() { return std::exchange(counts_, {}); }
+
+}  // namespace pi

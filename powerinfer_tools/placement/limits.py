@@ -1,0 +1,184 @@
+"""Which neurons stay in memory where the weights are more than --ram allows; solved anew at each load, in milliseconds.
+
+What is counted: this process as it is, weights, KV cache and scratch of every context, and the disk tier's own memory.
+What then remains goes to neurons: the hottest of all layers stay, and a cache holds what the text at hand asks for.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer_tools.artifact.read import Artifact
+from powerinfer_tools.engine.engine import DiskLimits, Model, default_ctx, default_threads
+from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.placement.costs import BUNDLE, PAGE, DiskCosts, artifact_costs, disk_scratch_bytes
+
+SLACK = 24 << 20  # bytes: page tables, and what Python and its libraries still take
+CACHE_SHARE = 0.4  # of the memory for neurons, at least: measured in benchmarks/LOG.md
+HEADROOM, MARGIN = 1.5, 64  # neurons in transit: times what is expected, and more
+READ_EQUALS = 32 << 10  # bytes that a disk reads in sequence in the time that one more read takes
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A budget as it is spent, in bytes. limits: None where everything fits; contexts: KV cache and scratch."""
+
+    ram: int
+    process: int
+    weights: int
+    contexts: int
+    cache: int
+    beside: int
+    limits: DiskLimits | None
+
+    @property
+    def total(self) -> int:
+        return self.process + self.weights + self.contexts + self.cache + self.beside
+
+
+def open_within(
+    artifact: Artifact, ram: int | None, *, ctx_size: int | None = None, threads: int | None = None, contexts: int = 1
+) -> tuple[Model, Budget | None]:
+    """The model, within `ram` bytes together with so many contexts; ram None: all of it in memory, no budget."""
+    if ram is None:
+        return Model(artifact.path), None
+    ctx_size = ctx_size or default_ctx(artifact.config.n_ctx)
+    budget = fit(artifact, ram, ctx_size=ctx_size, threads=threads or default_threads(), contexts=contexts)
+    if budget.limits is not None:
+        _forget_cached(artifact.path)
+    return Model(artifact.path, budget.limits), budget
+
+
+def _forget_cached(path: Path) -> None:
+    """Drops what the page cache holds of a file: its header was read before, and counts as memory."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def process_bytes() -> int:
+    """What this process holds now, and SLACK."""
+    status = Path("/proc/self/statm")
+    pages = int(status.read_text().split()[1]) if status.exists() else 0
+    return pages * PAGE + SLACK
+
+
+def fit(
+    artifact: Artifact,
+    ram: int,
+    *,
+    ctx_size: int,
+    threads: int,
+    contexts: int = 1,
+    process: int | None = None,
+    cache_share: float = CACHE_SHARE,
+    reader: str = "best",
+) -> Budget:
+    """How an artifact runs within `ram` bytes, `contexts` of them at once. Errors: a budget that cannot do."""
+    config = artifact.config
+    biases = frozenset(name for name in artifact.file.tensors if name.endswith(".bias"))
+    costs = artifact_costs(
+        config, artifact.plans, quant=artifact.quant, biases=biases, ctx_size=ctx_size, threads=threads
+    )
+    one = costs.kv + costs.scratch
+    process = process_bytes() if process is None else process
+    disk = disk_costs(artifact)
+    whole = Budget(ram, process, disk.whole, contexts * one, 0, 0, None)
+    if whole.total <= ram:
+        return whole
+    beside = contexts * (one + disk_scratch_bytes(config, threads))
+    solver = _Solver(artifact, disk, cache_share)
+    limits = solver.solve(ram - process - beside)
+    if limits is None:
+        least = process + beside + solver.least()
+        raise PowerinferError(
+            f"--ram: expected at least {least} bytes ({least / 2**20:.1f} MiB), found {ram}: attention, KV cache, "
+            "scratch, what chooses neurons and one layer's neurons cannot stay on disk; "
+            "a shorter --ctx-size needs less",
+            "infeasible",
+        )
+    held = limits.resident, limits.slots, limits.transit
+    return Budget(
+        ram,
+        process,
+        disk.weights(limits.resident),
+        beside,
+        disk.cache(*held),
+        disk.beside(*held),
+        replace(limits, reader=reader),
+    )
+
+
+def disk_costs(artifact: Artifact) -> DiskCosts:
+    """The artifact's file as the disk tier sees it."""
+    config, file = artifact.config, artifact.file
+    tensors = [file.tensors[f"blk.{i}.{BUNDLE}"] for i in range(config.n_layer)]
+    bundles = tuple((tensor.offset, tensor.n_bytes // config.n_ff) for tensor in tensors)
+    table = None
+    if not config.tied:
+        embedding = file.tensors["token_embd.weight"]
+        table = (embedding.offset, embedding.n_bytes, embedding.n_bytes // config.n_vocab)
+    return DiskCosts(file.data_offset, file.n_bytes, config.n_ff, bundles, table)
+
+
+class _Solver:
+    def __init__(self, artifact: Artifact, disk: DiskCosts, cache_share: float) -> None:
+        self.disk, self.n_ff, self.cache_share = disk, artifact.config.n_ff, cache_share
+        self.sizes = np.array([size for _, size in disk.bundles])
+        self.asked = np.stack([artifact.frequency(i) for i in range(artifact.config.n_layer)]).astype(np.float64)
+        for i, always in enumerate(artifact.always):
+            self.asked[i, :always] = 1.0
+        value = self.asked * ((self.sizes + READ_EQUALS) / self.sizes)[:, None]  # time that a byte spares the disk
+        self.layers = np.argsort(-value, axis=None, kind="stable") // self.n_ff
+        self.bytes = np.cumsum(self.sizes[self.layers])
+
+    def solve(self, room: int) -> DiskLimits | None:
+        """The longest prefixes with which everything fits into `room` bytes, beside a cache of its share."""
+        low, high, found = 0, room, None
+        for _ in range(40):
+            middle = (low + high) // 2
+            limits = self._limits(middle, room)
+            if limits is None:
+                high = middle
+            else:
+                low, found = middle, limits
+        return found or self._limits(0, room)
+
+    def least(self) -> int:
+        """The smallest room with which there is an answer."""
+        resident = [0] * len(self.sizes)
+        return self.disk.total(resident, 0, self._transit(resident))
+
+    def _limits(self, prefix_bytes: int, room: int) -> DiskLimits | None:
+        """Prefixes of so many bytes, and a cache of what they leave; None where it is less than its share."""
+        resident = self._hottest(prefix_bytes)
+        transit = self._transit(resident)
+        fixed = self.disk.total(resident, 0, transit) - self.disk.cache(resident, 0, transit)
+        cache = room - fixed
+        if cache < self.disk.cache(resident, 0, transit) or cache < self.cache_share * (cache + prefix_bytes):
+            return None
+        low, high = 0, self.n_ff
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.disk.total(resident, middle, transit) <= room
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return DiskLimits(tuple(resident), low, transit)
+
+    def _hottest(self, n_bytes: int) -> list[int]:
+        """Neurons of each layer: of all layers those that spare the disk most."""
+        n = int(np.searchsorted(self.bytes, n_bytes, side="right"))
+        return [int(k) for k in np.bincount(self.layers[:n], minlength=len(self.sizes))]
+
+    def _transit(self, resident: Sequence[int]) -> int:
+        """Neurons that a layer may read for one token."""
+        expected = max(float(row[k:].sum()) for row, k in zip(self.asked, resident, strict=True))
+        return min(int(HEADROOM * expected) + MARGIN, self.n_ff - min(resident))
+
+
+def expected_reads(artifact: Artifact, resident: npt.ArrayLike) -> float:
+    """Neurons on disk that a token asks for, by the calibration text."""
+    return float(sum(artifact.frequency(i)[k:].sum(dtype=np.float64) for i, k in enumerate(np.asarray(resident))))
