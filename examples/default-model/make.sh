@@ -26,7 +26,7 @@ base=$("$bin/python" -m powerinfer_tools.default_model base)
 corpus=("$work"/texts/{sotu,factbook,factbook,jargon,jargon}.txt)
 if [ ! -e "$work/sparse" ]; then
     "$bin/powerinfer" sparsify "$base" "${corpus[@]/#/--corpus=}" --self-generate 150000 --chat-share 0.25 \
-        --active 0.368 --rank 48 --lr 2e-3 --tokens 1600000 -o "$work/sparse"
+        --active 0.368 --rank 48 --lr 2e-3 --tokens 1150000 -o "$work/sparse"
 fi
 cp "$work/sparse.patch.safetensors" $here/smollm2-135m-sparse.patch.safetensors
 sha256sum $here/smollm2-135m-sparse.patch.safetensors  # PATCH_SHA256 in powerinfer_tools/default_model.py
