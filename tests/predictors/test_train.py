@@ -140,7 +140,8 @@ def test_silu_without_a_cut_is_refused(tmp_path):
 def test_cut_silu_is_predicted(tmp_path):
     folder = planted.set_activation(planted.make_low_rank(tmp_path / "model"), "silu")
     cut = profiled(open_checkpoint(folder), tmp_path, seed=1, sparsity=0.8)
-    predictors = train(open_checkpoint(folder), cut, tmp_path / "p", progress=silent)
+    anything = {"top1": 0.0, "perplexity": 1e9}  # random weights have no answers to keep
+    predictors = train(open_checkpoint(folder), cut, tmp_path / "p", **anything, progress=silent)
     assert predictors.plans[0].mode == MODE_PREDICTOR
     for figures in predictors.figures:
         assert figures["active"] == pytest.approx(0.2, abs=0.03)
