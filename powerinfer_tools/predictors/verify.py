@@ -5,6 +5,7 @@ there drowns all the others, which the next layer's norm scales up. So whole win
 with the predictors.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from powerinfer_tools.predictors.fit import Network
 from powerinfer_tools.progress import Progress
 from powerinfer_tools.reference.norm import load_norm
 
+LOGIT_VALUES = 1 << 25  # held at once, of each run
+LAST = -100  # stands for what comes after a window
 SAFETY = 0.8  # of what is left to lose, by the estimate from what was measured
 
 
@@ -67,8 +70,9 @@ def verify(
 
     Of layers that together change too much, those that shift the next layer's input most go first.
     """
-    exact, _ = _streams(checkpoint, tokens, {}, show)
     kept = dict(screens)
+    if kept:
+        exact, _ = _streams(checkpoint, tokens, {}, show)
     while kept:
         predicted, shifts = _streams(checkpoint, tokens, kept, show)
         loss = _compare(checkpoint, tokens, exact, predicted)
@@ -108,12 +112,15 @@ def _streams(
 
 
 def _compare(checkpoint: Checkpoint, tokens: Tensor, exact: Tensor, predicted: Tensor) -> Loss:
-    same = n = 0
-    rise = 0.0  # nats, over all tokens that are predicted from others
-    for ids, *streams in zip(tokens, exact, predicted, strict=True):
+    same, rise = 0, 0.0  # nats, over all tokens that are predicted from others
+    following = tokens.roll(-1, dims=1)
+    following[:, -1] = LAST
+    step = max(1, LOGIT_VALUES // checkpoint.config.n_vocab)
+    parts = (torch.split(x.flatten(0, 1), step) for x in (exact, predicted, following))
+    for *streams, ids in zip(*parts, strict=True):
         before, after = reference.logits(checkpoint, torch.stack(streams))
         same += int((before.argmax(-1) == after.argmax(-1)).sum())
-        rise += float(cross_entropy(after[:-1], ids[1:], reduction="sum"))
-        rise -= float(cross_entropy(before[:-1], ids[1:], reduction="sum"))
-        n += len(ids) - 1
-    return Loss(tokens.numel(), same / tokens.numel(), float(torch.tensor(rise / max(n, 1)).expm1()))
+        for sign, found in ((1, after), (-1, before)):
+            rise += sign * float(cross_entropy(found, ids, reduction="sum", ignore_index=LAST))
+    n_foreseen = tokens.numel() - len(tokens)
+    return Loss(tokens.numel(), same / tokens.numel(), math.expm1(rise / max(n_foreseen, 1)))
