@@ -38,7 +38,7 @@ def eval(
 NAMES = {
     "sparse": "sparse, as it runs",
     "dense": "dense, all neurons",
-    "uncut": "the model before its activation was cut",
+    "uncut": "the same weights, activation not cut",
 }
 
 

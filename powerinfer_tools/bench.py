@@ -74,8 +74,9 @@ def bench(
         )
     ids = _prompt(artifact, text, prompt_tokens)
     ctx_size, threads = len(ids) + n_tokens, threads or default_threads()
-    disk = measure_file(path) if ram is not None else None
-    machine = _measure(threads, disk, CEILING_BYTES if ram is None else min(CEILING_BYTES, ram // 4))
+    machine = None
+    if ram is not None:  # now, as memory is free: beside the weights there may be no room for what is read
+        machine = _measure(threads, measure_file(path), min(CEILING_BYTES, ram // 4))
     runs: list[Timed] = []
     start = time.perf_counter()
     model, budget = open_within(artifact, ram, ctx_size=ctx_size, threads=threads)
@@ -89,9 +90,11 @@ def bench(
                     engine.truncate(0)
                 runs.append(_run(engine, ids, n_tokens))
             report("bench, runs", i + 1, repeats)
+    peak = peak_rss_bytes()  # before memory is measured, which takes a large buffer
+    machine = machine or _measure(threads, None, CEILING_BYTES)
     return {
         **_document(artifact, mode, machine, len(ids), runs, budget),
-        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_rss_bytes": peak,
         "first_token_s": first_token_s,
     }
 

@@ -1,12 +1,15 @@
 """The documents of bench and eval: their fields, and that their numbers are those of the run."""
 
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from powerinfer_tools.bench import bench
+from powerinfer_tools.bench import CEILING_BYTES, bench
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.native import measure_memory
 from powerinfer_tools.errors import PowerinferError
@@ -46,6 +49,14 @@ def test_bench_counts_what_it_ran(folder: Path) -> None:
     assert sum(part["bytes"] for part in parts) == pytest.approx(found["bytes_per_token"])
     assert all(part["ms"] >= 0 for part in parts)
     assert 0 < found["active_ratio"] < 1
+
+
+def test_peak_memory_is_that_of_running_not_of_measuring_the_machine(folder: Path) -> None:
+    words = [sys.executable, "-m", "powerinfer_tools.cli.main", "bench", str(folder / "exact.gguf")]
+    run = subprocess.run(
+        [*words, "--prompt-tokens", "16", "--decode-tokens", "8", "--json"], check=True, capture_output=True, text=True
+    )
+    assert json.loads(run.stdout)["peak_rss_bytes"] < CEILING_BYTES / 4
 
 
 def test_bench_refuses_what_it_cannot_run(folder: Path) -> None:
