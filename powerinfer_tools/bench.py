@@ -250,7 +250,7 @@ def predicted_seconds(artifact: Artifact, machine: Machine, ctx_size: int, limit
 
 
 def peak_rss_bytes() -> int:
-    """The most memory that this process held. On Linux from VmHWM: ru_maxrss counts the process that started it, too."""
+    """The most memory that this process held. On Linux from VmHWM: ru_maxrss counts the parent, too."""
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
