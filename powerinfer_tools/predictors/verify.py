@@ -19,7 +19,7 @@ from powerinfer_tools.predictors.fit import Network
 from powerinfer_tools.progress import Progress
 from powerinfer_tools.reference.norm import load_norm
 
-LOGIT_VALUES = 1 << 25  # held at once, of each run
+LOGIT_VALUES = 1 << 23  # held at once, of each run
 LAST = -100  # stands for what comes after a window
 SAFETY = 0.8  # of what is left to lose, by the estimate from what was measured
 
@@ -88,27 +88,32 @@ def _streams(
     checkpoint: Checkpoint, tokens: Tensor, screens: Mapping[int, Screen], show: Progress
 ) -> tuple[Tensor, dict[int, float]]:
     """The stream [b, n, n_embd] after the last layer, and by how much each screen shifts what the next layer sees."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    n_layer = checkpoint.config.n_layer
     hidden, shifts = reference.embed(checkpoint, tokens), {}
-    for i in range(n_layer):
-        layer = reference.load_layer(checkpoint, i, device)
-        following = load_norm(checkpoint, f"blk.{i + 1}.attn_norm" if i + 1 < n_layer else "output_norm", device)
-        shift = 0.0
-        for b, window in enumerate(hidden):
-            stream = layer.attention(window[None].to(device))
-            x = layer.ffn_input(stream)
-            h = layer.ffn.neurons(x)
-            after = stream + linear(h, layer.ffn.down, layer.ffn.down_bias)
-            if i in screens:
-                seen = following(after)
-                after = stream + linear(h * screens[i].passes(x), layer.ffn.down, layer.ffn.down_bias)
-                shift += float((following(after) - seen).square().sum() / seen.square().sum())
-            hidden[b] = after[0].to(hidden.device)
+    for i in range(checkpoint.config.n_layer):
+        shift = _pass_layer(checkpoint, i, hidden, screens.get(i))
         if i in screens:
             shifts[i] = shift
-        show("verify, layers", i + 1, n_layer)
+        show("verify, layers", i + 1, checkpoint.config.n_layer)
     return hidden, shifts
+
+
+def _pass_layer(checkpoint: Checkpoint, i: int, hidden: Tensor, screen: Screen | None) -> float:
+    """Moves the stream behind layer i, which is in memory no longer than that; returns the screen's shift."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layer = reference.load_layer(checkpoint, i, device)
+    following = "output_norm" if i + 1 == checkpoint.config.n_layer else f"blk.{i + 1}.attn_norm"
+    norm, shift = load_norm(checkpoint, following, device), 0.0
+    for b, window in enumerate(hidden):
+        stream = layer.attention(window[None].to(device))
+        x = layer.ffn_input(stream)
+        h = layer.ffn.neurons(x)
+        after = stream + linear(h, layer.ffn.down, layer.ffn.down_bias)
+        if screen is not None:
+            seen = norm(after)
+            after = stream + linear(h * screen.passes(x), layer.ffn.down, layer.ffn.down_bias)
+            shift += float((norm(after) - seen).square().sum() / seen.square().sum())
+        hidden[b] = after[0].to(hidden.device)
+    return shift
 
 
 def _compare(checkpoint: Checkpoint, tokens: Tensor, exact: Tensor, predicted: Tensor) -> Loss:
