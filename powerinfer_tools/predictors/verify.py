@@ -20,6 +20,7 @@ from powerinfer_tools.progress import Progress
 from powerinfer_tools.reference.norm import load_norm
 
 LOGIT_VALUES = 1 << 23  # held at once, of each run
+POSITIONS = 128  # whose neurons are computed at once
 LAST = -100  # stands for what comes after a window
 SAFETY = 0.8  # of what is left to lose, by the estimate from what was measured
 
@@ -104,15 +105,16 @@ def _pass_layer(checkpoint: Checkpoint, i: int, hidden: Tensor, screen: Screen |
     following = "output_norm" if i + 1 == checkpoint.config.n_layer else f"blk.{i + 1}.attn_norm"
     norm, shift = load_norm(checkpoint, following, device), 0.0
     for b, window in enumerate(hidden):
-        stream = layer.attention(window[None].to(device))
-        x = layer.ffn_input(stream)
-        h = layer.ffn.neurons(x)
-        after = stream + linear(h, layer.ffn.down, layer.ffn.down_bias)
-        if screen is not None:
-            seen = norm(after)
-            after = stream + linear(h * screen.passes(x), layer.ffn.down, layer.ffn.down_bias)
-            shift += float((norm(after) - seen).square().sum() / seen.square().sum())
-        hidden[b] = after[0].to(hidden.device)
+        stream = layer.attention(window[None].to(device))[0]
+        for part, place in zip(torch.split(stream, POSITIONS), torch.split(hidden[b], POSITIONS), strict=True):
+            x = layer.ffn_input(part)
+            h = layer.ffn.neurons(x)
+            after = part + linear(h, layer.ffn.down, layer.ffn.down_bias)
+            if screen is not None:
+                seen = norm(after)
+                after = part + linear(h * screen.passes(x), layer.ffn.down, layer.ffn.down_bias)
+                shift += float((norm(after) - seen).square().sum() / seen.square().sum())
+            place.copy_(after)
     return shift
 
 
