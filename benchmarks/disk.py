@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.cgroup import run_limited
 from benchmarks.llamacpp import llama_bench
-from benchmarks.report import machine
+from benchmarks.report import machine, write_document
 from benchmarks.shapes import SHAPES, write_plain, write_shape
 
 CACHE = Path(".cache")
@@ -199,11 +199,7 @@ def main() -> None:
         shares = given.shares or [*(share for model, share in TARGETS if model == name), 1.0, 1.1]
         found += lines(bench, name, shares, given.folder, given.keep)
     say(markdown(found))
-    text = json.dumps({"machine": machine({}), "lines": found}, indent=2)
-    if given.output:
-        given.output.write_text(text + "\n")
-    else:
-        print(text)
+    write_document({"machine": machine({}), "lines": found}, given.output)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the runs found: the table in Markdown, and everything as one JSON document."""
 
+import json
 import os
 import platform
 import statistics
@@ -120,3 +121,12 @@ def processor() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor()
+
+
+def write_document(document: dict[str, Any], output: Path | None) -> None:
+    """As JSON to the file, or to stdout where there is none."""
+    text = json.dumps(document, indent=1)
+    if output:
+        output.write_text(text + "\n")
+    else:
+        print(text)

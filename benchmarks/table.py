@@ -15,7 +15,6 @@ layers. Progress and the table (Markdown) go to stderr, the JSON document to std
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.default import write_requantised, write_uncut
 from benchmarks.llamacpp import INSTRUCTIONS, PACKAGE, VERSION, llama_bench
 from benchmarks.peers import Figures, ours, theirs, warm
-from benchmarks.report import Findings, Line, Target, document, markdown
+from benchmarks.report import Findings, Line, Target, document, markdown, write_document
 from benchmarks.shapes import SHAPES, Shape, decode_bytes, write_plain, write_shape
 from powerinfer_tools.default_model import default_base
 from powerinfer_tools.engine.native import KERNELS as NUMBERS
@@ -269,11 +268,7 @@ def main() -> None:
         "kernels": kernels(NUMBERS[bench.kernels]),
         "llama.cpp": "as given" if given.llama_bench else f"{PACKAGE} {VERSION}",
     }
-    text = json.dumps(how | document(bench.findings), indent=1)
-    if given.output:
-        given.output.write_text(text + "\n")
-    else:
-        print(text)
+    write_document(how | document(bench.findings), given.output)
 
 
 if __name__ == "__main__":
