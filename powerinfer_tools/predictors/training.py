@@ -165,7 +165,7 @@ def _verified(
             always[torch.from_numpy(activations.order(i)[: layer.header["plan"]["always"]].copy())] = True
             screens[i] = Screen(Network(w_in, w_out, bias, relu), always)
     tokens = torch.from_numpy(activations.held_out()).long()
-    kept, loss = verify(checkpoint, tokens, screens, Tolerance(top1, perplexity), show)
+    kept, loss = verify(checkpoint, tokens, screens, Tolerance(top1, perplexity), show, _device())
     for i in screens.keys() - set(kept):
         layers[i].header["plan"] = asdict(LayerPlan(MODE_GATE))
         layers[i].header["figures"]["mode"] = MODE_NAMES[MODE_GATE]

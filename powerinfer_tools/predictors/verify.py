@@ -65,7 +65,12 @@ class Screen:
 
 @torch.inference_mode()
 def verify(
-    checkpoint: Checkpoint, tokens: Tensor, screens: Mapping[int, Screen], tolerance: Tolerance, show: Progress
+    checkpoint: Checkpoint,
+    tokens: Tensor,
+    screens: Mapping[int, Screen],
+    tolerance: Tolerance,
+    show: Progress,
+    device: str = "cpu",
 ) -> tuple[list[int], Loss]:
     """Which layers may keep their predictor, and the loss with these; tokens: [b, n], screens: by layer.
 
@@ -73,9 +78,9 @@ def verify(
     """
     kept = dict(screens)
     if kept:
-        exact, _ = _streams(checkpoint, tokens, {}, show)
+        exact, _ = _streams(checkpoint, tokens, {}, show, device)
     while kept:
-        predicted, shifts = _streams(checkpoint, tokens, kept, show)
+        predicted, shifts = _streams(checkpoint, tokens, kept, show, device)
         loss = _compare(checkpoint, tokens, exact, predicted)
         if loss.within(tolerance):
             return sorted(kept), loss
@@ -86,21 +91,20 @@ def verify(
 
 
 def _streams(
-    checkpoint: Checkpoint, tokens: Tensor, screens: Mapping[int, Screen], show: Progress
+    checkpoint: Checkpoint, tokens: Tensor, screens: Mapping[int, Screen], show: Progress, device: str
 ) -> tuple[Tensor, dict[int, float]]:
     """The stream [b, n, n_embd] after the last layer, and by how much each screen shifts what the next layer sees."""
     hidden, shifts = reference.embed(checkpoint, tokens), {}
     for i in range(checkpoint.config.n_layer):
-        shift = _pass_layer(checkpoint, i, hidden, screens.get(i))
+        shift = _pass_layer(checkpoint, i, hidden, screens.get(i), device)
         if i in screens:
             shifts[i] = shift
         show("verify, layers", i + 1, checkpoint.config.n_layer)
     return hidden, shifts
 
 
-def _pass_layer(checkpoint: Checkpoint, i: int, hidden: Tensor, screen: Screen | None) -> float:
+def _pass_layer(checkpoint: Checkpoint, i: int, hidden: Tensor, screen: Screen | None, device: str) -> float:
     """Moves the stream behind layer i, which is in memory no longer than that; returns the screen's shift."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     layer = reference.load_layer(checkpoint, i, device)
     following = "output_norm" if i + 1 == checkpoint.config.n_layer else f"blk.{i + 1}.attn_norm"
     norm, shift = load_norm(checkpoint, following, device), 0.0
