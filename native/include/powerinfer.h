@@ -85,7 +85,8 @@ typedef struct {
         seconds_sync;
     uint64_t bytes_attention, bytes_predictor, bytes_gate, bytes_updown, bytes_head;
     /* With a disk tier. seconds_disk: waiting for it, of decode. Neurons of layers that have some on disk, as decode
-     * asked for them, by where they were; reads and bytes of these reads, and the bytes of whole layers in sequence. */
+     * asked for them, by where they were; reads and bytes of these reads, and the bytes of what was read in sequence:
+     * whole layers, and what fills the cache. */
     double seconds_disk;
     uint64_t neurons_prefix, neurons_cache, neurons_disk;
     uint64_t disk_reads, disk_bytes, stream_bytes;

@@ -28,6 +28,7 @@ void Session::prefill(const int32_t* tokens, size_t n, float* logits_out) {
         forward_batch(tokens + done, m, false, nullptr);
         if (done + m == n) output_head(&b_hidden_[(m - 1) * model.config.n_embd]);
     }
+    if (model.disk) model.disk->fill();  // streaming took some of the cache
     stats.n_prefill += n;
     if (logits_out && n > 0) std::memcpy(logits_out, logits.data(), logits.bytes());
 }

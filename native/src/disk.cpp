@@ -303,6 +303,48 @@ void DiskTier::admit(Layer& layer) {
     }
 }
 
+void DiskTier::fill() {
+    if (filled_) return;
+    filled_ = cached_ = true;
+    for (Layer& layer : layers_)
+        if (layer.tail_bytes > 0) fill(layer);
+    misses_.clear();
+    reader_->check();
+}
+
+void DiskTier::fill(Layer& layer) {
+    std::vector<uint32_t> slots, neurons;
+    for (uint32_t s = 0; s < layer.n_slots; s++)
+        if (layer.tenant[s] == NOWHERE) slots.push_back(s);
+    for (uint32_t i = layer.n_resident; i < n_ff_; i++)
+        if (layer.place[i] == NOWHERE) neurons.push_back(i);
+    std::ranges::stable_sort(neurons, [&](uint32_t a, uint32_t b) { return layer.uses[a] > layer.uses[b]; });
+    neurons.resize(std::min(neurons.size(), slots.size()));
+    std::ranges::sort(neurons);
+    for (size_t begin = 0; begin < neurons.size(); begin += n_transit_) {
+        size_t n = std::min<size_t>(n_transit_, neurons.size() - begin);
+        read_to_slots(layer, {&neurons[begin], n}, &slots[begin]);
+    }
+}
+
+// neurons: ascending, no more than may be in transit
+void DiskTier::read_to_slots(Layer& layer, std::span<const uint32_t> neurons, const uint32_t* slots) {
+    misses_.clear();
+    for (uint32_t i : neurons) misses_.push_back({i, nullptr});
+    first_miss_.fill(misses_.size());
+    first_miss_[0] = 0;
+    if (!plan_reads(layer)) return;
+    for (const Read& read : reads_) counts_.streamed += read.n_bytes;
+    reader_->submit(reads_.data(), reads_.size());
+    reader_->wait(pending_[0]);
+    for (size_t m = 0; m < misses_.size(); m++) {
+        uint32_t place = layer.first_slot + slots[m];
+        std::memcpy(layer.base + place * layer.stride, misses_[m].from, layer.stride);
+        layer.tenant[slots[m]] = neurons[m];
+        layer.place[neurons[m]] = place;
+    }
+}
+
 void DiskTier::bring(size_t chunk) {
     reader_->wait(pending_[chunk]);
     for (size_t m = first_miss_[chunk]; m < first_miss_[chunk + 1]; m++)
@@ -319,7 +361,7 @@ void DiskTier::finish() {
 // The shared memory is about to be overwritten.
 void DiskTier::forget() {
     if (!cached_) return;
-    cached_ = false;
+    cached_ = filled_ = false;
     uint64_t longest = 0;
     for (const Layer& layer : layers_) longest = std::max(longest, layer.tail_bytes);
     for (Layer& layer : layers_)

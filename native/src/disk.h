@@ -55,6 +55,7 @@ class DiskTier {
     bool request(size_t il, std::span<const std::span<const uint32_t>> chunks);
     void bring(size_t chunk);  // waits until the chunk's neurons are in their places; from any thread, once a chunk
     void finish();
+    void fill();  // empty slots take those neurons that are asked for most
 
     void start_stream(size_t il);  // reads the tail to its natural place; nothing where it is on its way already
     void end_stream();             // waits for it
@@ -103,6 +104,8 @@ class DiskTier {
     Counts count_uses(Layer& layer, std::span<const std::span<const uint32_t>> chunks);
     bool plan_reads(const Layer& layer);
     void admit(Layer& layer);
+    void fill(Layer& layer);
+    void read_to_slots(Layer& layer, std::span<const uint32_t> neurons, const uint32_t* slots);
     void forget();
 
     uint32_t n_ff_;
@@ -132,6 +135,7 @@ class DiskTier {
     std::atomic<uint32_t> streaming_{0};
     Layer* streamed_ = nullptr;
     bool cached_ = false;  // whether slots hold anything
+    bool filled_ = false;  // whether all have been filled since some were last lost
     Counts counts_;
     std::unique_ptr<Reader> reader_;  // last: ends before what it reads to
 };

@@ -90,6 +90,17 @@ def test_neurons_that_stay_are_not_read(models: Path) -> None:
     assert stats.disk_reads == len(PROMPT) + 1  # rows of the embedding
 
 
+def test_a_prompt_leaves_a_full_cache(models: Path) -> None:
+    path = models / "llama-predictor-q8_0.gguf"
+    with Engine(Model(path, DiskLimits((0, 40, 200), 352, 100)), ctx_size=64) as engine:
+        engine.prefill(PROMPT)
+        for token in TOKENS:
+            engine.decode(token)
+        stats = engine.stats()
+    assert stats.neurons_disk == 0
+    assert stats.neurons_cache > 0
+
+
 def test_engines_of_one_model_share_its_cache(models: Path) -> None:
     path = models / "llama-predictor-f16.gguf"
     model = Model(path, DiskLimits((0, 0, 0), 352, 352))
