@@ -118,5 +118,7 @@ def write_shard(path: Path, shapes: Shapes, rng: np.random.Generator) -> int:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as name:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.gettempdir())
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
         sys.exit(main(Path(name)))
