@@ -18,7 +18,7 @@ from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement.costs import BUNDLE, PAGE, DiskCosts, artifact_costs, disk_scratch_bytes
 
 SLACK = 24 << 20  # bytes: page tables, and what Python and its libraries still take
-CACHE_SHARE = 0.4  # of the memory for neurons, at least: measured in benchmarks/LOG.md
+CACHE_SHARE = 0.4  # of the memory for neurons, where more than that is left on disk: measured in benchmarks/LOG.md
 HEADROOM, MARGIN = 1.5, 64  # neurons in transit: times what is expected, and more
 READ_EQUALS = 32 << 10  # bytes that a disk reads in sequence in the time that one more read takes
 
@@ -159,7 +159,9 @@ class _Solver:
         transit = self._transit(resident)
         fixed = self.disk.total(resident, 0, transit) - self.disk.cache(resident, 0, transit)
         cache = room - fixed
-        if cache < self.disk.cache(resident, 0, transit) or cache < self.cache_share * (cache + prefix_bytes):
+        share = self.cache_share * (cache + prefix_bytes)
+        left = int(self.bytes[-1]) - cache - prefix_bytes  # on disk only: what a cache could exchange for what it holds
+        if cache < max(self.disk.cache(resident, 0, transit), min(share, left)):
             return None
         low, high = 0, self.n_ff
         while low < high:

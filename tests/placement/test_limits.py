@@ -72,6 +72,15 @@ def test_the_neurons_that_fire_most_stay(artifact: Artifact) -> None:
     assert 0 < expected_reads(artifact, limits.resident) < expected_reads(artifact, np.zeros(16, int))
 
 
+def test_where_little_is_left_on_disk_the_cache_is_small(artifact: Artifact) -> None:
+    for missing in (1, 1 << 18):
+        limits = fit(artifact, whole(artifact) - missing, **HOW).limits
+        assert limits is not None
+        on_disk = sum(max(0, 1600 - k - limits.slots) for k in limits.resident)
+        cached = sum(min(limits.slots, 1600 - k) for k in limits.resident)
+        assert cached <= on_disk
+
+
 def test_a_larger_cache_leaves_shorter_prefixes(artifact: Artifact) -> None:
     small, large = (fit(artifact, whole(artifact) - (4 << 20), cache_share=x, **HOW).limits for x in (0.1, 0.8))
     assert small is not None
