@@ -91,6 +91,8 @@ def shape_config(shape: Shape) -> Config:
         tied=shape.tied,
         rope=Rope(inv_freq.astype(np.float32)) if llama else None,
         thresholds=(0.0,) * shape.n_layer,
+        norm="rms" if llama else "layer",
+        learned_positions=not llama,
     )
 
 

@@ -217,6 +217,8 @@ def _config(file: GgufFile, keys: _Keys) -> Config:
         tied=keys.of(layout.KEY_TIED, bool),
         rope=_rope(file, keys) if arch == "llama" else None,
         thresholds=keys.thresholds(layout.KEY_THRESHOLDS, n_layer),
+        norm="layer" if arch == "opt" else "rms",
+        learned_positions=arch == "opt",
     )
     if config.n_head % config.n_head_kv:
         raise keys.fail(f"{arch}.attention.head_count_kv", f"a divisor of {config.n_head}", config.n_head_kv)

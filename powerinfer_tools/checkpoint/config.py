@@ -10,6 +10,7 @@ ACTIVATIONS = ("relu", "relu2", "fatrelu", "drelu", "silu")
 silu with t > 0: silu(g) where |silu(g)| >= t, else 0 (the cut activation)."""
 
 ARCHITECTURES = ("llama", "opt")
+NORMS = ("rms", "layer")
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,29 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Of a layer's neurons, only those of the chosen experts take part: each of n experts has n_ff / n of them.
+
+    gating: softmax over the chosen experts' logits, or their sigmoids, made to sum to 1; routed_by: what the router
+    sees, the normalised FFN input or the stream before attention.
+    """
+
+    n: int
+    n_used: int
+    gating: str
+    routed_by: str
+
+
+@dataclass(frozen=True)
 class Config:
-    """Sizes in elements. `thresholds` has one activation threshold a layer (0 where there is none)."""
+    """What a model computes; `arch` names its family and decides nothing. Sizes in elements.
+
+    thresholds: one activation threshold a layer (0 where there is none); norm: RMSNorm or LayerNorm with bias;
+    learned_positions: a row for each is added to the embedding; parallel: the FFN reads the layer's input, as attention
+    does; qk_norm: queries and keys of each head are RMS-normalised after rotation, without weights; sub_norms: so are
+    attention's heads before the output matrix and the FFN's neurons before down; softcap: logits become
+    softcap * tanh(logits / softcap), 0: they stay; rotary: which layers rotate, () for all where there is a rope.
+    """
 
     arch: str
     name: str
@@ -43,6 +65,14 @@ class Config:
     tied: bool
     rope: Rope | None
     thresholds: tuple[float, ...]
+    norm: str = "rms"
+    learned_positions: bool = False
+    parallel: bool = False
+    qk_norm: bool = False
+    sub_norms: bool = False
+    softcap: float = 0.0
+    rotary: tuple[bool, ...] = ()
+    experts: Experts | None = None
 
     def with_thresholds(self, thresholds: tuple[float, ...]) -> "Config":
         """The same model with its activation cut at one threshold a layer."""

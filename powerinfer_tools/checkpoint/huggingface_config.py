@@ -149,5 +149,7 @@ def _opt(fields: Fields, name: str) -> tuple[Config, tuple[str, ...]]:
         tied=fields.flag("tie_word_embeddings", True),
         rope=None,
         thresholds=(0.0,) * n_layer,
+        norm="layer",
+        learned_positions=True,
     )
     return config, (*ATTENTION, *FFN[1:]) if fields.flag("enable_bias", True) else ()
