@@ -47,6 +47,7 @@ class DrawnPredictors:
     digest: str = "b" * 64
     path: Path = Path("drawn.predictors")
     relu: bool = False
+    input: str = "ffn_input"
     figures: list[dict[str, Any]] = field(default_factory=list)
 
     def weights(self, i: int) -> tuple[npt.NDArray[np.float32], ...]:

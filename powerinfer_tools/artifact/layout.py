@@ -28,7 +28,8 @@ The row that decides whether a neuron fires is the gate row of a gated FFN and t
 bundle has the others (rows = 2: up, down; or 1: down).
 
 logits of the predictor: W_out . relu(W_in . x) + bias where `powerinfer.predictor_relu` is true, else
-W_out . (W_in . x) + bias; x is the normalised FFN input.
+W_out . (W_in . x) + bias; x is what `powerinfer.predictor_input` says: `ffn_input`, normalised, or `stream`, what the
+FFN's norm takes.
 """
 
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ KEY_THRESHOLDS = "powerinfer.activation_threshold"  # float32 [n_layer]
 KEY_MODES = "powerinfer.ffn_mode"  # int32 [n_layer]: 1 gate, 2 predictor
 KEY_ALWAYS = "powerinfer.always"  # int32 [n_layer]: stored neurons [0, always) are computed unasked
 KEY_PREDICTOR_RELU = "powerinfer.predictor_relu"  # bool
+KEY_PREDICTOR_INPUT = "powerinfer.predictor_input"  # string, one of PREDICTOR_INPUTS
 KEY_ROPE_SCALE = "powerinfer.rope_scale"  # float32
 KEY_TIED = "powerinfer.tied"  # bool
 KEY_QUANT = "powerinfer.quant"  # string, what was asked for
@@ -61,6 +63,8 @@ KEY_PLACEMENT_RAM = "powerinfer.placement.ram"  # int32 [n_layer]: k2
 
 MODE_GATE, MODE_PREDICTOR = 1, 2
 MODE_NAMES = {MODE_GATE: "gate", MODE_PREDICTOR: "predictor"}
+
+INPUT_FFN, INPUT_STREAM = PREDICTOR_INPUTS = ("ffn_input", "stream")
 
 BLOCK = {"f32": (1, 4), "f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18), "i32": (1, 4)}
 """type: (elements of a block, bytes of a block)."""

@@ -35,6 +35,7 @@ class Artifact:
     quant: str
     plans: list[LayerPlan]
     predictor_relu: bool
+    predictor_input: str
     placement: tuple[list[int], list[int]] | None
     tokenizer_json: str
     chat_template: str | None
@@ -102,6 +103,7 @@ def open_artifact(path: Path) -> Artifact:
         quant=keys.choice(layout.KEY_QUANT, layout.QUANTS),
         plans=_plans(file, keys, config),
         predictor_relu=keys.of(layout.KEY_PREDICTOR_RELU, bool),
+        predictor_input=keys.choice(layout.KEY_PREDICTOR_INPUT, layout.PREDICTOR_INPUTS),
         placement=_placement(keys, config),
         tokenizer_json=keys.of(layout.KEY_TOKENIZER, str),
         chat_template=keys.of(layout.KEY_TEMPLATE, str) if layout.KEY_TEMPLATE in file.metadata else None,

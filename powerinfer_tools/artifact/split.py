@@ -55,7 +55,7 @@ def split(
         checkpoint,
         plans,
         quant,
-        predictors.relu if predictors is not None else False,
+        predictors,
         (placement.vram, placement.ram) if placement is not None else None,
         describe(checkpoint, activations, predictors, placement, plans, {"quant": quant, **(arguments or {})}),
     )

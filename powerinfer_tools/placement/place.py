@@ -89,9 +89,9 @@ def place(
 
 
 def let_through(plans: Sequence[LayerPlan], figures: Sequence[dict[str, Any]]) -> list[float]:
-    """Neurons that each layer's predictor lets through for one that fires, from what training measured."""
+    """Neurons that each layer's predictor lets through for one that fires, from what training measured; 1 if nothing."""
     return [
-        figure["predicted"] / figure["active"] if plan.mode == MODE_PREDICTOR and figure["active"] > 0 else 1.0
+        figure["predicted"] / figure["active"] if plan.mode == MODE_PREDICTOR and figure.get("active", 0) > 0 else 1.0
         for plan, figure in zip(plans, figures, strict=True)
     ]
 
