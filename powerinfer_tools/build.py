@@ -18,7 +18,8 @@ from powerinfer_tools.activations import (
 )
 from powerinfer_tools.artifact import Artifact, open_artifact, split
 from powerinfer_tools.artifact.layout import MODE_GATE, MODE_PREDICTOR, LayerPlan, tensor_table
-from powerinfer_tools.checkpoint import Checkpoint, Config, PwriCheckpoint, open_checkpoint
+from powerinfer_tools.checkpoint import Checkpoint, Config, open_checkpoint
+from powerinfer_tools.checkpoint.pwri_checkpoint import PwriCheckpoint
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.files import check_writable, locked, sha256_file
 from powerinfer_tools.placement import (
@@ -53,8 +54,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Source:
-    """What a build is made from. counts: a folder of firing counts, instead of a corpus; pretrained: predictors that are
-    taken over, instead of trained ones; both are the first PowerInfer's."""
+    """What a build is made from. counts: a folder of firing counts, instead of a corpus; pretrained: predictors to be
+    taken over, instead of trained ones; both are the first PowerInfer's.
+    """
 
     checkpoint: Checkpoint
     corpus: list[Path]

@@ -9,7 +9,7 @@ from powerinfer_tools.activations.file import KIND, Activations, read_activation
 from powerinfer_tools.checkpoint.source import Checkpoint
 from powerinfer_tools.checkpoint.torch_file import array_of, read_torch
 from powerinfer_tools.errors import PowerinferError
-from powerinfer_tools.files import sha256_bytes, sha256_file, write_table
+from powerinfer_tools.files import Array, sha256_bytes, sha256_file, write_table
 
 NUMBER_BYTES = 8  # of the widest type that counts are saved in
 MOST = 10**6  # what the largest share becomes, where counts were divided by something
@@ -38,7 +38,7 @@ def take_counts(checkpoint: Checkpoint, folder: Path, output: Path, force: bool 
         "window": 0,
         "thresholds": list(config.thresholds),
     }
-    arrays = {"positions": np.empty(0, np.int64), "held_out": np.empty((0, 1), np.int32)}
+    arrays: dict[str, Array] = {"positions": np.empty(0, np.int64), "held_out": np.empty((0, 1), np.int32)}
     for i, layer in enumerate(counts):
         arrays[f"counts.{i}"] = layer
         arrays[f"inputs.{i}"] = np.empty((0, config.n_embd), np.float16)

@@ -9,7 +9,6 @@ q and k rows are in the half-split rotary layout.
 
 from powerinfer_tools.checkpoint.config import Config, Rope
 from powerinfer_tools.checkpoint.patch import Merged, merge
-from powerinfer_tools.checkpoint.pwri_checkpoint import PwriCheckpoint
 from powerinfer_tools.checkpoint.source import Checkpoint, check_finite, open_checkpoint
 
-__all__ = ["Checkpoint", "Config", "Merged", "PwriCheckpoint", "Rope", "check_finite", "merge", "open_checkpoint"]
+__all__ = ["Checkpoint", "Config", "Merged", "Rope", "check_finite", "merge", "open_checkpoint"]

@@ -13,7 +13,7 @@ from powerinfer_tools.checkpoint.gguf_file import GgufFile, raw_rows, read_gguf
 from powerinfer_tools.checkpoint.gguf_tokenizer import read_special, rebuild_tokenizer
 from powerinfer_tools.checkpoint.huggingface_tokenizer import TEMPLATE_LIMIT
 from powerinfer_tools.checkpoint.source import Checkpoint, FloatArray, check_rows
-from powerinfer_tools.checkpoint.sources import Rows, check_stored
+from powerinfer_tools.checkpoint.sources import Reading, Rows, check_stored
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.families.registry import by_architecture
 
@@ -26,11 +26,10 @@ class GgufCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, activation: str | None = None) -> None:
         self.path, self.notes = path, []
-        self._file = read_gguf(path, strict=False)
+        self._file = self._open()
         header = _read_header(self._file, activation, self.notes)
         fields = header.fields
-        architecture = fields.text("general.architecture")
-        reading = by_architecture()[architecture].gguf[architecture](header)
+        reading = self._reading(header)
         self.config, self._sources = reading.config, reading.sources
         self._shapes = {name: source.shape for name, source in reading.sources.items()}
         found = {name: tensor.shape[::-1] for name, tensor in self._file.tensors.items()}
@@ -43,6 +42,14 @@ class GgufCheckpoint(Checkpoint):
         self.metadata["name"] = self.config.name
         if not self.special["eos"]:
             self.notes.append("no end-of-text token is recorded: answers end at the token limit")
+
+    def _open(self) -> GgufFile:
+        return read_gguf(self.path, strict=False)
+
+    def _reading(self, header: Header) -> Reading:
+        """What the family of the file's architecture makes of it."""
+        architecture = header.fields.text("general.architecture")
+        return by_architecture()[architecture].gguf[architecture](header)
 
     def names(self) -> frozenset[str]:
         return frozenset(self._shapes)

@@ -100,6 +100,12 @@ def read_gguf(path: Path, strict: bool, magic: bytes = GGUF) -> GgufFile:
         raise PowerinferError(f"{path}: cannot be read: {error.strerror or error}", "io") from error
 
 
+def is_pwri(path: Path) -> bool:
+    """Whether the file is a model of the first PowerInfer, by its first bytes."""
+    with path.open("rb") as file:
+        return file.read(len(PWRI)) == PWRI
+
+
 def raw_rows(file: GgufFile, name: str, rows: slice | None = None) -> npt.NDArray[np.uint8]:
     """Rows of a tensor as stored, uint8 [rows, bytes of a row], from a memory map. Errors: no such tensor."""
     tensor = file.tensors.get(name)
@@ -148,7 +154,7 @@ class _Reader:
         found = self.data[:4]
         if found == PWRI != self.magic:
             found_is = "expected an artifact, found a model of the first PowerInfer"
-            self.fail(f"{found_is}; convert it with: powerinfer build {self.path} -o NEW.gguf", "mismatch")
+            self.fail(f"{found_is}; convert it with: powerinfer build {self.path} -o NEW.gguf")
         if found != self.magic:
             self.fail(f"expected a {self.magic.decode()} file, found one that begins with {found!r}")
         self.position = 4

@@ -1,9 +1,12 @@
 """OPT: LayerNorm, learned positions, a plain FFN with ReLU."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.checkpoint.fields import Fields
+from powerinfer_tools.checkpoint.gguf_config import Header, gguf_sources, read_gguf_config
 from powerinfer_tools.checkpoint.huggingface_config import name_sources, read_layers, their_name
 from powerinfer_tools.checkpoint.sources import Reading, picked
 from powerinfer_tools.checkpoint.tensors import ATTENTION, FFN
@@ -78,4 +81,14 @@ def _check_variant(fields: Fields, n_embd: int) -> None:
         raise fields.unsupported("activation_function", "relu")
 
 
-FAMILY = Family(name="opt", models={"opt": "OPTForCausalLM"}, folder=_folder)
+def _gguf(header: Header) -> Reading:
+    """llama.cpp has no OPT; the first PowerInfer does, and counts the rows before position 0 as context."""
+    plain = read_gguf_config(header, "opt", "relu", gated=False, norm="layer")
+    n_rows = plain.n_ctx
+    config = replace(plain, n_ctx=n_rows - OFFSET, rope=None, learned_positions=True)
+    sources, ours = gguf_sources(header, config), "position_embd.weight"
+    sources[ours] = picked(ours, (n_rows, config.n_embd), np.arange(config.n_ctx) + OFFSET)
+    return Reading(config, sources)
+
+
+FAMILY = Family(name="opt", models={"opt": "OPTForCausalLM"}, folder=_folder, gguf={"opt": _gguf})

@@ -89,7 +89,7 @@ def place(
 
 
 def let_through(plans: Sequence[LayerPlan], figures: Sequence[dict[str, Any]]) -> list[float]:
-    """Neurons that each layer's predictor lets through for one that fires, from what training measured; 1 if nothing."""
+    """Neurons that each layer's predictor lets through for one that fires, as training measured it; else 1."""
     return [
         figure["predicted"] / figure["active"] if plan.mode == MODE_PREDICTOR and figure.get("active", 0) > 0 else 1.0
         for plan, figure in zip(plans, figures, strict=True)

@@ -20,9 +20,10 @@ class Predictors:
     """One plan a layer, and for layers in mode predictor its weights.
 
     relu: logits = w_out . relu(w_in . x) + bias, else w_out . (w_in . x) + bias; input: what x is, one of
-    layout.PREDICTOR_INPUTS; quant: the type that the weights are rounded to; figures: what was measured of each layer on held-out samples, as `train` describes it; loss: what they
-    change in the whole model on held-out windows: tokens, top1 (share that keeps its likeliest next token), perplexity
-    (relative rise), dropped (layers that changed too much and were put in gate mode).
+    layout.PREDICTOR_INPUTS; quant: the type that the weights are rounded to; figures: what was measured of each layer
+    on held-out samples, as `train` describes it; loss: what they change in the whole model on held-out windows: tokens,
+    top1 (share that keeps its likeliest next token), perplexity (relative rise), dropped (layers that changed too much
+    and were put in gate mode).
     """
 
     path: Path

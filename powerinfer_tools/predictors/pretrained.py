@@ -122,8 +122,8 @@ def _read_layer(path: Path, config: Config) -> Layer:
     if not isinstance(state, dict) or set(state) != {"fc1.weight", "fc2.weight"}:
         found = ", ".join(map(str, list(state)[:4])) if isinstance(state, dict) else type(state).__name__
         raise PowerinferError(f"{path}: expected fc1.weight and fc2.weight, found {found}", "mismatch")
-    shape = getattr(state["fc1.weight"], "shape", ())
-    rank = int(shape[0]) if len(shape) == 2 else 1
+    shape: tuple[int, ...] = tuple(getattr(state["fc1.weight"], "shape", ()))
+    rank = shape[0] if len(shape) == 2 else 1
     fc1 = array_of(path, "fc1.weight", state["fc1.weight"], (rank, config.n_embd))
     fc2 = array_of(path, "fc2.weight", state["fc2.weight"], (config.n_ff, rank))
     return fc1.astype(np.float32), fc2.astype(np.float32)
