@@ -19,6 +19,7 @@ TEXTS = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
+CONVERTED = ("tokenizer.model", "added_tokens.json")  # what a folder without tokenizer.json has
 OPT_OFFSET = 2  # the family's position p lies in row p + 2
 
 LLAMA = {
@@ -87,7 +88,8 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def digest(self) -> str:
         digest = hashlib.sha256()
-        texts = [self.path / name for name in TEXTS if (self.path / name).is_file()]
+        names = TEXTS if (self.path / "tokenizer.json").is_file() else TEXTS + CONVERTED
+        texts = [self.path / name for name in names if (self.path / name).is_file()]
         for path in texts + weight_files(self.path):
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
             with path.open("rb") as file:
