@@ -37,10 +37,8 @@ def convert_sentencepiece(path: Path) -> str:
         types = [int(piece.get(3, [NORMAL])[-1]) for piece in pieces]
     except (LookupError, ValueError, TypeError, struct.error) as error:
         raise PowerinferError(f"{path}: expected a SentencePiece model, found {error!r}", "malformed") from error
-    if trainer.get(3, [1])[-1] != BPE:
-        raise PowerinferError(
-            f"{path}: model_type: expected {BPE}, BPE, found {trainer.get(3, [1])[-1]}", "unsupported"
-        )
+    if (kind := trainer.get(3, [1])[-1]) != BPE:
+        raise PowerinferError(f"{path}: model_type: expected {BPE}, BPE, found {kind}", "unsupported")
     added = _added(path.parent, len(tokens))
     values = {
         "model": "llama",

@@ -1,4 +1,4 @@
-"""tokenizer.model, written here field by field as sentencepiece_model.proto numbers them, cuts text as its GGUF does."""
+"""tokenizer.model, written field by field as sentencepiece_model.proto numbers them, cuts text as its GGUF does."""
 
 import json
 import struct

@@ -20,7 +20,7 @@ Mlp = Callable[[Weights, str, Tensor, Tensor], Tensor]  # weights, "model.layers
 def decode(
     folder: Path, tokens: Tensor, mlp: Mlp, *, embedding: float = 1.0, residual: float = 1.0, logit: float = 1.0
 ) -> Tensor:
-    """Token ids [n] -> logits [n, n_vocab]. The embedding, every branch and the last norm are multiplied by a number."""
+    """Token ids [n] -> logits [n, n_vocab]. Embedding, branches and last norm are multiplied by a number."""
     config, weights = read_config(folder), load_file(folder / "model.safetensors")
     eps, embed = config["rms_norm_eps"], weights["model.embed_tokens.weight"]
     stream = embedding * embed[tokens]

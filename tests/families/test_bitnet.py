@@ -1,4 +1,4 @@
-"""BitNet b1.58: the float model against transformers, and the releases whose weights are made ternary or come packed."""
+"""BitNet b1.58: the float model against transformers, and the releases of ternary weights, to be made or packed."""
 
 import tracemalloc
 from pathlib import Path
