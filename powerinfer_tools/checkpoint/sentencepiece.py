@@ -35,7 +35,7 @@ def convert_sentencepiece(path: Path) -> str:
         tokens = [piece[1][-1].decode() for piece in pieces]
         scores = [struct.unpack("<f", piece.get(2, [bytes(4)])[-1])[0] for piece in pieces]
         types = [int(piece.get(3, [NORMAL])[-1]) for piece in pieces]
-    except (LookupError, ValueError, TypeError, struct.error) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, struct.error) as error:
         raise PowerinferError(f"{path}: expected a SentencePiece model, found {error!r}", "malformed") from error
     if (kind := trainer.get(3, [1])[-1]) != BPE:
         raise PowerinferError(f"{path}: model_type: expected {BPE}, BPE, found {kind}", "unsupported")

@@ -80,6 +80,7 @@ def test_a_folder_without_tokenizer_json(tmp_path: Path) -> None:
         (b"\x80" * 12, "a number that does not end"),
         (varint(1 << 3) + varint(5), "TypeError"),
         (message(1, message(1, b"\xff")), "UnicodeDecodeError"),
+        (message(1, varint(1 << 3) + varint(5)), "AttributeError"),
         (message(1, message(1, b"a") + message(2, b"abc")), "error"),
     ],
 )
