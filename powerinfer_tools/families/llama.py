@@ -62,17 +62,17 @@ def read_llama_config(fields: Fields, name: str) -> Config:
 def _folder(fields: Fields, name: str, notes: list[str]) -> Reading:
     kind = fields.text("model_type")
     config = read_llama_config(fields, name)
-    config = replace(config, n_ctx=_window(fields, kind, config.n_ctx, notes))
+    slides = {"llama": False, "mistral": True, "qwen2": fields.flag("use_sliding_window", False)}[kind]
+    config = replace(config, n_ctx=read_window(fields, config.n_ctx, notes)) if slides else config
     biased = {"qwen2": ATTENTION[:3], "mistral": ()}.get(kind)
     return Reading(config, name_sources(config, read_biases(fields) if biased is None else biased, NAMES))
 
 
-def _window(fields: Fields, kind: str, n_ctx: int, notes: list[str]) -> int:
+def read_window(fields: Fields, n_ctx: int, notes: list[str]) -> int:
     """The context within which sliding-window attention sees everything, so that it is plain attention."""
-    slides = {"llama": False, "mistral": True, "qwen2": fields.flag("use_sliding_window", False)}[kind]
-    if not slides or fields.values.get("sliding_window", 4096) is None:
+    if fields.values.get("sliding_window", 4096) is None:
         return n_ctx
-    window = fields.integer("sliding_window", 4096)  # the default of both families
+    window = fields.integer("sliding_window", 4096)  # the default of all families that have it
     if window < n_ctx:
         notes.append(f"context limited to {window} positions, the sliding window of its attention")
     return min(n_ctx, window)
