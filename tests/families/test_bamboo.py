@@ -62,5 +62,5 @@ def test_predictors_are_left_out_and_it_says_so(tmp_path: Path) -> None:
 def test_refuses_what_is_not_drelu(tmp_path: Path) -> None:
     folder = make_bamboo(tmp_path)
     edit(folder / "config.json", hidden_act="silu")
-    with pytest.raises(PowerinferError, match="hidden_act: expected relu or drelu, found 'silu'"):
+    with pytest.raises(PowerinferError, match="hidden_act: expected one of relu, drelu, found 'silu'"):
         open_checkpoint(folder)
