@@ -50,6 +50,37 @@ def drawn_config(**fields: Any) -> Config:
     return replace(PLAIN, **{"thresholds": (0.0,) * n_layer, **fields})
 
 
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "layer norm": {"norm": "layer"},
+    "learned positions": {"learned_positions": True, "rope": None, "gated": False},
+    "parallel": {"parallel": True},
+    "qk norm": {"qk_norm": True},
+    "sub norms": {"sub_norms": True, "activation": "relu2"},
+    "softcap": {"softcap": 2.5},
+    "partial rotary": {"rope": rope_of(6, scale=1.3)},
+    "backwards": {"rope": rope_of(16, backwards=True)},
+    "some layers rotate": {"n_layer": 12, "rotary": tuple(i % 4 != 3 for i in range(12))},
+    "none rotates": {"rope": None},
+    "all": {
+        "n_layer": 12,
+        "n_embd": 72,
+        "n_ff": 161,
+        "n_head": 6,
+        "head_dim": 20,
+        "norm": "layer",
+        "parallel": True,
+        "qk_norm": True,
+        "sub_norms": True,
+        "softcap": 4.0,
+        "rope": rope_of(12, backwards=True, scale=0.8),
+        "rotary": tuple(i != 5 for i in range(12)),
+        "tied": True,
+    },
+}
+"""What a Config can say of a layer, each alone and together: fields for drawn_config."""
+
+
 class DrawnCheckpoint(Checkpoint):
     """Random weights for `config`; biases: the parts of a layer that have one."""
 

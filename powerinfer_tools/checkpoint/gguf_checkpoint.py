@@ -31,6 +31,7 @@ class GgufCheckpoint(Checkpoint):
         fields = header.fields
         reading = self._reading(header)
         self.config, self._sources = reading.config, reading.sources
+        self._activation = activation or self.config.activation
         self._shapes = {name: source.shape for name, source in reading.sources.items()}
         found = {name: tensor.shape[::-1] for name, tensor in self._file.tensors.items()}
         check_stored(path, reading.sources, found, (*reading.unused, ROPE_FACTORS))
@@ -59,7 +60,7 @@ class GgufCheckpoint(Checkpoint):
         return self._sources[name].read(self._read_rows, np.arange(begin, end))
 
     def digest(self) -> str:
-        digest = hashlib.sha256(f"activation {self.config.activation}\n".encode())
+        digest = hashlib.sha256(f"activation {self._activation}\n".encode())
         with self.path.open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)

@@ -75,7 +75,7 @@ class PwriCheckpoint(GgufCheckpoint):
             sources[f"{b}.ffn_down.weight"] = _transposed(f"{b}.ffn_down_t.weight", shape)
             if f"{b}.ffn_down_t.bias" in header.file.tensors:
                 sources[f"{b}.ffn_down.bias"] = stored(f"{b}.ffn_down_t.bias", shape[1:])
-        return replace(reading, sources=sources, unused=(*reading.unused, ".fc1.weight", ".fc2.weight"))
+        return replace(reading, sources=sources, unused={**reading.unused, ".fc1.weight": "", ".fc2.weight": ""})
 
     def _predictor_shapes(self, i: int) -> dict[str, tuple[int, int]]:
         rank, config = self._rank(i), self.config
@@ -113,9 +113,6 @@ def _as_llama_cpp_says(fields: Fields) -> dict[str, Any]:
         keys.setdefault(*OPT_EPS)
     if keys.get("tokenizer.ggml.model") == "gpt2":
         keys.setdefault("tokenizer.ggml.pre", "gpt-2")  # there was no other
-    if arch == "bamboo":  # llama but for its activation
-        keys = {f"llama{key[len(arch) :]}" if key.startswith("bamboo.") else key: keys[key] for key in keys}
-        keys["general.architecture"] = "llama"
     return keys
 
 
