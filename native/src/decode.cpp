@@ -35,8 +35,7 @@ void Session::decode(int32_t token, float* logits_out) {
         normalise(layer.attn_norm, hidden_.data(), x_.f.data());
         if (parallel_blocks) std::copy_n(hidden_.data(), model.config.n_embd, entry_.data());
         attention(layer, il);
-        normalise(layer.ffn_norm, parallel_blocks ? entry_.data() : hidden_.data(), x_.f.data());
-        ffn(layer, il);
+        ffn(layer, il, parallel_blocks ? entry_.data() : hidden_.data());
     }
     if (model.disk) collect_disk_counts();
     position++;
@@ -142,25 +141,35 @@ void Session::attention(const Layer& layer, size_t il) {
     stats.bytes_attention += 2 * sizeof(uint16_t) * c.kv_dim() * (position + 1);
 }
 
-// hidden += ffn(x), x in x_
-void Session::ffn(const Layer& layer, size_t il) {
-    Vector x = quantised(x_, model.config.n_embd), rank{};
-    if (asks(layer)) {
-        Linear in{layer.predictor->in, nullptr};
-        project(PREDICTOR, {{&in, rank_.f.data()}}, x);
-        size_t n = in.rows.n_rows;
-        if (model.config.predictor_relu)
-            for (size_t i = 0; i < n; i++) rank_.f[i] = rank_.f[i] <= 0 ? 0 : rank_.f[i];
-        rank = quantised(rank_, n);
-        const Rows& out = layer.predictor->out;
-        stats.bytes_predictor += n * in.rows.row_size() + out.n_rows * (out.row_size() + sizeof(float));
+// hidden += ffn(normalised stream)
+void Session::ffn(const Layer& layer, size_t il, const float* stream) {
+    const Config& c = model.config;
+    Vector rank{};
+    if (asks(layer) && c.predictor_on_stream) {
+        std::copy_n(stream, c.n_embd, x_.f.data());
+        rank = foresee(layer, quantised(x_, c.n_embd));
     }
+    normalise(layer.ffn_norm, stream, x_.f.data());
+    Vector x = quantised(x_, c.n_embd);
+    if (asks(layer) && !c.predictor_on_stream) rank = foresee(layer, x);
     if (model.disk && model.disk->holds(il))
         ffn_from_disk(layer, il, x, rank);
     else
         ffn_chunks(layer, x, rank);
     sum_chunks(layer);
     collect_counts(layer);
+}
+
+// The predictor's hidden layer of x, in rank_
+Vector Session::foresee(const Layer& layer, Vector x) {
+    Linear in{layer.predictor->in, nullptr};
+    project(PREDICTOR, {{&in, rank_.f.data()}}, x);
+    size_t n = in.rows.n_rows;
+    if (model.config.predictor_relu)
+        for (size_t i = 0; i < n; i++) rank_.f[i] = rank_.f[i] <= 0 ? 0 : rank_.f[i];
+    const Rows& out = layer.predictor->out;
+    stats.bytes_predictor += n * in.rows.row_size() + out.n_rows * (out.row_size() + sizeof(float));
+    return quantised(rank_, n);
 }
 
 // partial_ = what each chunk of neurons adds
