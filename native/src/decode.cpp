@@ -147,11 +147,15 @@ void Session::ffn(const Layer& layer, size_t il, const float* stream) {
     Vector rank{};
     if (asks(layer) && c.predictor_on_stream) {
         std::copy_n(stream, c.n_embd, x_.f.data());
-        rank = foresee(layer, quantised(x_, c.n_embd));
+        rank = predictor_rank(*layer.predictor, quantised(x_, c.n_embd));
     }
     normalise(layer.ffn_norm, stream, x_.f.data());
     Vector x = quantised(x_, c.n_embd);
-    if (asks(layer) && !c.predictor_on_stream) rank = foresee(layer, x);
+    if (asks(layer) && !c.predictor_on_stream) rank = predictor_rank(*layer.predictor, x);
+    if (asks(layer)) {
+        const auto& [in, out, bias] = *layer.predictor;
+        stats.bytes_predictor += in.n_rows * in.row_size() + out.n_rows * (out.row_size() + sizeof(float));
+    }
     if (model.disk && model.disk->holds(il))
         ffn_from_disk(layer, il, x, rank);
     else
@@ -160,15 +164,13 @@ void Session::ffn(const Layer& layer, size_t il, const float* stream) {
     collect_counts(layer);
 }
 
-// The predictor's hidden layer of x, in rank_
-Vector Session::foresee(const Layer& layer, Vector x) {
-    Linear in{layer.predictor->in, nullptr};
+// The predictor's hidden layer, in rank_.
+Vector Session::predictor_rank(const Predictor& predictor, Vector x) {
+    Linear in{predictor.in, nullptr};
     project(PREDICTOR, {{&in, rank_.f.data()}}, x);
     size_t n = in.rows.n_rows;
     if (model.config.predictor_relu)
         for (size_t i = 0; i < n; i++) rank_.f[i] = rank_.f[i] <= 0 ? 0 : rank_.f[i];
-    const Rows& out = layer.predictor->out;
-    stats.bytes_predictor += n * in.rows.row_size() + out.n_rows * (out.row_size() + sizeof(float));
     return quantised(rank_, n);
 }
 

@@ -120,7 +120,7 @@ class Session {
     void project(Part part, std::initializer_list<Job> jobs, Vector x);
     void attention(const Layer& layer, size_t il);
     void ffn(const Layer& layer, size_t il, const float* stream);
-    Vector foresee(const Layer& layer, Vector x);
+    Vector predictor_rank(const Predictor& predictor, Vector x);
     void ffn_chunks(const Layer& layer, Vector x, Vector rank);
     void ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w);
     void ffn_from_disk(const Layer& layer, size_t il, Vector x, Vector rank);

@@ -101,7 +101,9 @@ def test_what_is_no_count_is_refused_in_one_line(name: str, tmp_path: Path) -> N
 def test_code_is_not_run(tmp_path: Path) -> None:
     write_counts(tmp_path / "activation", N_LAYER, N_FF)
     torch.save(Code(tmp_path / "run"), tmp_path / "activation" / "activation_3.pt")
-    with pytest.raises(PowerinferError, match=r"activation_3.pt: expected tensors as torch.save writes them and no code"):
+    with pytest.raises(
+        PowerinferError, match=r"activation_3.pt: expected tensors as torch.save writes them and no code"
+    ):
         taken(tmp_path / "activation")
     assert not (tmp_path / "run").exists()
 

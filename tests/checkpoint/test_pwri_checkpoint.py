@@ -66,7 +66,9 @@ def test_inspect_lists_it(tmp_path: Path) -> None:
 
 def test_an_artifact_is_asked_for_and_the_way_to_one_named(tmp_path: Path) -> None:
     path = Model().write(tmp_path / "old.gguf")
-    with pytest.raises(PowerinferError, match=rf"first PowerInfer; convert it with: powerinfer build {path} -o NEW.gguf"):
+    with pytest.raises(
+        PowerinferError, match=rf"first PowerInfer; convert it with: powerinfer build {path} -o NEW.gguf"
+    ):
         open_artifact(path)
 
 
