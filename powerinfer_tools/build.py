@@ -104,17 +104,21 @@ def build(
     force: bool = False,
     progress: Progress | None = None,
     report: Callable[[Stage], None] = lambda stage: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Artifact:
     """Makes the artifact `output` from the checkpoint `model`, with what `patch` changes of it, and returns it.
 
     A killed build goes on where it stopped; an artifact of the same recipe is left as it is. The files between the
     stages lie in a hidden folder until the artifact is done; with `keep`, beside it, as output.activations, .predictors
-    and .placement. quant auto: q8_0 below 10^9 parameters, else q4_0. report is called after each stage.
+    and .placement. quant auto: q8_0 below 10^9 parameters, else q4_0. report is called after each stage,
+    note with what a user should know of the checkpoint.
     counts, instead of a corpus, and pretrained predictors are the first PowerInfer's: a PWRI file's own are taken where
     none are named, and quant auto keeps its type.
     Errors: those of the stages; `output`, or with `keep` a file of a stage, is of another recipe and not `force`.
     """
     checkpoint = open_checkpoint(model, activation, patch)
+    for text in checkpoint.notes:
+        note(text)
     source = _source(checkpoint, corpus, counts, pretrained)
     if quant == "auto":
         quant = kept_quant(checkpoint) or default_quant(checkpoint.config)
