@@ -153,7 +153,9 @@ def test_a_second_build_does_nothing_and_another_is_told(tmp_path: Path) -> None
 
 
 def test_nothing_to_count_by_is_told(tmp_path: Path) -> None:
-    with pytest.raises(PowerinferError, match=r"expected --corpus FILE.* or --counts FOLDER.*found neither, and no folder"):
+    with pytest.raises(
+        PowerinferError, match=r"expected --corpus FILE.* or --counts FOLDER.*found neither, and no folder"
+    ):
         converted(Model(), tmp_path, [])
 
 
