@@ -1,7 +1,6 @@
 """Every structural field of Config in the native engine: against the reference, and against itself."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
