@@ -13,9 +13,8 @@ def make_arcee(folder: Path, **shape: Any) -> Path:
     """Arcee AFM: make_llama's shapes without a gate, relu2."""
     folder = make_llama(folder, activation="relu2", **shape)
     tensors = {name: array for name, array in load_file(folder / "model.safetensors").items() if "gate" not in name}
-    return rewrite(
-        folder, read_config(folder) | {"architectures": ["ArceeForCausalLM"], "model_type": "arcee"}, tensors
-    )
+    config = read_config(folder) | {"architectures": ["ArceeForCausalLM"], "model_type": "arcee"}
+    return rewrite(folder, config, tensors)
 
 
 def make_nemotron(folder: Path, *, share: float | None = 0.5, **shape: Any) -> Path:
