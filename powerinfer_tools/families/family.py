@@ -12,8 +12,7 @@ from powerinfer_tools.checkpoint.sources import Reading
 class Family:
     """name: Config.arch; models: config.json's model_type, each with the class that `architectures` names;
     folder: reads (config.json, the model's name, notes for the user); gguf: what reads a GGUF file, by its
-    general.architecture; quantised: folder
-    understands quantization_config.
+    general.architecture; quantised: the family understands quantization_config.
     """
 
     name: str
