@@ -72,7 +72,7 @@ STRUCTURES: dict[str, dict[str, Any]] = {
         "parallel": True,
         "qk_norm": True,
         "sub_norms": True,
-        "softcap": 4.0,
+        "softcap": 20.0,
         "rope": rope_of(12, backwards=True, scale=0.8),
         "rotary": tuple(i != 5 for i in range(12)),
         "tied": True,
