@@ -21,13 +21,14 @@ def make_bitnet(folder: Path, *, weights: str = "float", n_ff: int = 160, **shap
     folder = make_llama(folder, n_ff=n_ff, activation="relu2", **{"tied": True} | shape)
     config = read_config(folder)
     tensors, draw = load_file(folder / "model.safetensors"), _Draw(7)
+    tensors["model.embed_tokens.weight"] /= 4  # it may make the logits, too
     for i in range(config["num_hidden_layers"]):
         tensors[f"model.layers.{i}.self_attn.attn_sub_norm.weight"] = draw.norm(config["hidden_size"])
         tensors[f"model.layers.{i}.mlp.ffn_sub_norm.weight"] = draw.norm(n_ff)
     quantised = {"quant_method": "bitnet", "linear_class": "autobitlinear"}
     modes = {"float": None, "master": "online", "packed": "offline"}
     if weights == "packed":
-        _pack(tensors)
+        _pack_all(tensors)
     config |= {"architectures": ["BitNetForCausalLM"], "model_type": "bitnet", "rope_theta": 500000.0}
     config["quantization_config"] = quantised | {"quantization_mode": modes[weights]} if modes[weights] else None
     for absent in ("head_dim", "rope_scaling", "attention_bias", "mlp_bias"):
@@ -41,12 +42,16 @@ def ternary(matrix: np.ndarray) -> tuple[np.ndarray, np.float32]:
     return np.clip(np.round(matrix / scale), -1, 1).astype(np.float32), scale
 
 
-def _pack(tensors: Tensors) -> None:
+def pack(numbers: np.ndarray) -> np.ndarray:
+    """Two bits a number, its value + 1: row r of n at bits 2 * (r // (n / 4)) of row r % (n / 4)."""
+    quarters = np.split((numbers + 1).astype(np.uint8), 4)
+    return np.bitwise_or.reduce([quarter << 2 * i for i, quarter in enumerate(quarters)])
+
+
+def _pack_all(tensors: Tensors) -> None:
     for name in [n for n in tensors if n.removesuffix(".weight").endswith(MATRICES)]:
         numbers, scale = ternary(tensors[name])
-        quarters = np.split((numbers + 1).astype(np.uint8), 4)
-        tensors[name] = sum(quarter << 2 * i for i, quarter in enumerate(quarters)).astype(np.uint8)
-        tensors[f"{name}_scale"] = np.array([scale])
+        tensors |= {name: pack(numbers), f"{name}_scale": np.array([scale])}
 
 
 def make_nanochat(
@@ -70,7 +75,7 @@ def make_nanochat(
         draw.linear(tensors, f"{layer}.self_attn.o_proj", n_embd, n_head * head_dim, bias)
         draw.linear(tensors, f"{layer}.mlp.fc1", n_ff, n_embd, False)
         draw.linear(tensors, f"{layer}.mlp.fc2", n_embd, n_ff, False)
-    tensors["lm_head.weight"] = draw.matrix(n_vocab, n_embd, std=1.0)  # so that the cap is felt
+    tensors["lm_head.weight"] = draw.matrix(n_vocab, n_embd, std=0.5)  # so that the cap is felt
     config = {
         "architectures": ["NanoChatForCausalLM"],
         "model_type": "nanochat",

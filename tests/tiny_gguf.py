@@ -38,15 +38,27 @@ def make_gguf(
     architecture has its q and k rows interleaved.
     """
     config = json.loads((folder / "config.json").read_text())
+    tensors = _tensors(config, load_file(folder / "model.safetensors"), permuted)
+    if rope_factors is not None:
+        tensors["rope_freqs.weight"] = rope_factors.astype(np.float32)
+    return write_gguf(path, arch, _metadata(config, folder, arch) | (keys or {}), tensors, quant)
+
+
+def write_gguf(
+    path: Path,
+    arch: str,
+    metadata: dict[str, Any],
+    tensors: dict[str, np.ndarray],
+    quant: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+) -> Path:
+    """A GGUF file of these keys (None: left out) and tensors; matrices are quantised."""
     writer = gguf.GGUFWriter(path, arch)
-    for key, value in (_metadata(config, folder, arch) | (keys or {})).items():
+    for key, value in metadata.items():
         if value is not None:
             _add(writer, key, value)
-    for name, array in _tensors(config, load_file(folder / "model.safetensors"), permuted).items():
+    for name, array in tensors.items():
         kind = quant if array.ndim == 2 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(name, quantize(array, kind), raw_dtype=kind)
-    if rope_factors is not None:
-        writer.add_tensor("rope_freqs.weight", rope_factors.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -73,13 +85,18 @@ def _metadata(config: dict[str, Any], folder: Path, arch: str) -> dict[str, Any]
         "attention.value_length": head_dim,
         "rope.dimension_count": head_dim,
         "rope.freq_base": float(config.get("rope_theta", 10000.0)),
-        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "attention.layer_norm_rms_epsilon": config.get("rms_norm_eps"),
         "vocab_size": config["vocab_size"],
     }
+    return {f"{arch}.{key}": value for key, value in sizes.items()} | general_keys(folder)
+
+
+def general_keys(folder: Path) -> dict[str, Any]:
+    """What is no architecture's."""
+    config = json.loads((folder / "config.json").read_text())
     return {
         "general.name": "tiny",
         "general.license": "apache-2.0",
-        **{f"{arch}.{key}": value for key, value in sizes.items()},
         **tokenizer_keys(json.loads((folder / "tokenizer.json").read_text()), "gpt-2"),
         "tokenizer.ggml.bos_token_id": config["bos_token_id"],
         "tokenizer.ggml.eos_token_id": config["eos_token_id"],

@@ -20,9 +20,10 @@ from powerinfer_tools.checkpoint.gguf_file import PWRI, GgufFile, raw_rows, read
 from powerinfer_tools.checkpoint.source import FloatArray, check_finite, check_rows
 from powerinfer_tools.checkpoint.sources import Reading, ReadRows, Rows, Source, stored
 from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.families.family import Reader
+from powerinfer_tools.families.registry import by_pwri_architecture
 
 KEY_THRESHOLD = "powerinfer.sparse_threshold"
-ACTIVATION_OF = {"llama": "relu", "falcon": "relu", "opt": "relu", "bamboo": "drelu"}  # by its architecture alone
 OPT_EPS = "opt.attention.layer_norm_epsilon", 1e-5  # OPT's, which the converter left out
 
 
@@ -67,8 +68,11 @@ class PwriCheckpoint(GgufCheckpoint):
         file = read_gguf(self.path, strict=False, magic=PWRI)
         return replace(file, metadata=_as_llama_cpp_says(Fields(str(self.path), file.metadata)))
 
-    def _reading(self, header: Header) -> Reading:
-        reading = super()._reading(header)
+    def _readers(self) -> dict[str, Reader]:
+        return {arch: reader for arch, (reader, _) in by_pwri_architecture().items()}
+
+    def _reading(self, header: Header, reader: Reader) -> Reading:
+        reading = super()._reading(header, reader)
         config, sources = reading.config, dict(reading.sources)
         for i in range(config.n_layer):
             b, shape = f"blk.{i}", (config.n_ff, config.n_embd)
@@ -106,13 +110,14 @@ def _transposed(theirs: str, shape: tuple[int, int]) -> Source:
 
 
 def _as_llama_cpp_says(fields: Fields) -> dict[str, Any]:
-    """The keys as a family reads them, with what only this program's architectures said. Errors: not one of them."""
-    arch = fields.choice("general.architecture", ACTIVATION_OF)
-    keys = {KEY_ACTIVATION: ACTIVATION_OF[arch], **fields.values}
+    """The keys as a family reads them, with what its engine knew without. Errors: an architecture that it had not."""
+    known = by_pwri_architecture()
+    arch = fields.choice("general.architecture", known)
+    keys = {KEY_ACTIVATION: known[arch][1], **fields.values}
     if arch == "opt":
         keys.setdefault(*OPT_EPS)
     if keys.get("tokenizer.ggml.model") == "gpt2":
-        keys.setdefault("tokenizer.ggml.pre", "gpt-2")  # there was no other
+        keys.setdefault("tokenizer.ggml.pre", "falcon" if arch == "falcon" else "gpt-2")
     return keys
 
 

@@ -81,8 +81,8 @@ def _check_variant(fields: Fields, n_embd: int) -> None:
         raise fields.unsupported("activation_function", "relu")
 
 
-def _gguf(header: Header) -> Reading:
-    """llama.cpp has no OPT; the first PowerInfer does, and counts the rows before position 0 as context."""
+def _pwri(header: Header) -> Reading:
+    """The first PowerInfer counts the rows before position 0 as context; llama.cpp has no OPT."""
     plain = read_gguf_config(header, "opt", "relu", gated=False, norm="layer")
     n_rows = plain.n_ctx
     config = replace(plain, n_ctx=n_rows - OFFSET, rope=None, learned_positions=True)
@@ -91,4 +91,12 @@ def _gguf(header: Header) -> Reading:
     return Reading(config, sources)
 
 
-FAMILY = Family(name="opt", models={"opt": "OPTForCausalLM"}, folder=_folder, gguf={"opt": _gguf})
+FAMILY = Family(
+    name="opt",
+    models={"opt": "OPTForCausalLM"},
+    folder=_folder,
+    pwri=(_pwri, "relu"),
+    activations=("relu",),
+    example="facebook/opt-6.7b",
+    checked="transformers",
+)
