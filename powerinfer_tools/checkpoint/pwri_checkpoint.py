@@ -31,6 +31,7 @@ class PwriCheckpoint(GgufCheckpoint):
     """threshold: of the predictors' logits, one for all layers."""
 
     def __init__(self, path: Path, activation: str | None = None) -> None:
+        self._asked = activation
         super().__init__(path, activation)
         self.threshold = _threshold(Fields(str(path), self._file.metadata))
         self.ranks = [self._rank(i) for i in range(self.config.n_layer)]
@@ -66,7 +67,7 @@ class PwriCheckpoint(GgufCheckpoint):
 
     def _open(self) -> GgufFile:
         file = read_gguf(self.path, strict=False, magic=PWRI)
-        return replace(file, metadata=_as_llama_cpp_says(Fields(str(self.path), file.metadata)))
+        return replace(file, metadata=_as_llama_cpp_says(Fields(str(self.path), file.metadata), self._asked))
 
     def _readers(self) -> dict[str, Reader]:
         return {arch: reader for arch, (reader, _) in by_pwri_architecture().items()}
@@ -109,11 +110,16 @@ def _transposed(theirs: str, shape: tuple[int, int]) -> Source:
     return Source(shape[::-1], {theirs: shape}, read)
 
 
-def _as_llama_cpp_says(fields: Fields) -> dict[str, Any]:
-    """The keys as a family reads them, with what its engine knew without. Errors: an architecture that it had not."""
+def _as_llama_cpp_says(fields: Fields, activation: str | None) -> dict[str, Any]:
+    """The keys as a family reads them, with what its engine knew without; activation: what the user says that it is.
+
+    Errors: an architecture that it had not.
+    """
     known = by_pwri_architecture()
     arch = fields.choice("general.architecture", known)
-    keys = {KEY_ACTIVATION: known[arch][1], **fields.values}
+    keys = {**fields.values}
+    if activation is None:
+        keys.setdefault(KEY_ACTIVATION, known[arch][1])
     if arch == "opt":
         keys.setdefault(*OPT_EPS)
     if keys.get("tokenizer.ggml.model") == "gpt2":

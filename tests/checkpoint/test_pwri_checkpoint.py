@@ -17,7 +17,7 @@ from tests import pwri
 from tests.gguf_bytes import F16, Q4_0, scalar, text
 from tests.pwri import Model
 
-ARCHITECTURES = {"llama": "relu", "bamboo": "drelu", "opt": "relu"}
+ARCHITECTURES = {"llama": "relu", "bamboo": "drelu", "opt": "relu", "falcon": "relu"}
 
 
 def opened(path: Path) -> PwriCheckpoint:
@@ -91,7 +91,7 @@ REFUSED: dict[str, tuple[Callable[[Model], bytes], str]] = {
     "dense": (swapped(b"blk.7.ffn_down_t.weight", b"blk.7.ffn_down_x.weight"), r"expected blk.7.ffn_down_t.weight"),
     "another architecture": (
         swapped(text(b"general.architecture", b"llama"), text(b"general.architecture", b"refac")),
-        "general.architecture: expected one of llama, falcon, opt, bamboo, found 'refac'",
+        "general.architecture: expected one of bamboo, falcon, llama, opt, found 'refac'",
     ),
     "a threshold that is none": (
         swapped(
