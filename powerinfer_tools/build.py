@@ -345,6 +345,7 @@ class _Stages:
                 activations,
                 predictors.plans if predictors is not None else [LayerPlan(MODE_GATE)] * config.n_layer,
                 quant=recipe.quant,
+                head=self.checkpoint.head_type(recipe.quant),
                 biases=self.checkpoint.biases,
                 ctx_size=recipe.ctx_size,
                 machine=machine or cached_machine(self.output.resolve().parent),

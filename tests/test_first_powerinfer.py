@@ -67,6 +67,25 @@ def test_weights_are_kept_bit_by_bit(arch: str, kind: int, tmp_path: Path) -> No
         np.testing.assert_array_equal(stored(artifact, "blk.5.attn_q.weight"), split)
 
 
+def test_a_finer_output_matrix_stays_fine(tmp_path: Path) -> None:
+    """quantize leaves it finer than Q4_0, in a type that artifacts may not have: here Q5_0, 22 bytes for 32 numbers."""
+    model, rng = Model("llama", Q4_0), np.random.default_rng(2)
+    n = pwri.N_VOCAB * pwri.N_EMBD // 32
+    scales = rng.uniform(0.01, 0.02, (n, 1)).astype("<f2")
+    codes = rng.integers(0, 32, (n, 32))
+    fifth = np.packbits(codes >> 4, axis=1, bitorder="little")
+    packed = (codes[:, :16] & 15 | (codes[:, 16:] & 15) << 4).astype(np.uint8)
+    numbers = ((codes - 16) * scales.astype(np.float64)).reshape(pwri.N_VOCAB, pwri.N_EMBD)
+    data = np.concatenate([scales.view(np.uint8), fifth, packed], axis=1).tobytes()
+    model.stored["output.weight"] = 6, (pwri.N_EMBD, pwri.N_VOCAB), data
+    artifact = converted(model, tmp_path)
+    verify(artifact.path)
+    assert (artifact.quant, artifact.head) == ("q4_0", "q8_0")
+    blocks = stored(artifact, "output.weight").reshape(-1, 34)  # a scale, and 32 numbers of a byte
+    found = blocks[:, 2:].view(np.int8) * blocks[:, :2].copy().view("<f2").astype(np.float64)
+    np.testing.assert_allclose(found.reshape(numbers.shape), numbers, atol=16 * 0.02 / 127)
+
+
 def test_neurons_come_in_the_order_of_the_counts(tmp_path: Path) -> None:
     counts = write_counts(tmp_path / "activation")
     artifact = converted(Model(), tmp_path)

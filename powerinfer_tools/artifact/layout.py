@@ -7,7 +7,7 @@ firing frequency; shapes below are GGUF's (fastest dimension first), so a row of
     position_embd.weight           [n_embd, n_ctx]               where positions are learned; row p is position p
     rope_inv_freq.weight           [rotary_dim / 2]       F32    where a layer rotates; scaling applied
     output_norm.weight .bias       [n_embd]               F32
-    output.weight                  [n_embd, n_vocab]             absent where tied to token_embd
+    output.weight                  [n_embd, n_vocab]             absent where tied to token_embd; of any type
     blk.N.attn_norm.weight .bias   [n_embd]               F32
     blk.N.attn_q.weight            [n_embd, n_head * head_dim]        half-split rotary layout, .bias F32
     blk.N.attn_k|v.weight          [n_embd, n_head_kv * head_dim]     .bias F32
@@ -116,14 +116,18 @@ def matrix_type(quant: str, row: int) -> str:
     return quant if row % BLOCK[quant][0] == 0 else "f16"
 
 
-def tensor_table(config: Config, layers: list[LayerPlan], quant: str, biases: frozenset[str]) -> list[TensorPlan]:
-    """Every tensor of the artifact, in file order. `biases`: the checkpoint's bias tensors, by their names here."""
+def tensor_table(
+    config: Config, layers: list[LayerPlan], quant: str, biases: frozenset[str], head: str | None = None
+) -> list[TensorPlan]:
+    """Every tensor of the artifact, in file order. `biases`: the checkpoint's bias tensors, by their names here; head:
+    the type of output.weight, where it is not `quant`.
+    """
     d, kv = config.n_embd, config.n_head_kv * config.head_dim
     q = config.n_head * config.head_dim
     table: list[TensorPlan] = []
 
-    def matrix(name: str, row: int, *dims: int) -> None:
-        table.append(TensorPlan(f"{name}.weight", matrix_type(quant, row), (row, *dims)))
+    def matrix(name: str, row: int, *dims: int, type: str = quant) -> None:
+        table.append(TensorPlan(f"{name}.weight", matrix_type(type, row), (row, *dims)))
 
     def vector(name: str, n: int, type: str = "f32") -> None:
         table.append(TensorPlan(name, type, (n,)))
@@ -166,5 +170,5 @@ def tensor_table(config: Config, layers: list[LayerPlan], quant: str, biases: fr
             vector(f"{b}.predictor_out.bias", asked)
     norm("output_norm")
     if not config.tied:
-        matrix("output", d, config.n_vocab)
+        matrix("output", d, config.n_vocab, type=head or quant)
     return table

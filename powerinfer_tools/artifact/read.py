@@ -57,6 +57,12 @@ class Artifact:
         return self.file.n_bytes
 
     @property
+    def head(self) -> str | None:
+        """The type of output.weight, where there is one."""
+        head = self.file.tensors.get("output.weight")
+        return None if head is None else next(name for name, number in layout.TYPE_ID.items() if number == head.type)
+
+    @property
     def modes(self) -> list[int]:
         """layout.MODE_GATE or MODE_PREDICTOR, one a layer."""
         return [plan.mode for plan in self.plans]
@@ -303,7 +309,7 @@ def _special(keys: _Keys, config: Config) -> dict[str, Any]:
 def _check_tensors(artifact: Artifact) -> None:
     """Exactly the tensors that layout.tensor_table demands, in its order."""
     file, config = artifact.file, artifact.config
-    table = tensor_table(config, artifact.plans, artifact.quant, _biases(file, config))
+    table = tensor_table(config, artifact.plans, artifact.quant, _biases(file, config), artifact.head)
     for plan in table:
         _check_tensor(file, plan)
     expected = {plan.name for plan in table}

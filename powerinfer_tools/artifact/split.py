@@ -50,7 +50,7 @@ def split(
     check_inputs(activations, predictors, placement, quant)
     config = checkpoint.config
     plans = predictors.plans if predictors is not None else [LayerPlan(MODE_GATE)] * config.n_layer
-    table = tensor_table(config, plans, quant, checkpoint.biases)
+    table = tensor_table(config, plans, quant, checkpoint.biases, checkpoint.head_type(quant))
     metadata = artifact_metadata(
         checkpoint,
         plans,

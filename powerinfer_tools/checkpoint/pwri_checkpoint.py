@@ -41,8 +41,7 @@ class PwriCheckpoint(GgufCheckpoint):
     @property
     def quant(self) -> str | None:
         """The type of the neurons, as artifact.layout.BLOCK names it; None for one that artifacts do not have."""
-        found = self._file.tensors["blk.0.ffn_up.weight"].type
-        return next((name for name, number in TYPE_ID.items() if number == found), None)
+        return self._type("blk.0.ffn_up.weight")
 
     def predictor(self, i: int) -> tuple[FloatArray, FloatArray]:
         """fc1 [rank, n_embd] and fc2 [n_ff, rank] of layer i."""
@@ -50,6 +49,12 @@ class PwriCheckpoint(GgufCheckpoint):
         for name, matrix in zip(self._predictor_shapes(i), matrices, strict=True):
             check_finite(f"{self.path}: {name}", matrix)
         return matrices[0], matrices[1]
+
+    def head_type(self, quant: str) -> str | None:
+        """Files in Q4_0 have it finer, mostly in Q6_K, which artifacts do not have: q8_0 loses least."""
+        if quant != self.quant or self.config.tied:
+            return None
+        return self._type("output.weight") or "q8_0"
 
     def stored(self, name: str, type: str, rows: slice) -> npt.NDArray[np.uint8] | None:
         if name.endswith("ffn_down_t.weight"):
@@ -59,6 +64,10 @@ class PwriCheckpoint(GgufCheckpoint):
         if source.index is not None:
             return self._raw(next(iter(source.needs)), type, source.index[places])
         return self._raw(source.stored_as, type, places) if source.stored_as is not None else None
+
+    def _type(self, name: str) -> str | None:
+        found = self._file.tensors[name].type
+        return next((name for name, number in TYPE_ID.items() if number == found), None)
 
     def _raw(self, theirs: str, type: str, rows: Rows) -> npt.NDArray[np.uint8] | None:
         if self._file.tensors[theirs].type != TYPE_ID[type]:

@@ -45,6 +45,10 @@ class Checkpoint(ABC):
         """
         return None
 
+    def head_type(self, quant: str) -> str | None:
+        """The type that output.weight keeps in an artifact of type `quant`; None: that one."""
+        return None
+
     @abstractmethod
     def digest(self) -> str:
         """SHA-256 over config and all weight bytes: what the files made from this checkpoint record."""

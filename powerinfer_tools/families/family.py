@@ -14,8 +14,8 @@ Reader = Callable[[Header], Reading]
 class Family:
     """name: Config.arch; models: config.json's model_type, each with the class that `architectures` names;
     folder: reads (config.json, the model's name, notes for the user); gguf: what reads a GGUF file, by its
-    general.architecture; pwri: what reads a model file of the first PowerInfer, whose general.architecture is `name`, and
-    the activation that its engine computes; quantised: folder understands quantization_config.
+    general.architecture; pwri: what reads a model file of the first PowerInfer, whose general.architecture is `name`,
+    and the activation that its engine computes; quantised: folder understands quantization_config.
 
     For README: activations that its models have; example of one; checked: what logits were compared with.
     """
