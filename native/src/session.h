@@ -19,7 +19,7 @@
 
 namespace pi {
 
-constexpr size_t BATCH = 256;  // tokens that go through the matrix-matrix path together
+constexpr size_t BATCH = 256;  // tokens that go through the matrix-matrix path together, at most
 static_assert(BATCH <= TABLE_ROWS);
 constexpr size_t DOWN_COLUMNS = 64;     // columns of the down projection that one item of a batch computes
 constexpr size_t PACKED_FLOATS = 8192;  // a packed tile: 512 elements of 16 rows, or 128 rows of 64 columns
@@ -175,7 +175,7 @@ class Session {
     Pool pool_;
     std::vector<Worker> workers_;
     Buffer<uint16_t> keys_, values_;  // (n_layer, n_head_kv, n_ctx, head_dim) float16
-    Buffer<float> cos_, sin_;         // (BATCH, rotary_dim / 2)
+    Buffer<float> cos_, sin_;         // (min(BATCH, n_ctx), rotary_dim / 2)
     Buffer<float> hidden_;            // (n_embd,) the residual stream
     Activations x_;                   // (max(n_embd, q_dim),) a normalised input, or what attention gave
     Activations rank_;                // (max rank,) the predictor's hidden layer
@@ -188,7 +188,7 @@ class Session {
     Buffer<float> chosen_pre_;  // (n_ff,) what their deciding rows gave, where these were computed already
     std::array<size_t, MAX_CHUNKS> n_chosen_{};
     const uint32_t* places_ = nullptr;  // of the present layer's neurons; NULL: each lies in its own
-    // batch.cpp: (BATCH, .) each
+    // batch.cpp: (min(BATCH, n_ctx), .) each
     Buffer<float> b_hidden_, b_x_, b_q_, b_k_, b_v_, b_select_, b_up_, b_rank_, b_asked_;
     Buffer<BatchX8> b_q8_;  // what a quantised matrix is multiplied with, in blocks: the last one filled up with zeros
     uint64_t scratch_bytes_ = 0;

@@ -19,7 +19,7 @@ from powerinfer_tools.errors import PowerinferError
 KV_ELEMENT_BYTES = 2  # the cache is float16
 
 # what the engine works with (native/src/session.h)
-BATCH = 256  # tokens of a prompt that are worked on at once
+BATCH = 256  # tokens of a prompt that are worked on at once, at most
 TILES = 8192 + 16 * 288 + BATCH * 64  # float32 numbers of a thread's matrix tiles, or as many bytes
 QUERIES, TILE_ROWS = 32, 16  # tokens whose attention is computed at once; positions of a tile
 CHUNKS = 24  # partial sums of an FFN
@@ -140,7 +140,8 @@ def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, thr
     """The engine's working memory beside weights and cache, to the byte (native/src/session.cpp allocates it once).
 
     A thread: six numbers a neuron, attention scores, matrix tiles. A token: residual, normalised input, queries, keys,
-    values, what the predictor says, gate and up; one for decoding and BATCH for prompts, and the widest in blocks.
+    values, what the predictor says, gate and up; one for decoding, a batch of them for prompts, and the widest in
+    blocks.
     Partial sums, logits, angles.
     """
     d, wide = config.n_embd, max(config.n_embd, config.n_head * config.head_dim)
@@ -150,8 +151,9 @@ def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, thr
     thread = 6 * config.n_ff + QUERIES * -(-ctx_size // TILE_ROWS) * TILE_ROWS + TILES
     decode = (2 + CHUNKS) * d + wide + rank + q + 2 * kv + config.n_vocab
     token = d + wide + q + 2 * kv + 3 * config.n_ff + rank + angles
-    blocks = wide // 32 + rank // 32 + BATCH * -(-max(wide, config.n_ff, rank) // 32)  # of 32 numbers
-    return 4 * (threads * thread + decode + BATCH * token) + 40 * blocks  # scale, sum and 32 bytes
+    batch = min(BATCH, ctx_size)
+    blocks = wide // 32 + rank // 32 + batch * -(-max(wide, config.n_ff, rank) // 32)  # of 32 numbers
+    return 4 * (threads * thread + decode + batch * token) + 40 * blocks  # scale, sum and 32 bytes
 
 
 @dataclass(frozen=True)
