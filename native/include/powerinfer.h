@@ -86,10 +86,12 @@ typedef struct {
     uint64_t bytes_attention, bytes_predictor, bytes_gate, bytes_updown, bytes_head;
     /* With a disk tier. seconds_disk: waiting for it, of decode. Neurons of layers that have some on disk, as decode
      * asked for them, by where they were; reads and bytes of these reads, and the bytes of what was read in sequence:
-     * whole layers, and what fills the cache. */
+     * whole layers, and what fills the cache. ahead: neurons that were read before their layer asked, and those of
+     * them that it then asked for (they count as from disk). */
     double seconds_disk;
     uint64_t neurons_prefix, neurons_cache, neurons_disk;
     uint64_t disk_reads, disk_bytes, stream_bytes;
+    uint64_t neurons_ahead, neurons_ahead_asked;
 } pi_stats;
 
 /* One layer's selection against the truth, counted by pi_score (neuron occurrences over tokens). */

@@ -70,6 +70,9 @@ Session::Session(const Model& model, const pi_session_params& params)
     if (model.disk) {
         allocate(chosen_, c.n_ff);
         allocate(chosen_pre_, c.n_ff);
+        allocate_vector(ahead_x_, c.n_embd);
+        allocate(ahead_logit_, c.n_ff);
+        allocate(ahead_, c.n_ff);
     }
     allocate(logits, c.n_vocab);
     allocate(b_hidden_, batch * c.n_embd);

@@ -118,10 +118,12 @@ class Session {
     void project(Part part, std::initializer_list<Job> jobs, Vector x);
     void attention(const Layer& layer, size_t il);
     void ffn(const Layer& layer, size_t il);
+    Vector predictor_rank(const Predictor& predictor, Vector x);
     void ffn_chunks(const Layer& layer, Vector x, Vector rank);
     void ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w);
     void ffn_from_disk(const Layer& layer, size_t il, Vector x, Vector rank);
     bool fetch(const Layer& layer, size_t il, Vector x, Vector rank);
+    void look_ahead(size_t il);
     void choose(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w);
     void fetched_chunk(const Layer& layer, size_t chunk, Vector x, Worker& w);
     const uint32_t* places(const uint32_t* ids, size_t n, Worker& w) const;
@@ -187,6 +189,9 @@ class Session {
     Buffer<uint32_t> chosen_;   // (n_ff,) neurons that a layer computes, each chunk's from its first place on
     Buffer<float> chosen_pre_;  // (n_ff,) what their deciding rows gave, where these were computed already
     std::array<size_t, MAX_CHUNKS> n_chosen_{};
+    Activations ahead_x_;               // (n_embd,) what the next layer's FFN would read if it came now
+    Buffer<float> ahead_logit_;         // (n_ff,) what its predictor says of its cold neurons
+    Buffer<uint32_t> ahead_;            // (n_ff,) those that may be worth a read
     const uint32_t* places_ = nullptr;  // of the present layer's neurons; NULL: each lies in its own
     // batch.cpp: (min(BATCH, n_ctx), .) each
     Buffer<float> b_hidden_, b_x_, b_q_, b_k_, b_v_, b_select_, b_up_, b_rank_, b_asked_;

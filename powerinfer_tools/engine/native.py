@@ -58,6 +58,7 @@ class CStats(c.Structure):
         *((n, u64) for n in "bytes_attention bytes_predictor bytes_gate bytes_updown bytes_head".split()),
         ("seconds_disk", f64),
         *((n, u64) for n in "neurons_prefix neurons_cache neurons_disk disk_reads disk_bytes stream_bytes".split()),
+        *((n, u64) for n in "neurons_ahead neurons_ahead_asked".split()),
     ]
 
 

@@ -27,6 +27,7 @@ CHUNKS = 24  # partial sums of an FFN
 # with neurons on disk (native/src/disk.cpp)
 PAGE = 4096
 TABLE_ROWS = 256  # of the embedding that are read together
+AHEAD = 64  # neurons of a layer that are read before it asks for them, with two layers under way
 MISS_BYTES, READ_BYTES = 16, 32  # of one neuron that is read, and of its read
 
 BESIDE = ("ffn_select.weight", "ffn_gate.bias", "ffn_up.bias")
@@ -205,7 +206,8 @@ class DiskCosts:
         landing = min(transit * (_pages(widest) + PAGE), max(tails) + 2 * CHUNKS * PAGE)
         tables = sum(6 * self.n_ff + 8 * min(slots, self.n_ff - k) for _, k in cold)
         rows = 0 if self.table is None else TABLE_ROWS * (_pages(self.table[2]) + PAGE)
-        return rows + landing + tables + transit * (MISS_BYTES + READ_BYTES) + 8 * (transit + slots)
+        landing += 2 * AHEAD * (_pages(widest) + PAGE) if cold else 0
+        return rows + landing + tables + (transit + 2 * AHEAD) * (MISS_BYTES + READ_BYTES) + 8 * (transit + slots)
 
     def total(self, resident: Sequence[int], slots: int, transit: int) -> int:
         """All of it."""
@@ -214,8 +216,8 @@ class DiskCosts:
 
 
 def disk_scratch_bytes(config: Config, threads: int) -> int:
-    """What a session needs beside scratch_bytes where neurons are on disk: their places, and what was chosen."""
-    return 4 * config.n_ff * (threads + 2)
+    """What a session needs beside scratch_bytes where neurons are on disk: places, choices, forecasts."""
+    return 4 * config.n_ff * (threads + 4) + 4 * config.n_embd + 40 * (config.n_embd // 32)
 
 
 def _pages(n_bytes: int) -> int:
