@@ -44,7 +44,11 @@ uint32_t direct_block([[maybe_unused]] int fd) {
 
 // The file again, for direct reads where they work; `block` is set to 0 where they do not.
 int open_again(int fd, uint32_t& block) {
+#if defined(__linux__)
     std::string path = "/proc/self/fd/" + std::to_string(fd);
+#else
+    std::string path = "/dev/fd/" + std::to_string(fd);
+#endif
 #if defined(O_DIRECT)
     if (block) {
         int direct = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
