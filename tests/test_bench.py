@@ -78,7 +78,7 @@ def test_a_file_is_measured_in_blocks_that_it_has(tmp_path: Path) -> None:
     path.write_bytes(bytes(16384))
     with path.open("rb") as file:
         assert measure_file(file.fileno(), 8192, 7, 0.001) > 0
-        for read_bytes, n_at_once, message in ((1000, 1, "multiple of 4096"), (4096, 0, "1 to 4096")):
+        for read_bytes, n_at_once, message in ((1000, 1, "a multiple of"), (4096, 0, "1 to 4096")):
             with pytest.raises(PowerinferError, match=message):
                 measure_file(file.fileno(), read_bytes, n_at_once, 0.001)
         with pytest.raises(PowerinferError, match="a file of at least read_bytes"):

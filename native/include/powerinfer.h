@@ -150,8 +150,8 @@ PI_API pi_status pi_session_reset_stats(pi_session* session);
  * `stride_rows` is taken (1: all); row_bytes: a multiple of 128. Returns bytes per second, the median of `repeats`. */
 PI_API pi_status pi_measure_memory(uint32_t n_threads, uint64_t buffer_bytes, uint64_t row_bytes, uint32_t stride_rows,
                                    uint32_t repeats, double* bytes_per_s);
-/* Measures the disk tier's reader on an open file, for so many seconds: reads of read_bytes (a multiple of 4096) at
- * random places, n_at_once in one go. Returns bytes per second. */
+/* Measures the disk tier's reader on an open file, for so many seconds: reads of read_bytes (whole blocks of the
+ * device; 4096 always will do) at random places, n_at_once in one go. Returns bytes per second. */
 PI_API pi_status pi_measure_file(int fd, uint32_t read_bytes, uint32_t n_at_once, double seconds, double* bytes_per_s);
 
 #ifdef __cplusplus

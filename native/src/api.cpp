@@ -244,9 +244,8 @@ pi_status pi_measure_memory(uint32_t n_threads, uint64_t buffer_bytes, uint64_t 
 pi_status pi_measure_file(int fd, uint32_t read_bytes, uint32_t n_at_once, double seconds, double* bytes_per_s) {
     return guarded([&] {
         require(bytes_per_s, "bytes_per_s: expected a place for the result, found NULL");
-        require(read_bytes >= 4096 && read_bytes % 4096 == 0 && read_bytes <= (1u << 26) && n_at_once >= 1 &&
-                    n_at_once <= 4096,
-                "read_bytes: expected a multiple of 4096, at most 64 MiB; n_at_once: 1 to 4096");
+        require(read_bytes >= 1 && read_bytes <= (1u << 26) && n_at_once >= 1 && n_at_once <= 4096,
+                "read_bytes: expected 1 byte to 64 MiB; n_at_once: 1 to 4096");
         require(seconds >= 0 && seconds <= 60, "seconds: expected 0 to 60");
         struct stat info{};
         require(fstat(fd, &info) == 0 && info.st_size >= read_bytes, "fd: expected a file of at least read_bytes");

@@ -42,8 +42,6 @@ uint64_t sum_words(const uint8_t* data, uint64_t n_bytes, const uint8_t* ahead, 
 // One row of each group of `stride`, at no fixed distance that hardware could foresee.
 uint64_t picked_row(uint64_t p, uint32_t stride) { return p * stride + (p * 0x9e3779b97f4a7c15u >> 40) % stride; }
 
-constexpr uint64_t BLOCK = 4096;  // what reads past the page cache are aligned to
-
 constexpr uint64_t AHEAD_BYTES = 2048;  // along the picked rows: hardware does not foresee where the next one lies
 
 class Huge {
@@ -96,16 +94,19 @@ double measure_memory(uint32_t n_threads, uint64_t buffer_bytes, uint64_t row_by
 
 double measure_file(int fd, uint64_t file_bytes, uint32_t read_bytes, uint32_t n_at_once, double seconds) {
     std::unique_ptr<Reader> reader = Reader::open(fd, 0);
+    uint64_t block = reader->block();
+    if (read_bytes % block != 0)
+        throw Error(PI_ERROR_ARGUMENT, "read_bytes: expected a multiple of " + std::to_string(block));
     Huge buffer(uint64_t{n_at_once} * read_bytes);
     std::vector<Read> reads(n_at_once);
     std::atomic<uint32_t> pending{0};
-    uint64_t n_places = (file_bytes - read_bytes) / BLOCK + 1;
+    uint64_t n_places = (file_bytes - read_bytes) / block + 1;
     std::mt19937_64 random(read_bytes);
     uint64_t n_bytes = 0;
     double spent = 0;
     for (auto start = std::chrono::steady_clock::now(); spent < seconds;) {
         for (uint32_t i = 0; i < n_at_once; i++)
-            reads[i] = {random() % n_places * BLOCK, read_bytes, read_bytes, buffer.data + uint64_t{i} * read_bytes,
+            reads[i] = {random() % n_places * block, read_bytes, read_bytes, buffer.data + uint64_t{i} * read_bytes,
                         &pending};
         pending.store(n_at_once);
         reader->submit(reads.data(), n_at_once);
