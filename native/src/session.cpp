@@ -60,6 +60,10 @@ Session::Session(const Model& model, const pi_session_params& params)
     allocate(cos_, batch * (c.rotary_dim / 2));
     allocate(sin_, batch * (c.rotary_dim / 2));
     allocate(hidden_, c.n_embd);
+    if (c.parallel) {
+        allocate(entry_, c.n_embd);
+        allocate(b_entry_, batch * c.n_embd);
+    }
     allocate_vector(x_, std::max(c.n_embd, c.q_dim()));
     allocate_vector(rank_, rank);
     allocate(q_, c.q_dim());
@@ -116,7 +120,7 @@ void Session::embed(const int32_t* tokens, size_t n, float* out) {
     for (size_t t = 0; t < n; t++, out += rows.n) {
         const uint8_t* row = on_disk ? model.disk->row(t) : rows.row(static_cast<uint64_t>(tokens[t]));
         ops.dequantize(rows.type, 0, rows.n, row, out);
-        if (model.config.arch != Arch::Opt) continue;
+        if (!model.config.learned_positions) continue;
         const Rows& positions = model.weights.position_embd;
         ops.dequantize(positions.type, 0, positions.n, positions.row(position + t), position_row_.data());
         for (size_t i = 0; i < positions.n; i++) out[i] += position_row_[i];
@@ -125,7 +129,7 @@ void Session::embed(const int32_t* tokens, size_t n, float* out) {
 
 void Session::normalise(const Norm& norm, const float* x, float* out) const {
     const Config& c = model.config;
-    if (c.arch == Arch::Llama)
+    if (c.norm == NormKind::Rms)
         ops.rms_norm(c.n_embd, x, norm.weight, c.norm_eps, out);
     else
         ops.layer_norm(c.n_embd, x, norm.weight, norm.bias, c.norm_eps, out);
@@ -142,12 +146,17 @@ void Session::set_angles(size_t pos, size_t n) {
         }
 }
 
-void Session::rotate(float* x, uint32_t n_heads, size_t t) {
+// Queries or keys of token t as attention takes them: rotated, then normalised, where the layer does so.
+void Session::prepare_heads(const Layer& layer, float* x, uint32_t n_heads, size_t t) {
     const Config& c = model.config;
-    if (c.rotary_dim == 0) return;
     size_t half = c.rotary_dim / 2;
-    for (uint32_t h = 0; h < n_heads; h++) ops.rope(c.rotary_dim, x + h * c.head_dim, &cos_[t * half], &sin_[t * half]);
+    for (uint32_t h = 0; h < n_heads; h++, x += c.head_dim) {
+        if (layer.rotates) ops.rope(c.rotary_dim, x, &cos_[t * half], &sin_[t * half]);
+        if (c.qk_norm) unit_rms(c.head_dim, x);
+    }
 }
+
+void Session::unit_rms(size_t n, float* x) const { ops.rms_norm(n, x, nullptr, model.config.norm_eps, x); }
 
 void Session::store_kv(size_t il, uint32_t head, size_t pos, const float* k, const float* v) {
     ops.to_f16(model.config.head_dim, k, key(il, head, pos));

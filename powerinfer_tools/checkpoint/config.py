@@ -9,7 +9,6 @@ ACTIVATIONS = ("relu", "relu2", "fatrelu", "drelu", "silu")
 """a(gate) of the FFN. relu2: relu squared; fatrelu: g where g > t, else 0; drelu: relu on gate and up;
 silu with t > 0: silu(g) where |silu(g)| >= t, else 0 (the cut activation)."""
 
-ARCHITECTURES = ("llama", "opt")
 NORMS = ("rms", "layer")
 
 
@@ -81,6 +80,10 @@ class Config:
     def sparsified(self, activation: str, thresholds: tuple[float, ...]) -> "Config":
         """The same sizes with another activation and its thresholds."""
         return replace(self, activation=activation, thresholds=thresholds)
+
+    def rope_of(self, i: int) -> Rope | None:
+        """How layer i rotates, or None where it does not."""
+        return self.rope if not self.rotary or self.rotary[i] else None
 
     @property
     def n_rows(self) -> int:
