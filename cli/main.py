@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from powerinfer_tools import __version__
 from powerinfer_tools.cli import console
+from powerinfer_tools.cli.habits import Command
 from powerinfer_tools.errors import PowerinferError
 
 COMMANDS = {
@@ -31,23 +32,6 @@ COMMANDS = {
 }
 """Command: its line of help. The command is the function of that name in cli/<name>.py. The order is the pipeline's:
 sparsify, profile, train, place, split, build, chat, generate, bench, eval, inspect, machine."""
-
-ELSEWHERE = {
-    "-ngl": "--vram SIZE says how much GPU memory to use; neurons are placed, not layers",
-    "--n-gpu-layers": "--vram SIZE says how much GPU memory to use; neurons are placed, not layers",
-    "--gpu-layers": "--vram SIZE says how much GPU memory to use; neurons are placed, not layers",
-    "--vram-budget": "here it is --vram SIZE",
-    "-m": "the model is given without a flag: powerinfer chat MODEL.gguf",
-    "--model": "the model is given without a flag: powerinfer chat MODEL.gguf",
-    "--predict": "here it is -n or --max-tokens",
-    "--n-predict": "here it is -n or --max-tokens",
-    "-r": "here it is --stop TEXT",
-    "--reverse-prompt": "here it is --stop TEXT",
-    "-sys": "here it is --system TEXT",
-    "--chat-template-file": "here it is --chat-template FILE",
-    "-i": "powerinfer chat is interactive by itself",
-}
-"""Flags of other programs, and what does the same here."""
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 
@@ -95,7 +79,7 @@ class LazyGroup(TyperGroup):
 def _load(name: str) -> Any:
     module = import_module(f"powerinfer_tools.cli.{name}")
     single = typer.Typer(add_completion=False, context_settings=CONTEXT)
-    single.command(name)(getattr(module, name))
+    single.command(name, cls=Command)(getattr(module, name))
     return typer.main.get_command(single)
 
 
@@ -149,7 +133,7 @@ def run(args: list[str]) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        return _report(error, args, "--json" in flags)
+        return _report(error, "--json" in flags)
 
 
 def _reader_left() -> int:
@@ -158,8 +142,8 @@ def _reader_left() -> int:
     return 1
 
 
-def _report(error: Exception, args: list[str], as_json: bool) -> int:
-    kind, message, code = _explain(error, args)
+def _report(error: Exception, as_json: bool) -> int:
+    kind, message, code = _explain(error)
     line = console.harmless(" ".join(message.split()))
     print(f"powerinfer: {line}", file=sys.stderr)
     if as_json:
@@ -167,12 +151,12 @@ def _report(error: Exception, args: list[str], as_json: bool) -> int:
     return code
 
 
-def _explain(error: Exception, args: list[str]) -> tuple[str, str, int]:
+def _explain(error: Exception) -> tuple[str, str, int]:
     """Kind, message and exit code of an error."""
     if isinstance(error, PowerinferError):
         return error.kind, str(error), error.exit_code
     if isinstance(error, _ClickException):
-        return "usage", _usage(error, args), 2
+        return "usage", _usage(error), 2
     if isinstance(error, typer.Abort):
         return "usage", "input ended before an answer was given", 1
     if isinstance(error, MemoryError):
@@ -182,13 +166,9 @@ def _explain(error: Exception, args: list[str]) -> tuple[str, str, int]:
     return "internal", f"internal error: {type(error).__name__}: {error} (--debug shows where)", 1
 
 
-def _usage(error: Any, args: list[str]) -> str:
-    message: str = error.format_message()
-    foreign = next((arg for arg in args if arg.split("=")[0] in ELSEWHERE), None)
-    if foreign is not None:
-        message = f"no such option: {foreign}: {ELSEWHERE[foreign.split('=')[0]]}"
+def _usage(error: Any) -> str:
     context = getattr(error, "ctx", None)
-    return f"{message} (see: {context.command_path if context else 'powerinfer'} --help)"
+    return f"{error.format_message()} (see: {context.command_path if context else 'powerinfer'} --help)"
 
 
 if __name__ == "__main__":
