@@ -52,6 +52,8 @@ Commands, in the order of the pipeline:
   --install-completion  Complete commands and flags in this shell (--show-completion to see it).
   -h, --help            Show this.
 
+Flags of llama.cpp and the first PowerInfer are understood, or answered with what does it here.
+
 Exit codes: 0 done, 1 failed, 2 usage or bad input, 130 interrupted.
 """
 
