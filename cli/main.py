@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import traceback
 from importlib import import_module
@@ -34,6 +35,8 @@ COMMANDS = {
 sparsify, profile, train, place, split, build, chat, generate, bench, eval, inspect, machine."""
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
+
+INTERRUPTED = 130  # the exit code that typer gives Ctrl-C
 
 # typer keeps its click private: the public BadParameter leads to UsageError and ClickException
 _ClickException = typer.BadParameter.__mro__[2]
@@ -116,7 +119,10 @@ def main() -> None:
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, TextIOWrapper):  # None where a parent closed it
             stream.reconfigure(errors="replace")  # bytes that are no UTF-8 end no run
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if code == INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more Ctrl-C while Python ends must not kill it
+    sys.exit(code)
 
 
 def run(args: list[str]) -> int:
