@@ -126,6 +126,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two norms of the old decoder": ({"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn: expected 1"),
     "new decoder in sequence": ({"new_decoder_architecture": True, "parallel_attn": False}, "parallel_attn: expected"),
     "heads": ({"new_decoder_architecture": True, "num_kv_heads": 3}, "num_kv_heads: expected a divisor of 4, found 3"),
+    "heads apart": ({"head_dim": 32}, "head_dim: expected hidden_size 64 / num_attention_heads 4, found 32"),
     "another layout": ({"multi_query": False}, r"query_key_value\.weight: expected \[192, 64\], found \[96, 64\]"),
 }
 
