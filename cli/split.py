@@ -93,4 +93,4 @@ def _for_first_powerinfer(
     profile, trained = read_activations(activations), read_predictors(predictors)
     with console.progress() as progress:
         write_pwri(checkpoint, profile, trained, output, quant=quant, force=force, progress=progress)
-    console.wrote(output, f"./main -m {output} -p \"Once upon a time\"")
+    console.wrote(output, f'./main -m {output} -p "Once upon a time"')

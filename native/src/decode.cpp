@@ -1,6 +1,7 @@
 // One token through the sparse path. A layer's FFN is one parallel step: each item asks the predictor about its range
 // of neurons, computes the deciding rows of those it lets through, then up and down of those that fire, and keeps its
 // own partial sum. The ranges are fixed, so the sums are the same for any number of threads.
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -14,6 +15,7 @@ namespace pi {
 namespace {
 
 constexpr size_t ITEM_ROWS = 32;           // rows of a matrix that one item computes
+constexpr size_t AHEAD_ROWS = 512;         // of a predictor that one item asks when it looks ahead
 constexpr size_t SUM_COLUMNS = 512;        // columns of the partial sums that one item adds, or logits that it caps
 constexpr size_t BLOCK_BYTES = 256 << 10;  // of bundles that are read whole before the next ones, where all are: in L2
 
@@ -123,13 +125,13 @@ void Session::attention(const Layer& layer, size_t il) {
     project(ATTENTION, {{&layer.q, q_.data()}, {&layer.k, k_.data()}, {&layer.v, v_.data()}}, quantised(x_, c.n_embd));
     parallel(ATTENTION, c.n_head_kv, [&](size_t head, uint32_t) {
         size_t at = head * c.head_dim;
-        rotate(layer, &k_[at], 1, 0);
+        prepare_heads(layer, &k_[at], 1, 0);
         store_kv(il, static_cast<uint32_t>(head), position, &k_[at], &v_[at]);
     });
     bool by_head = c.head_dim % QK == 0 && !c.sub_norms;  // each head is quantised where it is computed
     parallel(ATTENTION, c.n_head, [&](size_t head, uint32_t thread) {
         size_t at = head * c.head_dim;
-        rotate(layer, &q_[at], 1, 0);
+        prepare_heads(layer, &q_[at], 1, 0);
         attend(il, static_cast<uint32_t>(head), position + 1, &q_[at], &x_.f[at], workers_[thread]);
         if (by_head) ops.quantize_x8(c.head_dim, &x_.f[at], x_.x8(at));
     });
@@ -332,6 +334,7 @@ bool Session::fetch(const Layer& layer, size_t il, Vector x, Vector rank) {
         return false;
     }
     places_ = disk.places(il);
+    look_ahead(il + 1);
     // Every thread begins with chunks of frequent neurons, which are in memory: item p of thread t is chunk p * n + t.
     size_t n_threads = workers_.size();
     std::array<size_t, MAX_CHUNKS> order;
@@ -347,6 +350,36 @@ bool Session::fetch(const Layer& layer, size_t il, Vector x, Vector rank) {
     places_ = nullptr;
     disk.finish();
     return true;
+}
+
+// While the layer before waits for the disk: asks layer il's predictor, with the residual as it is now, before that
+// layer's FFN and this one's attention have changed it. What it lets through most surely is read behind the rest.
+void Session::look_ahead(size_t il) {
+    DiskTier& disk = *model.disk;
+    if (il == model.config.n_layer || !asks(model.weights.layers[il]) || !disk.pays_ahead(il)) return;
+    const Layer& layer = model.weights.layers[il];
+    if (model.config.predictor_on_stream)
+        std::copy_n(hidden_.data(), model.config.n_embd, ahead_x_.f.data());
+    else
+        normalise(layer.ffn_norm, hidden_.data(), ahead_x_.f.data());
+    const Predictor& p = *layer.predictor;
+    Vector rank = predictor_rank(p, quantised(ahead_x_, model.config.n_embd));
+    uint32_t first = std::max(disk.first_cold(il), layer.always), n_ff = model.config.n_ff;
+    parallel(PREDICTOR, ceil_div(n_ff - first, AHEAD_ROWS), [&](size_t item, uint32_t) {
+        uint32_t lo = first + static_cast<uint32_t>(item * AHEAD_ROWS), at = lo - layer.always;
+        size_t n = std::min<size_t>(AHEAD_ROWS, n_ff - lo);
+        ops.matvec(p.out.type, p.out.n, p.out.row(at), p.out.stride, n, rank, &ahead_logit_[lo]);
+        for (size_t i = 0; i < n; i++) ahead_logit_[lo + i] += p.bias[at + i];
+    });
+    size_t n = 0;
+    for (uint32_t i = first; i < n_ff; i++)
+        if (ahead_logit_[i] >= 0 && !disk.here(il, i)) ahead_[n++] = i;
+    size_t most = std::min(n, AHEAD);
+    std::nth_element(&ahead_[0], &ahead_[most], &ahead_[n], [&](uint32_t a, uint32_t b) {
+        return ahead_logit_[a] != ahead_logit_[b] ? ahead_logit_[a] > ahead_logit_[b] : a < b;
+    });
+    std::sort(&ahead_[0], &ahead_[most]);
+    disk.request_ahead(il, {&ahead_[0], most});
 }
 
 // chosen_ of a chunk: what the predictor lets through, or what fires where a matrix apart says so
@@ -407,6 +440,8 @@ void Session::collect_disk_counts() {
     stats.disk_reads += counts.reads;
     stats.disk_bytes += counts.bytes;
     stats.stream_bytes += counts.streamed;
+    stats.neurons_ahead += counts.ahead;
+    stats.neurons_ahead_asked += counts.ahead_asked;
 }
 
 // hidden += the chunks' partial sums, in the order of the chunks, + bias; the sums over the norm of all h with

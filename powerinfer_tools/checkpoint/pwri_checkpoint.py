@@ -62,7 +62,7 @@ class PwriCheckpoint(GgufCheckpoint):
         begin, end = check_rows(self.path, self._shapes, name, rows)
         source, places = self._sources[name], np.arange(begin, end)
         if source.index is not None:
-            return self._raw(next(iter(source.needs)), type, source.index[places])
+            return self._raw(next(iter(source.needs)), type, source.index(places))
         return self._raw(source.stored_as, type, places) if source.stored_as is not None else None
 
     def _type(self, name: str) -> str | None:

@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
-
 from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.checkpoint.fields import Fields
 from powerinfer_tools.checkpoint.gguf_config import Header, gguf_sources, read_gguf_config
@@ -35,7 +33,7 @@ def _folder(fields: Fields, name: str, notes: list[str]) -> Reading:
     config = _config(fields, name)
     sources = name_sources(config, (*ATTENTION, *FFN) if fields.flag("enable_bias", True) else (), NAMES)
     ours, shape = "position_embd.weight", (config.n_ctx + OFFSET, config.n_embd)
-    sources[ours] = picked(their_name(NAMES, ours), shape, np.arange(config.n_ctx) + OFFSET)
+    sources[ours] = picked(their_name(NAMES, ours), shape, config.n_ctx, lambda rows: rows + OFFSET)
     return Reading(config, sources)
 
 
@@ -87,7 +85,7 @@ def _pwri(header: Header) -> Reading:
     n_rows = plain.n_ctx
     config = replace(plain, n_ctx=n_rows - OFFSET, rope=None, learned_positions=True)
     sources, ours = gguf_sources(header, config), "position_embd.weight"
-    sources[ours] = picked(ours, (n_rows, config.n_embd), np.arange(config.n_ctx) + OFFSET)
+    sources[ours] = picked(ours, (n_rows, config.n_embd), config.n_ctx, lambda rows: rows + OFFSET)
     return Reading(config, sources)
 
 
