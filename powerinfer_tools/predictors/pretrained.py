@@ -67,6 +67,11 @@ def take_predictors(
     """
     apply(activations, checkpoint)
     config = checkpoint.config
+    if not config.exactly_sparse:
+        raise PowerinferError(
+            f"{checkpoint.path}: {config.activation} is never exactly zero: a predictor made for ReLU is of no use",
+            "unsupported",
+        )
     pretrained = open_pretrained(source, config)
     plans = []
     with default_progress(progress) as show:

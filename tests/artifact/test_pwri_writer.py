@@ -129,7 +129,7 @@ def test_predictors_of_our_own_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"activation": "silu"}, "computes llama with relu, bamboo with drelu, found llama with silu"),
+        ({"activation": "relu2"}, "computes llama with relu, bamboo with drelu, found llama with relu2"),
         ({"activation": "fatrelu"}, "found llama with fatrelu"),
         ({"bias": True}, "computes no biases"),
         ({"tied": True}, "computes no biases, an output matrix"),

@@ -132,6 +132,13 @@ def test_predictors_of_another_model_are_refused(tmp_path: Path) -> None:
         taken(Model().write(tmp_path / "old.gguf"), tmp_path)
 
 
+def test_a_model_that_is_never_zero_takes_none(tmp_path: Path) -> None:
+    write_pretrained(tmp_path / "old")
+    model = make_llama(tmp_path / "silu", n_layer=N_LAYER, n_embd=N_EMBD, n_ff=N_FF, activation="silu")
+    with pytest.raises(PowerinferError, match="silu is never exactly zero: a predictor made for ReLU"):
+        taken_for(model, tmp_path / "old", tmp_path)
+
+
 def test_another_checkpoint_has_none(tmp_path: Path) -> None:
     from tests.tiny_gguf import make_gguf
 
