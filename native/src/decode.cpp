@@ -37,8 +37,7 @@ void Session::decode(int32_t token, float* logits_out) {
         normalise(layer.attn_norm, hidden_.data(), x_.f.data());
         if (parallel_blocks) std::copy_n(hidden_.data(), model.config.n_embd, entry_.data());
         attention(layer, il);
-        normalise(layer.ffn_norm, parallel_blocks ? entry_.data() : hidden_.data(), x_.f.data());
-        ffn(layer, il);
+        ffn(layer, il, parallel_blocks ? entry_.data() : hidden_.data());
     }
     if (model.disk) collect_disk_counts();
     position++;
@@ -144,11 +143,18 @@ void Session::attention(const Layer& layer, size_t il) {
     stats.bytes_attention += 2 * sizeof(uint16_t) * c.kv_dim() * (position + 1);
 }
 
-// hidden += ffn(x), x in x_
-void Session::ffn(const Layer& layer, size_t il) {
-    Vector x = quantised(x_, model.config.n_embd), rank{};
+// hidden += ffn(normalised stream)
+void Session::ffn(const Layer& layer, size_t il, const float* stream) {
+    const Config& c = model.config;
+    Vector rank{};
+    if (asks(layer) && c.predictor_on_stream) {
+        std::copy_n(stream, c.n_embd, x_.f.data());
+        rank = predictor_rank(*layer.predictor, quantised(x_, c.n_embd));
+    }
+    normalise(layer.ffn_norm, stream, x_.f.data());
+    Vector x = quantised(x_, c.n_embd);
+    if (asks(layer) && !c.predictor_on_stream) rank = predictor_rank(*layer.predictor, x);
     if (asks(layer)) {
-        rank = predictor_rank(*layer.predictor, x);
         const auto& [in, out, bias] = *layer.predictor;
         stats.bytes_predictor += in.n_rows * in.row_size() + out.n_rows * (out.row_size() + sizeof(float));
     }
@@ -352,7 +358,10 @@ void Session::look_ahead(size_t il) {
     DiskTier& disk = *model.disk;
     if (il == model.config.n_layer || !asks(model.weights.layers[il]) || !disk.pays_ahead(il)) return;
     const Layer& layer = model.weights.layers[il];
-    normalise(layer.ffn_norm, hidden_.data(), ahead_x_.f.data());
+    if (model.config.predictor_on_stream)
+        std::copy_n(hidden_.data(), model.config.n_embd, ahead_x_.f.data());
+    else
+        normalise(layer.ffn_norm, hidden_.data(), ahead_x_.f.data());
     const Predictor& p = *layer.predictor;
     Vector rank = predictor_rank(p, quantised(ahead_x_, model.config.n_embd));
     uint32_t first = std::max(disk.first_cold(il), layer.always), n_ff = model.config.n_ff;
