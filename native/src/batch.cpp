@@ -52,9 +52,11 @@ void Session::forward_batch(const int32_t* tokens, size_t n, bool selective, pi_
     set_angles(position, n);
     for (size_t il = 0; il < c.n_layer; il++) {
         const Layer& layer = model.weights.layers[il];
+        if (c.experts.n > 0 && c.experts.early) route_batch(layer, b_hidden_.data(), n);
         normalise_batch(layer.attn_norm, n);
         attention_batch(layer, il, n);
         normalise_batch(layer.ffn_norm, n);
+        if (c.experts.n > 0 && !c.experts.early) route_batch(layer, b_x_.data(), n);
         if (model.disk) {
             model.disk->start_stream(il);
             model.disk->end_stream();
@@ -191,7 +193,9 @@ void Session::ffn_batch(const Layer& layer, size_t n, bool selective, pi_layer_s
 void Session::activate_token(const Layer& layer, size_t t, bool asked, pi_layer_score* score) {
     size_t n_ff = model.config.n_ff;
     float *a = &b_select_[t * n_ff], *h = a;
+    const float* routes = &b_routes_[t * model.config.experts.n];
     activate(layer, n_ff, a);
+    for (size_t i = 0; layer.expert && i < n_ff; i++) a[i] *= routes[layer.expert[i]];
     if (layer.up.data) {
         h = &b_up_[t * n_ff];
         apply_up(n_ff, a, h);
@@ -201,7 +205,8 @@ void Session::activate_token(const Layer& layer, size_t t, bool asked, pi_layer_
         score->n_tokens++;
         for (size_t i = 0; i < n_ff; i++) {
             bool fires = h[i] != 0;
-            bool predicted = asked ? i < layer.always || !(forecast[i - layer.always] < 0) : a[i] != 0;
+            bool candidate = !layer.expert || routes[layer.expert[i]] != 0;
+            bool predicted = asked ? candidate && (i < layer.always || !(forecast[i - layer.always] < 0)) : a[i] != 0;
             score->n_true += fires;
             score->n_predicted += predicted;
             score->n_hit += fires && predicted;

@@ -13,9 +13,17 @@ namespace pi {
 
 // Ranges of neurons with a partial sum of their own, at most. Fixed: the order of sums must not depend on threads.
 constexpr uint32_t MAX_CHUNKS = 24;
+constexpr uint32_t MAX_EXPERTS = 512;
 
 enum class Arch { Llama, Opt };
 enum class Activation { Relu, Relu2, FatRelu, DRelu, Silu };
+
+// Each neuron belongs to one of n experts, and n_used of these take part; n = 0: there are none.
+struct Experts {
+    uint32_t n = 0, n_used = 0;
+    bool softmax = false;  // over the chosen ones' logits; else their sigmoids, made to sum to 1
+    bool early = false;    // the router sees the stream before attention; else the normalised FFN input
+};
 
 struct Config {
     Arch arch;
@@ -25,6 +33,7 @@ struct Config {
     float rope_scale;  // multiplies cos and sin
     Activation activation;
     bool gated, tied, predictor_relu;
+    Experts experts;
     uint32_t q_dim() const { return n_head * head_dim; }
     uint32_t kv_dim() const { return n_head_kv * head_dim; }
     uint32_t n_rows() const { return gated ? 3 : 2; }  // rows of one neuron
@@ -67,6 +76,8 @@ struct Layer {
     const float* up_bias = nullptr;      // (n_ff,), gated only
     const float* down_bias = nullptr;    // (n_embd,)
     float threshold = 0;                 // of the activation
+    Rows router;                         // (n_experts, n_embd)
+    const int32_t* expert = nullptr;     // (n_ff,) each neuron's; NULL: there are none
     uint32_t always = 0;                 // neurons [0, always) are computed unasked
     std::optional<Predictor> predictor;
     std::vector<uint32_t> chunks;  // (n_chunks + 1): bounds of the ranges of neurons that are summed on their own
@@ -101,13 +112,16 @@ class Model {
 
    private:
     void read_config();
+    void read_experts();
     void bind(const uint8_t* base);  // base: where the data section lies, or NULL to check shapes only
     void bind_layer(uint32_t i, const uint8_t* base);
     void read_all();
     void open_disk(const pi_disk_params& limits);
     void check_orders(const uint8_t* base) const;
+    void check_experts(const uint8_t* base) const;
 
-    Rows matrix(const std::string& name, const uint8_t* base, uint64_t n, uint64_t n_rows) const;
+    Rows matrix(const std::string& name, const uint8_t* base, uint64_t n, uint64_t n_rows,
+                const char* types = "F32, F16, Q8_0 or Q4_0") const;
     const float* vector(const std::string& name, const uint8_t* base, uint64_t n, bool required) const;
     Norm norm(const std::string& name, const uint8_t* base) const;
     Linear linear(const std::string& name, const uint8_t* base, uint64_t n, uint64_t n_rows) const;

@@ -62,6 +62,7 @@ Session::Session(const Model& model, const pi_session_params& params)
     allocate(hidden_, c.n_embd);
     allocate_vector(x_, std::max(c.n_embd, c.q_dim()));
     allocate_vector(rank_, rank);
+    allocate(routes_, c.experts.n);
     allocate(q_, c.q_dim());
     allocate(k_, c.kv_dim());
     allocate(v_, c.kv_dim());
@@ -80,6 +81,7 @@ Session::Session(const Model& model, const pi_session_params& params)
     allocate(b_select_, BATCH * size_t{c.n_ff});
     allocate(b_up_, BATCH * size_t{c.n_ff});
     allocate(b_rank_, BATCH * rank);
+    allocate(b_routes_, BATCH * size_t{c.experts.n});
     allocate(b_asked_, BATCH * size_t{c.n_ff});
     size_t longest = std::max<size_t>({c.n_embd, c.q_dim(), c.n_ff, rank});
     allocate(b_q8_, BATCH * ((longest + QK - 1) / QK));

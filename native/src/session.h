@@ -40,6 +40,7 @@ class Buffer {
     T* data() { return memory_.get(); }
     const T* data() const { return memory_.get(); }
     T& operator[](size_t i) { return memory_.get()[i]; }
+    const T& operator[](size_t i) const { return memory_.get()[i]; }
     size_t bytes() const { return n_ * sizeof(T); }
 
    private:
@@ -66,16 +67,16 @@ enum Part { ATTENTION, PREDICTOR, GATE, UPDOWN, HEAD, DISK, OTHER, SYNC, N_PARTS
 
 // One thread's scratch.
 struct Worker {
-    Buffer<uint32_t> asked, active;                      // (n_ff,) indices of neurons
-    Buffer<uint32_t> places;                             // (n_ff,) where these lie, with a disk tier
-    Buffer<float> logit, pre, a, up;                     // (n_ff,)
-    Buffer<float> scores;                                // (QUERIES, n_ctx, rounded up to whole tiles) attention
-    Buffer<float> packed;                                // (PACKED_FLOATS,)
-    Buffer<Packed8> packed8;                             // (PACKED_BLOCKS,)
-    Buffer<float> tile;                                  // (BATCH, DOWN_COLUMNS)
-    pi_layer_score counted;                              // of one layer and batch
-    uint64_t n_computed = 0, n_active = 0, n_fired = 0;  // neurons since the last collect_counts
-    uint64_t spent[N_PARTS] = {};                        // ticks, likewise
+    Buffer<uint32_t> asked, active;   // (n_ff,) indices of neurons
+    Buffer<uint32_t> places;          // (n_ff,) where these lie, with a disk tier
+    Buffer<float> logit, pre, a, up;  // (n_ff,)
+    Buffer<float> scores;             // (QUERIES, n_ctx, rounded up to whole tiles) attention
+    Buffer<float> packed;             // (PACKED_FLOATS,)
+    Buffer<Packed8> packed8;          // (PACKED_BLOCKS,)
+    Buffer<float> tile;               // (BATCH, DOWN_COLUMNS)
+    pi_layer_score counted;           // of one layer and batch
+    uint64_t n_asked = 0, n_computed = 0, n_active = 0, n_fired = 0;  // neurons since the last collect_counts
+    uint64_t spent[N_PARTS] = {};                                     // ticks, likewise
 };
 
 class Session {
@@ -137,11 +138,17 @@ class Session {
     void parallel(Part part, size_t n_items, Task&& task);
     void lap(Part part);
     size_t ask(const Layer& layer, uint32_t lo, uint32_t hi, Vector rank, Worker& w);
+    void matvec_at(const Rows& rows, const uint32_t* ids, size_t n, bool in_order, Vector x, float* out) const;
     void sum_chunks(const Layer& layer);
     void collect_counts(const Layer& layer);
     void collect_seconds(double seconds);
     void output_head(float* hidden);
     bool asks(const Layer& layer) const { return layer.predictor && mode_ != PI_MODE_DENSE && mode_ != PI_MODE_GATE; }
+
+    // experts.cpp
+    void route(const Layer& layer, const float* x);
+    void route_batch(const Layer& layer, const float* x, size_t n);
+    size_t candidates(const Layer& layer, uint32_t lo, uint32_t hi, Worker& w) const;
 
     // batch.cpp
     void forward_batch(const int32_t* tokens, size_t n, bool selective, pi_layer_score* scores);
@@ -179,6 +186,7 @@ class Session {
     Buffer<float> hidden_;            // (n_embd,) the residual stream
     Activations x_;                   // (max(n_embd, q_dim),) a normalised input, or what attention gave
     Activations rank_;                // (max rank,) the predictor's hidden layer
+    Buffer<float> routes_;            // (n_experts,) the weight of each, 0: not chosen
     Buffer<float> q_, k_, v_;         // (q_dim,) (kv_dim,) (kv_dim,)
     Buffer<float> partial_;           // (n_chunks, n_embd) each chunk's share of the FFN
     bool chunk_fired_[MAX_CHUNKS] = {};
@@ -189,7 +197,7 @@ class Session {
     std::array<size_t, MAX_CHUNKS> n_chosen_{};
     const uint32_t* places_ = nullptr;  // of the present layer's neurons; NULL: each lies in its own
     // batch.cpp: (BATCH, .) each
-    Buffer<float> b_hidden_, b_x_, b_q_, b_k_, b_v_, b_select_, b_up_, b_rank_, b_asked_;
+    Buffer<float> b_hidden_, b_x_, b_q_, b_k_, b_v_, b_select_, b_up_, b_rank_, b_asked_, b_routes_;
     Buffer<BatchX8> b_q8_;  // what a quantised matrix is multiplied with, in blocks: the last one filled up with zeros
     uint64_t scratch_bytes_ = 0;
     uint64_t spent_[N_PARTS] = {}, mark_ = 0;  // ticks of the present token, by part; when they were last counted
