@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from powerinfer_tools import reference
 from powerinfer_tools.checkpoint.source import Checkpoint
@@ -51,15 +50,14 @@ def profile_layer(
         inputs, active = [], []
         with atomic_write(states[1], force=True) as file:
             for part in _batches(shape, config.n_ff, BATCH_VALUES):
-                after_attention = layer.attention(hidden[part])
-                x = layer.ffn_input(after_attention)
+                after_attention, x = layer.attention(hidden[part])
                 neurons = layer.ffn.neurons(x)
                 fired = (neurons != 0).flatten(0, 1)
                 counts += fired.sum(0)
                 inside = _inside(positions, part, shape[1])
                 inputs.append(x.flatten(0, 1)[inside].clamp(-F16_MAX, F16_MAX).half().cpu().numpy())
                 active.append(np.packbits(fired[inside].cpu().numpy(), axis=1))
-                after = after_attention + functional.linear(neurons, layer.ffn.down, layer.ffn.down_bias)
+                after = after_attention + layer.ffn.output(neurons)
                 file.write(after.cpu().contiguous().numpy().data)
     record = {"counts": counts.cpu().numpy(), "inputs": np.concatenate(inputs), "active": np.concatenate(active)}
     return float(layer.ffn.threshold), record
@@ -71,7 +69,7 @@ def _threshold(layer: "reference.Layer", hidden: "_Hidden", shape: Shape, n_ff: 
     chosen = np.unique(np.arange(min(wanted, shape[0])) * shape[0] // min(wanted, shape[0]))
     values = []
     for w in chosen.tolist():
-        x = layer.ffn_input(layer.attention(hidden[slice(w, w + 1)]))
+        _, x = layer.attention(hidden[slice(w, w + 1)])
         values.append(activate(layer.ffn.select(x), layer.ffn.activation).abs().flatten())
     magnitudes = torch.cat(values)
     return float(magnitudes.kthvalue(max(1, round(sparsity * len(magnitudes)))).values)

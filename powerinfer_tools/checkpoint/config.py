@@ -82,6 +82,10 @@ class Config:
         """The same sizes with another activation and its thresholds."""
         return replace(self, activation=activation, thresholds=thresholds)
 
+    def rope_of(self, i: int) -> Rope | None:
+        """How layer i rotates, or None where it does not."""
+        return self.rope if not self.rotary or self.rotary[i] else None
+
     @property
     def n_rows(self) -> int:
         """Rows of one neuron: gate, up and down, or up and down."""

@@ -10,7 +10,7 @@ ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
 def required_shapes(config: Config) -> Shapes:
     """Every weight, and the biases of LayerNorms: [out, in] for matrices, [n] for vectors."""
     shapes: Shapes = {"token_embd.weight": (config.n_vocab, config.n_embd)}
-    if config.arch == "opt":
+    if config.learned_positions:
         shapes["position_embd.weight"] = (config.n_ctx, config.n_embd)
     if not config.tied:
         shapes["output.weight"] = (config.n_vocab, config.n_embd)
@@ -43,6 +43,6 @@ def _matrices(config: Config) -> Shapes:
 
 def _norm(config: Config, name: str) -> Shapes:
     shapes: Shapes = {f"{name}.weight": (config.n_embd,)}
-    if config.arch == "opt":
+    if config.norm == "layer":
         shapes[f"{name}.bias"] = (config.n_embd,)
     return shapes

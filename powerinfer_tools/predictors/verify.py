@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy
 
 from powerinfer_tools import reference
 from powerinfer_tools.checkpoint.source import Checkpoint
@@ -109,14 +109,13 @@ def _pass_layer(checkpoint: Checkpoint, i: int, hidden: Tensor, screen: Screen |
     following = "output_norm" if i + 1 == checkpoint.config.n_layer else f"blk.{i + 1}.attn_norm"
     norm, shift = load_norm(checkpoint, following, device), 0.0
     for b, window in enumerate(hidden):
-        stream = layer.attention(window[None].to(device))[0]
-        for part, place in zip(torch.split(stream, POSITIONS), torch.split(hidden[b], POSITIONS), strict=True):
-            x = layer.ffn_input(part)
+        stream, inputs = (full[0] for full in layer.attention(window[None].to(device)))
+        for part, x, place in zip(*(torch.split(full, POSITIONS) for full in (stream, inputs, hidden[b])), strict=True):
             h = layer.ffn.neurons(x)
-            after = part + linear(h, layer.ffn.down, layer.ffn.down_bias)
+            after = part + layer.ffn.output(h)
             if screen is not None:
                 seen = norm(after)
-                after = part + linear(h * screen.passes(x), layer.ffn.down, layer.ffn.down_bias)
+                after = part + layer.ffn.output(h * screen.passes(x))
                 shift += float((norm(after) - seen).square().sum() / seen.square().sum())
             place.copy_(after)
     return shift

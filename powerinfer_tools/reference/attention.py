@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from powerinfer_tools.checkpoint import Checkpoint, Rope
+from powerinfer_tools.reference.norm import unit_rms
 from powerinfer_tools.reference.weights import optional, tensor
 
 
@@ -24,7 +25,10 @@ class Linear:
 
 @dataclass
 class Attention:
-    """softmax(q . k / sqrt(head_dim)) . v a head (Vaswani et al. 2017, eq. 1), then the output matrix."""
+    """softmax(q . k / sqrt(head_dim)) . v a head (Vaswani et al. 2017, eq. 1), then the output matrix.
+
+    qk_eps: of the RMSNorm of each head's q and k, sub_eps: of that of all heads before the output matrix; None: none.
+    """
 
     head_dim: int
     rope: Rope | None
@@ -32,12 +36,18 @@ class Attention:
     k: Linear
     v: Linear
     output: Linear
+    qk_eps: float | None = None
+    sub_eps: float | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """[b, n, n_embd] -> [b, n, n_embd]; row p of n is position p and sees positions 0..p."""
         q, k, v = self.heads(x)
         mixed = _products(q, k, v) if torch.is_autocast_enabled("cpu") else _fused(q, k, v)
-        return self.output(mixed.transpose(1, 2).flatten(2))
+        return self.merge(mixed.transpose(1, 2).flatten(2))
+
+    def merge(self, mixed: Tensor) -> Tensor:
+        """What all heads gave, [b, n, n_head * head_dim] -> [b, n, n_embd]."""
+        return self.output(mixed if self.sub_eps is None else unit_rms(mixed, self.sub_eps))
 
     def heads(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of x, [b, heads, n, head_dim] each, at the positions from `start` on."""
@@ -46,6 +56,8 @@ class Attention:
         )
         if self.rope is not None:
             q, k = rotate(q, self.rope, start), rotate(k, self.rope, start)
+        if self.qk_eps is not None:
+            q, k = unit_rms(q, self.qk_eps), unit_rms(k, self.qk_eps)
         return q, k, v
 
 
@@ -67,12 +79,16 @@ def _products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Rope, start: int = 0) -> Tensor:
-    """Rotary positions (Su et al. 2021, eq. 34) on [.., n, head_dim]; pairs (x[i], x[i + head_dim / 2])."""
+    """Rotary positions (Su et al. 2021, eq. 34) on [.., n, head_dim]; pairs (x[i], x[i + rotary_dim / 2]).
+
+    Dimensions from rotary_dim on stay as they are.
+    """
     positions = torch.arange(start, start + x.shape[-2], dtype=torch.float32, device=x.device)
-    angles = torch.outer(positions, torch.from_numpy(rope.inv_freq).to(x.device))  # [n, head_dim / 2]
+    angles = torch.outer(positions, torch.from_numpy(rope.inv_freq).to(x.device))  # [n, rotary_dim / 2]
     cos, sin = rope.scale * angles.cos(), rope.scale * angles.sin()
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    half = len(rope.inv_freq)
+    left, right, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((left * cos - right * sin, right * cos + left * sin, rest), dim=-1)
 
 
 def load_attention(checkpoint: Checkpoint, i: int, device: str = "cpu") -> Attention:
@@ -83,4 +99,13 @@ def load_attention(checkpoint: Checkpoint, i: int, device: str = "cpu") -> Atten
         return Linear(tensor(checkpoint, f"{name}.weight", device), optional(checkpoint, f"{name}.bias", device))
 
     config = checkpoint.config
-    return Attention(config.head_dim, config.rope, load("q"), load("k"), load("v"), load("output"))
+    return Attention(
+        config.head_dim,
+        config.rope_of(i),
+        load("q"),
+        load("k"),
+        load("v"),
+        load("output"),
+        qk_eps=config.norm_eps if config.qk_norm else None,
+        sub_eps=config.norm_eps if config.sub_norms else None,
+    )

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import hardshrink, linear, relu, silu
 
 from powerinfer_tools.checkpoint import Checkpoint
+from powerinfer_tools.reference.norm import unit_rms
 from powerinfer_tools.reference.weights import optional, tensor
 
 
@@ -15,7 +16,7 @@ class Ffn:
     """gated: y = down . (a(gate . x) * up . x); plain: y = down . a(up . x).
 
     gate, up: [n_ff, n_embd], a row a neuron; down: [n_embd, n_ff], a column a neuron; None for what the model
-    lacks: the gate of a plain FFN, biases.
+    lacks: the gate of a plain FFN, biases; sub_eps: of the RMSNorm of all neurons before down, or None.
     """
 
     activation: str
@@ -26,6 +27,7 @@ class Ffn:
     gate_bias: Tensor | None
     up_bias: Tensor | None
     down_bias: Tensor | None
+    sub_eps: float | None = None
 
     def select(self, x: Tensor) -> Tensor:
         """Pre-activations [.., n_ff] of the rows that decide who fires; x: normalised, [.., n_embd]."""
@@ -41,8 +43,13 @@ class Ffn:
         up = linear(x, self.up, self.up_bias)
         return a * (relu(up) if self.activation == "drelu" else up)
 
+    def output(self, neurons: Tensor) -> Tensor:
+        """What the neurons' h add to the stream: [.., n_ff] -> [.., n_embd]."""
+        h = neurons if self.sub_eps is None else unit_rms(neurons, self.sub_eps)
+        return linear(h, self.down, self.down_bias)
+
     def __call__(self, x: Tensor) -> Tensor:
-        return linear(self.neurons(x), self.down, self.down_bias)
+        return self.output(self.neurons(x))
 
 
 def activate(g: Tensor, activation: str, threshold: float = 0.0) -> Tensor:
@@ -75,4 +82,5 @@ def load_ffn(checkpoint: Checkpoint, i: int, device: str = "cpu") -> Ffn:
         gate_bias=optional(checkpoint, f"{b}.ffn_gate.bias", device),
         up_bias=optional(checkpoint, f"{b}.ffn_up.bias", device),
         down_bias=optional(checkpoint, f"{b}.ffn_down.bias", device),
+        sub_eps=config.norm_eps if config.sub_norms else None,
     )

@@ -1,4 +1,4 @@
-"""One transformer layer: both families normalise first and add the residual after."""
+"""One transformer layer: it normalises first and adds the residual after."""
 
 from dataclasses import dataclass
 
@@ -12,24 +12,30 @@ from powerinfer_tools.reference.norm import Norm, load_norm
 
 @dataclass
 class Layer:
-    """hidden: [b, n, n_embd], the residual stream; row p of n is position p."""
+    """hidden: [b, n, n_embd], the residual stream; row p of n is position p.
+
+    parallel: the FFN reads what attention reads, the stream before the layer; else the stream after attention.
+    """
 
     attn_norm: Norm
     attn: Attention
     ffn_norm: Norm
     ffn: Ffn
+    parallel: bool = False
 
-    def attention(self, hidden: Tensor) -> Tensor:
-        """The stream after attention."""
-        return hidden + self.attn(self.attn_norm(hidden))
+    def attention(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The stream after attention, and the normalised x that the FFN, and any predictor, sees."""
+        after = hidden + self.attn(self.attn_norm(hidden))
+        return after, self.ffn_input(hidden, after)
 
-    def ffn_input(self, hidden: Tensor) -> Tensor:
-        """The normalised x that the FFN, and any predictor, sees."""
-        return self.ffn_norm(hidden)
+    def ffn_input(self, before: Tensor, after: Tensor) -> Tensor:
+        """That x, of the stream before and after attention."""
+        return self.ffn_norm(before if self.parallel else after)
 
-    def add_ffn(self, hidden: Tensor) -> Tensor:
-        """The stream after the FFN."""
-        return hidden + self.ffn(self.ffn_input(hidden))
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """The stream after the layer."""
+        after, x = self.attention(hidden)
+        return after + self.ffn(x)
 
 
 def load_layer(checkpoint: Checkpoint, i: int, device: str = "cpu") -> Layer:
@@ -39,4 +45,5 @@ def load_layer(checkpoint: Checkpoint, i: int, device: str = "cpu") -> Layer:
         attn=load_attention(checkpoint, i, device),
         ffn_norm=load_norm(checkpoint, f"blk.{i}.ffn_norm", device),
         ffn=load_ffn(checkpoint, i, device),
+        parallel=checkpoint.config.parallel,
     )

@@ -28,19 +28,24 @@ def embed(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
         here = (tokens >= rows.start) & (tokens < rows.stop)
         if here.any():
             hidden[here] = tensor(checkpoint, "token_embd.weight", rows=rows)[tokens[here] - rows.start]
-    if config.arch == "opt":
+    if config.learned_positions:
         hidden += tensor(checkpoint, "position_embd.weight", rows=slice(0, n))
     return hidden
 
 
 def logits(checkpoint: Checkpoint, hidden: Tensor) -> Tensor:
-    """The stream after the last layer [.., n_embd] -> [.., n_vocab]: normalised, times the output matrix."""
+    """The stream after the last layer [.., n_embd] -> [.., n_vocab]: normalised, times the output matrix, capped."""
     config = checkpoint.config
     device = str(hidden.device)
     x = load_norm(checkpoint, "output_norm", device)(hidden)
     name = "token_embd.weight" if config.tied else "output.weight"
     parts = [x @ tensor(checkpoint, name, device, rows).T for rows in _chunks(config.n_vocab)]
-    return torch.cat(parts, dim=-1)
+    return cap(torch.cat(parts, dim=-1), config.softcap)
+
+
+def cap(logits: Tensor, softcap: float) -> Tensor:
+    """Logits within +-softcap, where the model has one."""
+    return softcap * (logits / softcap).tanh() if softcap > 0 else logits
 
 
 @torch.no_grad()
@@ -48,8 +53,7 @@ def forward(checkpoint: Checkpoint, tokens: Tensor, device: str = "cpu") -> Tens
     """Token ids [b, n] -> logits [b, n, n_vocab]."""
     hidden = embed(checkpoint, tokens).to(device)
     for i in range(checkpoint.config.n_layer):
-        layer = load_layer(checkpoint, i, device)
-        hidden = layer.add_ffn(layer.attention(hidden))
+        hidden = load_layer(checkpoint, i, device)(hidden)
     return logits(checkpoint, hidden)
 
 

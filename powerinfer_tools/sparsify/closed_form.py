@@ -57,8 +57,7 @@ def _refit_layer(layer: Layer, ffn: StudentFfn, stream: Tensor, step: int) -> tu
 def _passed(layer: Layer, ffn: StudentFfn, stream: Tensor, step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The student's h, the teacher's FFN output and each token's weight, [tokens, ..]; the stream moves on."""
     for part in torch.split(stream, step):
-        hidden = layer.attention(part)
-        x = layer.ffn_input(hidden)
+        hidden, x = layer.attention(part)
         target = layer.ffn(x)
         part.copy_(hidden + target)
         h = ffn.neurons(x)[-1].flatten(0, 1).float()

@@ -30,7 +30,7 @@ class Decoder:
             _, k, v = layer.attn.heads(layer.attn_norm(hidden))
             self.keys.append(self._room(k, rows))
             self.values.append(self._room(v, rows))
-            hidden = layer.add_ffn(layer.attention(hidden))
+            hidden = layer(hidden)
         return teacher.logits(hidden[:, -1]).expand(rows, -1)
 
     def _room(self, x: Tensor, rows: int) -> Tensor:
@@ -43,7 +43,8 @@ class Decoder:
         teacher = self.teacher
         hidden = teacher.embed(torch.tensor(tokens, device=teacher.device)[:, None])
         for i, layer in enumerate(teacher.layers):
-            hidden = layer.add_ffn(hidden + self._attend(layer, hidden, i))
+            after = hidden + self._attend(layer, hidden, i)
+            hidden = after + layer.ffn(layer.ffn_input(hidden, after))
         self.position += 1
         return teacher.logits(hidden[:, 0])
 
@@ -54,7 +55,7 @@ class Decoder:
         end = self.position + 1
         grouped = q.reshape(*k.shape[:2], -1, k.shape[3]).to(self.teacher.dtype)  # [rows, n_head_kv, group, head_dim]
         mixed = scaled_dot_product_attention(grouped, self.keys[i][:, :, :end], self.values[i][:, :, :end])
-        return layer.attn.output(mixed.reshape(len(hidden), 1, -1))
+        return layer.attn.merge(mixed.reshape(len(hidden), 1, -1))
 
     def keep(self, rows: list[int]) -> None:
         """Drops all other rows."""

@@ -47,11 +47,11 @@ def _pass_layer(layer: reference.Layer, hidden: Tensor, device: str) -> float:
     """Moves the stream [b, n, n_embd] behind the layer; returns the share of neurons that fired."""
     n_fired = n_all = 0
     for part in torch.split(hidden, max(1, BATCH_TOKENS // hidden.shape[1])):
-        after = layer.attention(part.to(device))
-        neurons = layer.ffn.neurons(layer.ffn_input(after))
+        after, x = layer.attention(part.to(device))
+        neurons = layer.ffn.neurons(x)
         n_fired += int(neurons.count_nonzero())
         n_all += neurons.numel()
-        part.copy_(after + linear(neurons, layer.ffn.down, layer.ffn.down_bias))
+        part.copy_(after + layer.ffn.output(neurons))
     return n_fired / n_all
 
 

@@ -14,7 +14,6 @@ from torch.nn.functional import linear, relu
 
 from powerinfer_tools.checkpoint import Checkpoint, Config
 from powerinfer_tools.reference import Ffn, Layer, load_layer
-from powerinfer_tools.reference.attention import Attention
 from powerinfer_tools.reference.ffn import activate
 from powerinfer_tools.reference.norm import Norm, load_norm
 from powerinfer_tools.reference.weights import tensor
@@ -59,7 +58,7 @@ class Teacher:
         """The residual stream after each layer, [b, n, n_embd] each."""
         hidden, streams = self.embed(tokens), []
         for layer in self.layers:
-            hidden = layer.add_ffn(layer.attention(hidden))
+            hidden = layer(hidden)
             streams.append(hidden)
         return streams
 
@@ -150,18 +149,16 @@ def _places(n: int, device: torch.device) -> Tensor:
 
 @dataclass
 class StudentLayer:
-    """As Layer, but for what its FFN reports."""
+    """layer: with norms of its own, whose FFN is the teacher's; ffn takes its place."""
 
-    attn_norm: Norm
-    attn: Attention
-    ffn_norm: Norm
+    layer: Layer
     ffn: StudentFfn
 
     def __call__(self, hidden: Tensor) -> tuple[Tensor, Firing]:
         """The stream after the layer, and what fired."""
-        hidden = hidden + self.attn(self.attn_norm(hidden))
-        y, firing = self.ffn(self.ffn_norm(hidden))
-        return hidden + y, firing
+        after, x = self.layer.attention(hidden)
+        y, firing = self.ffn(x)
+        return after + y, firing
 
 
 @dataclass
@@ -221,7 +218,8 @@ def make_student(teacher: Teacher, activation: str, rank: int | None, seed: int)
         up = projection(f"{n}.ffn_up", ffn.up, ffn.up_bias)
         down = projection(f"{n}.ffn_down", ffn.down, ffn.down_bias)
         own = StudentFfn(activation, 0.0, gate, up, down)
-        return StudentLayer(norm(f"{n}.attn_norm", of.attn_norm), of.attn, norm(f"{n}.ffn_norm", of.ffn_norm), own)
+        attn_norm, ffn_norm = norm(f"{n}.attn_norm", of.attn_norm), norm(f"{n}.ffn_norm", of.ffn_norm)
+        return StudentLayer(replace(of, attn_norm=attn_norm, ffn_norm=ffn_norm), own)
 
     layers = [layer(i, of) for i, of in enumerate(teacher.layers)]
     for of in teacher.layers:

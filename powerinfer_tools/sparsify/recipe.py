@@ -63,6 +63,12 @@ def check(recipe: Recipe, checkpoint: Checkpoint) -> None:
             "powerinfer build takes this model as it is",
             "usage",
         )
+    if not config.gated or config.learned_positions or config.sub_norms or config.softcap or config.experts:
+        raise PowerinferError(
+            f"{checkpoint.path}: expected a gated FFN without experts, no learned positions, sub-norms or softcap: "
+            "sparsify trains no other model",
+            "unsupported",
+        )
     if recipe.to not in ACTIVATIONS:
         raise PowerinferError(f"--to: expected one of {', '.join(ACTIVATIONS)}, found {recipe.to}", "usage")
     if recipe.precision not in PRECISIONS:

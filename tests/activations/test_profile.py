@@ -56,11 +56,10 @@ def test_sample_is_of_the_same_tokens_in_every_layer_and_tells_who_fired(tmp_pat
     assert len(np.unique(positions)) == 100
     for i in range(2):
         layer = reference.load_layer(checkpoint, i)
-        after = layer.attention(hidden)
-        x = layer.ffn_input(after).flatten(0, 1)[positions]
+        x = layer.attention(hidden)[1].flatten(0, 1)[positions]
         np.testing.assert_allclose(activations.inputs(i), x.numpy(), atol=0.01)
         assert (activations.active(i) == (layer.ffn.neurons(x) != 0).numpy()).mean() > 0.9999
-        hidden = layer.add_ffn(after)
+        hidden = layer(hidden)
 
 
 def test_whole_sample_counts_as_the_counts_do(tmp_path, text):

@@ -227,7 +227,7 @@ def test_predictor_lets_through_what_its_numbers_say(tmp_path: Path) -> None:
         score = engine.score(tokens)[1][0]
     with torch.no_grad():
         layer = reference.load_layer(checkpoint, 0)
-        x = layer.ffn_input(layer.attention(reference.embed(checkpoint, torch.tensor([tokens]))))[0]
+        x = layer.attention(reference.embed(checkpoint, torch.tensor([tokens])))[1][0]
         order = open_artifact(tmp_path / "a.gguf").order(0)
         logit = (layer.ffn.select(x) + slack).numpy()[:, order]  # of full rank, it is the gate itself
         fires = (layer.ffn.neurons(x) != 0).numpy()[:, order]

@@ -57,9 +57,8 @@ def likeliest(checkpoint: Checkpoint, tokens: torch.Tensor, without: tuple[int, 
     hidden = reference.embed(checkpoint, tokens)
     for i in range(checkpoint.config.n_layer):
         layer = reference.load_layer(checkpoint, i)
-        hidden = layer.attention(hidden)
-        if i not in without:
-            hidden = hidden + layer.ffn(layer.ffn_input(hidden))
+        after, x = layer.attention(hidden)
+        hidden = after if i in without else after + layer.ffn(x)
     return reference.logits(checkpoint, hidden).argmax(-1)
 
 

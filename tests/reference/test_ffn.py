@@ -97,9 +97,8 @@ def test_steps_make_the_whole(tmp_path: Path) -> None:
     hidden = embed(checkpoint, tokens)
     for i in range(checkpoint.config.n_layer):
         layer = load_layer(checkpoint, i)
-        after = layer.attention(hidden)
-        x = layer.ffn_input(after)
-        hidden = after + torch.nn.functional.linear(layer.ffn.neurons(x), layer.ffn.down)
+        after, x = layer.attention(hidden)
+        hidden = after + layer.ffn.output(layer.ffn.neurons(x))
     expected = forward(checkpoint, tokens)
     torch.testing.assert_close(logits(checkpoint, hidden), expected)
     torch.testing.assert_close(forward(checkpoint, tokens[1:2]), expected[1:2], atol=1e-5, rtol=1e-5)

@@ -15,11 +15,10 @@ def layer_errors(student: Student, tokens: torch.Tensor) -> list[float]:
     hidden = teacher.embed(tokens)
     with torch.no_grad():
         for layer, own in zip(teacher.layers, student.layers, strict=True):
-            hidden = layer.attention(hidden)
-            x = layer.ffn_input(hidden)
+            after, x = layer.attention(hidden)
             target = layer.ffn(x)
             errors.append(float(((own.ffn(x)[0] - target).square().sum(-1) / target.square().sum(-1)).mean()))
-            hidden = hidden + target
+            hidden = after + target
     return errors
 
 
