@@ -7,7 +7,7 @@ import numpy as np
 
 from powerinfer_tools.artifact import layout
 from powerinfer_tools.artifact.gguf_writer import Value
-from powerinfer_tools.checkpoint.config import Config
+from powerinfer_tools.checkpoint.config import Config, Experts
 from powerinfer_tools.checkpoint.source import Checkpoint
 from powerinfer_tools.files import canonical_json
 
@@ -77,11 +77,23 @@ def model_keys(config: Config) -> dict[str, Value]:
     if config.rope is not None:
         values[f"{config.arch}.rope.dimension_count"] = 2 * len(config.rope.inv_freq)
         values[layout.KEY_ROPE_SCALE] = float(config.rope.scale)
+    if config.experts is not None:
+        values |= expert_keys(config.experts)
     return values | {
         layout.KEY_ACTIVATION: config.activation,
         layout.KEY_GATED: config.gated,
         layout.KEY_TIED: config.tied,
         layout.KEY_THRESHOLDS: np.array(config.thresholds, np.float32),
+    }
+
+
+def expert_keys(experts: Experts) -> dict[str, Value]:
+    """How experts are chosen."""
+    return {
+        layout.KEY_EXPERTS: experts.n,
+        layout.KEY_EXPERTS_USED: experts.n_used,
+        layout.KEY_GATING: experts.gating,
+        layout.KEY_ROUTED_BY: experts.routed_by,
     }
 
 

@@ -11,6 +11,9 @@ silu with t > 0: silu(g) where |silu(g)| >= t, else 0 (the cut activation)."""
 
 ARCHITECTURES = ("llama", "opt")
 NORMS = ("rms", "layer")
+GATINGS = ("softmax", "sigmoid")
+ROUTER_INPUTS = ("ffn_input", "layer_input")
+MAX_EXPERTS = 512  # as in native/src/model.h
 
 
 @dataclass(frozen=True)
