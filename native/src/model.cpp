@@ -290,18 +290,21 @@ void Model::check_orders(const uint8_t* base) const {
     }
 }
 
-// Every neuron's expert must be one of them.
+// The expert of every stored neuron must be the one that the checkpoint has it in.
 void Model::check_experts(const uint8_t* base) const {
+    uint32_t each = config.n_ff / config.experts.n;
     for (uint32_t i = 0; i < config.n_layer; i++) {
-        std::string name = "blk." + std::to_string(i) + ".ffn_expert.weight";
-        const uint8_t* data = base + (gguf_.find(name)->offset - gguf_.data_offset);
+        std::string b = "blk." + std::to_string(i) + ".ffn_", name = b + "expert.weight";
+        auto at = [&](const std::string& tensor, uint32_t j) {
+            int32_t value;
+            std::memcpy(&value, base + (gguf_.find(tensor)->offset - gguf_.data_offset) + 4ull * j, 4);
+            return value;
+        };
         for (uint32_t j = 0; j < config.n_ff; j++) {
-            int32_t expert;
-            std::memcpy(&expert, data + 4ull * j, 4);
-            if (expert < 0 || static_cast<uint32_t>(expert) >= config.experts.n)
-                throw Error(PI_ERROR_MALFORMED, name + ": expected an expert in 0 to " +
-                                                    std::to_string(config.experts.n - 1) + ", found " +
-                                                    std::to_string(expert) + " at " + std::to_string(j));
+            auto expected = static_cast<int32_t>(static_cast<uint32_t>(at(b + "order.weight", j)) / each);
+            if (int32_t found = at(name, j); found != expected)
+                throw Error(PI_ERROR_MALFORMED, name + ": expected expert " + std::to_string(expected) + ", found " +
+                                                    std::to_string(found) + " at " + std::to_string(j));
         }
     }
 }
