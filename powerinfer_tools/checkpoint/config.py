@@ -95,6 +95,11 @@ class Config:
         return 3 if self.gated else 2
 
     @property
+    def taking_part(self) -> float:
+        """Of the neurons, the share that a token's experts have."""
+        return 1.0 if self.experts is None else self.experts.n_used / self.experts.n
+
+    @property
     def exactly_sparse(self) -> bool:
         """True where the activation gives exact zeros."""
         return self.activation != "silu" or any(t > 0 for t in self.thresholds)

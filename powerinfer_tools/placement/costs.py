@@ -2,9 +2,9 @@
 
 A layer falls into parts that can be placed apart:
 
-    dense    attention, norms, predictor_in, ffn_down.bias: one block, on vram or ram, with the layer's KV cache
-    beside   what is read for every token to choose a neuron: its ffn_select or predictor_out row and its biases. It
-             goes to vram with its neuron; a neuron on disk leaves it in ram
+    dense    attention, norms, router, predictor_in, ffn_down.bias: one block, on vram or ram, with the layer's KV cache
+    beside   what is read for every token to choose a neuron: its expert, its ffn_select or predictor_out row and its
+             biases. It goes to vram with its neuron; a neuron on disk leaves it in ram
     bundle   the neuron's rows in ffn_neurons: on vram, ram or disk
     table    ffn_order and ffn_frequency: in ram, not read while decoding
 """
@@ -29,7 +29,7 @@ PAGE = 4096
 TABLE_ROWS = 256  # of the embedding that are read together
 MISS_BYTES, READ_BYTES = 16, 32  # of one neuron that is read, and of its read
 
-BESIDE = ("ffn_select.weight", "ffn_gate.bias", "ffn_up.bias")
+BESIDE = ("ffn_expert.weight", "ffn_select.weight", "ffn_gate.bias", "ffn_up.bias")
 PREDICTOR = ("predictor_out.weight", "predictor_out.bias")
 TABLE = ("ffn_order.weight", "ffn_frequency.weight")
 BUNDLE = "ffn_neurons.weight"
@@ -65,12 +65,16 @@ class LayerCosts:
 
 @dataclass(frozen=True)
 class Costs:
-    """Bytes of an artifact and of what runs it. head: output matrix and norm; host: embeddings and the like, in ram."""
+    """Bytes of an artifact and of what runs it. head: output matrix and norm; host: embeddings and the like, in ram.
+
+    taking_part: of the neurons, the share that any token's experts have.
+    """
 
     layers: tuple[LayerCosts, ...]
     head: int
     host: int
     scratch: int
+    taking_part: float = 1.0
 
     @property
     def weights(self) -> int:
@@ -108,7 +112,7 @@ def artifact_costs(
             host += tensor.n_bytes
     kv = kv_bytes(config, 1, ctx_size)
     layers = tuple(_layer_costs(config, plan, part, kv) for plan, part in zip(plans, parts, strict=True))
-    return Costs(layers, head, host, scratch_bytes(config, plans, ctx_size, threads))
+    return Costs(layers, head, host, scratch_bytes(config, plans, ctx_size, threads), config.taking_part)
 
 
 def _layer_costs(config: Config, plan: LayerPlan, tensors: dict[str, TensorPlan], kv: int) -> LayerCosts:
@@ -140,16 +144,17 @@ def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, thr
     """The engine's working memory beside weights and cache, to the byte (native/src/session.cpp allocates it once).
 
     A thread: six numbers a neuron, attention scores, matrix tiles. A token: residual, normalised input, queries, keys,
-    values, what the predictor says, gate and up; one for decoding and BATCH for prompts, and the widest in blocks.
-    Partial sums, logits, angles.
+    values, experts, what the predictor says, gate and up; one for decoding and BATCH for prompts, and the widest in
+    blocks. Partial sums, logits, angles.
     """
     d, wide = config.n_embd, max(config.n_embd, config.n_head * config.head_dim)
     q, kv = config.n_head * config.head_dim, config.n_head_kv * config.head_dim
     rank = max((plan.rank for plan in plans), default=0)
     angles = 0 if config.rope is None else 2 * len(config.rope.inv_freq)
+    experts = 0 if config.experts is None else config.experts.n
     thread = 6 * config.n_ff + QUERIES * -(-ctx_size // TILE_ROWS) * TILE_ROWS + TILES
-    decode = (2 + CHUNKS) * d + wide + rank + q + 2 * kv + config.n_vocab
-    token = d + wide + q + 2 * kv + 3 * config.n_ff + rank + angles
+    decode = (2 + CHUNKS) * d + wide + rank + q + 2 * kv + experts + config.n_vocab
+    token = d + wide + q + 2 * kv + experts + 3 * config.n_ff + rank + angles
     blocks = wide // 32 + rank // 32 + BATCH * -(-max(wide, config.n_ff, rank) // 32)  # of 32 numbers
     return 4 * (threads * thread + decode + BATCH * token) + 40 * blocks  # scale, sum and 32 bytes
 
