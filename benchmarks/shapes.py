@@ -107,10 +107,10 @@ class Planted(Checkpoint):
 
     def names(self) -> frozenset[str]:
         """The biases alone."""
-        opt = self.config.arch == "opt"
-        parts = BIASES_OF_OPT.split() if opt else ["ffn_gate"]
+        layer_norm = self.config.norm == "layer"
+        parts = BIASES_OF_OPT.split() if layer_norm else ["ffn_gate"]
         names = {f"blk.{i}.{part}.bias" for i in range(self.config.n_layer) for part in parts}
-        return frozenset(names | ({"output_norm.bias"} if opt else set()))
+        return frozenset(names | ({"output_norm.bias"} if layer_norm else set()))
 
     def read(self, name: str, rows: slice | None = None) -> npt.NDArray[np.float32]:
         raise AssertionError("planted weights are drawn as they are written")

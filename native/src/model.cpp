@@ -17,6 +17,8 @@ namespace pi {
 namespace {
 
 constexpr uint64_t MAX_SIZE = 1u << 24;  // any size of the model
+constexpr uint32_t VERSION = 2;
+constexpr const char* INV_FREQ = "rope_inv_freq.weight";
 
 uint32_t size_of(const Gguf& gguf, const std::string& key, uint64_t limit = MAX_SIZE) {
     uint64_t value = gguf.u(key);
@@ -31,6 +33,36 @@ float positive(const Gguf& gguf, const std::string& key) {
     if (!(value > 0 && std::isfinite(value)))
         throw Error(PI_ERROR_MALFORMED, key + ": expected a finite number above 0, found " + std::to_string(value));
     return static_cast<float>(value);
+}
+
+float not_negative(const Gguf& gguf, const std::string& key) {
+    double value = gguf.f(key);
+    if (!(value >= 0 && std::isfinite(value)))
+        throw Error(PI_ERROR_MALFORMED,
+                    key + ": expected a finite number of at least 0, found " + std::to_string(value));
+    return static_cast<float>(value);
+}
+
+// The model's family: it names keys and decides nothing.
+std::string family_of(const Gguf& gguf) {
+    auto arch = std::string(gguf.s("general.architecture"));
+    bool known = arch.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789_.-") == std::string::npos;
+    if (arch.empty() || arch.size() > 64 || !known)
+        throw Error(PI_ERROR_MALFORMED, "general.architecture: expected a short name in lower case, found another");
+    return arch;
+}
+
+void check_version(const Gguf& gguf) {
+    uint32_t version = size_of(gguf, "powerinfer.version", UINT32_MAX);
+    if (version == VERSION) return;
+    throw Error(PI_ERROR_UNSUPPORTED, "powerinfer.version: this engine reads " + std::to_string(VERSION) + ", found " +
+                                          std::to_string(version) + (version < VERSION ? ": build it again" : ""));
+}
+
+NormKind parse_norm(std::string_view name) {
+    if (name == "rms") return NormKind::Rms;
+    if (name == "layer") return NormKind::Layer;
+    throw Error(PI_ERROR_UNSUPPORTED, "powerinfer.norm: expected rms or layer, found " + std::string(name));
 }
 
 const std::vector<double>& per_layer(const Gguf& gguf, const std::string& key, uint32_t n_layer) {
@@ -103,13 +135,9 @@ Model::~Model() {
 }
 
 void Model::read_config() {
-    auto arch = std::string(gguf_.s("general.architecture"));
-    if (arch != "llama" && arch != "opt")
-        throw Error(PI_ERROR_UNSUPPORTED, "general.architecture: expected llama or opt, found " + arch);
-    if (uint32_t version = size_of(gguf_, "powerinfer.version", UINT32_MAX); version != 1)
-        throw Error(PI_ERROR_UNSUPPORTED, "powerinfer.version: this engine reads 1, found " + std::to_string(version));
+    std::string arch = family_of(gguf_);
+    check_version(gguf_);
     Config& c = config;
-    c.arch = arch == "llama" ? Arch::Llama : Arch::Opt;
     c.n_layer = size_of(gguf_, arch + ".block_count", 4096);
     c.n_embd = size_of(gguf_, arch + ".embedding_length");
     c.n_ff = size_of(gguf_, arch + ".feed_forward_length");
@@ -121,8 +149,9 @@ void Model::read_config() {
     if (c.n_head % c.n_head_kv != 0)
         throw Error(PI_ERROR_MALFORMED, arch + ".attention.head_count_kv: " + std::to_string(c.n_head_kv) +
                                             " does not divide head_count " + std::to_string(c.n_head));
-    c.norm_eps = positive(
-        gguf_, arch + (c.arch == Arch::Llama ? ".attention.layer_norm_rms_epsilon" : ".attention.layer_norm_epsilon"));
+    read_structure();
+    c.norm_eps = positive(gguf_, arch + (c.norm == NormKind::Rms ? ".attention.layer_norm_rms_epsilon"
+                                                                 : ".attention.layer_norm_epsilon"));
     c.activation = parse_activation(gguf_.s("powerinfer.activation"));
     c.gated = gguf_.b("powerinfer.gated");
     c.tied = gguf_.b("powerinfer.tied");
@@ -130,13 +159,7 @@ void Model::read_config() {
     if (gguf_.has("powerinfer.experts.n")) read_experts();
     if (c.activation == Activation::DRelu && !c.gated)
         throw Error(PI_ERROR_MALFORMED, "powerinfer.activation: drelu needs a gated FFN");
-    if (c.arch == Arch::Llama) {
-        c.rope_scale = positive(gguf_, "powerinfer.rope_scale");
-        c.rotary_dim = size_of(gguf_, arch + ".rope.dimension_count", 65536);
-        if (c.rotary_dim % 2 != 0 || c.rotary_dim > c.head_dim)
-            throw Error(PI_ERROR_MALFORMED, arch + ".rope.dimension_count: expected an even number up to " +
-                                                std::to_string(c.head_dim) + ", found " + std::to_string(c.rotary_dim));
-    }
+    read_rope(arch);
     for (double mode : per_layer(gguf_, "powerinfer.ffn_mode", c.n_layer)) {
         if (mode != 1 && mode != 2)
             throw Error(PI_ERROR_MALFORMED, "powerinfer.ffn_mode: expected 1 or 2, found " + std::to_string(mode));
@@ -165,6 +188,33 @@ void Model::read_experts() {
                                             std::to_string(experts.n));
     experts.softmax = one_of(gguf_, b + "gating", "softmax", "sigmoid");
     experts.early = one_of(gguf_, b + "routed_by", "layer_input", "ffn_input");
+}
+
+void Model::read_structure() {
+    Config& c = config;
+    c.norm = parse_norm(gguf_.s("powerinfer.norm"));
+    c.learned_positions = gguf_.b("powerinfer.learned_positions");
+    c.parallel = gguf_.b("powerinfer.parallel");
+    c.qk_norm = gguf_.b("powerinfer.qk_norm");
+    c.sub_norms = gguf_.b("powerinfer.sub_norms");
+    c.softcap = not_negative(gguf_, "powerinfer.logit_softcap");
+}
+
+void Model::read_rope(const std::string& arch) {
+    Config& c = config;
+    rotary_.assign(c.n_layer, false);
+    if (!gguf_.has("powerinfer.rotary") && !gguf_.find(INV_FREQ)) return;
+    const auto& rotary = per_layer(gguf_, "powerinfer.rotary", c.n_layer);
+    for (uint32_t i = 0; i < c.n_layer; i++) {
+        if (rotary[i] != 0 && rotary[i] != 1)
+            throw Error(PI_ERROR_MALFORMED, "powerinfer.rotary: expected 0 or 1, found " + std::to_string(rotary[i]));
+        rotary_[i] = rotary[i] != 0;
+    }
+    c.rope_scale = positive(gguf_, "powerinfer.rope_scale");
+    c.rotary_dim = size_of(gguf_, arch + ".rope.dimension_count", 65536);
+    if (c.rotary_dim % 2 != 0 || c.rotary_dim > c.head_dim)
+        throw Error(PI_ERROR_MALFORMED, arch + ".rope.dimension_count: expected an even number up to " +
+                                            std::to_string(c.head_dim) + ", found " + std::to_string(c.rotary_dim));
 }
 
 const Tensor& Model::expect(const std::string& name, std::initializer_list<uint64_t> ne, const char* types) const {
@@ -196,7 +246,7 @@ const float* Model::vector(const std::string& name, const uint8_t* base, uint64_
 }
 
 Norm Model::norm(const std::string& name, const uint8_t* base) const {
-    bool biased = config.arch == Arch::Opt;
+    bool biased = config.norm == NormKind::Layer;
     return {vector(name + ".weight", base, config.n_embd, true),
             biased ? vector(name + ".bias", base, config.n_embd, true) : nullptr};
 }
@@ -209,8 +259,8 @@ void Model::bind(const uint8_t* base) {
     const Config& c = config;
     bound_.assign(gguf_.tensors.size(), false);
     weights.token_embd = matrix("token_embd", base, c.n_embd, c.n_vocab);
-    if (c.arch == Arch::Opt) weights.position_embd = matrix("position_embd", base, c.n_embd, c.n_ctx);
-    if (c.arch == Arch::Llama) weights.rope_inv_freq = vector("rope_inv_freq.weight", base, c.rotary_dim / 2, true);
+    if (c.learned_positions) weights.position_embd = matrix("position_embd", base, c.n_embd, c.n_ctx);
+    if (c.rotary_dim > 0) weights.rope_inv_freq = vector(INV_FREQ, base, c.rotary_dim / 2, true);
     weights.layers.assign(c.n_layer, Layer{});
     for (uint32_t i = 0; i < c.n_layer; i++) bind_layer(i, base);
     weights.output_norm = norm("output_norm", base);
@@ -230,6 +280,7 @@ void Model::bind_layer(uint32_t i, const uint8_t* base) {
     layer.k = linear(b + "attn_k", base, c.n_embd, c.kv_dim());
     layer.v = linear(b + "attn_v", base, c.n_embd, c.kv_dim());
     layer.o = linear(b + "attn_output", base, c.q_dim(), c.n_embd);
+    layer.rotates = rotary_[i];
     layer.ffn_norm = norm(b + "ffn_norm", base);
 
     bool apart = modes_[i] == 1;
@@ -321,6 +372,9 @@ void Model::load(const pi_disk_params* limits) {
     check_orders(base);
     if (config.experts.n > 0) check_experts(base);
     bind(base);
+    for (uint32_t i = 0; i < config.rotary_dim / 2; i++)
+        if (!std::isfinite(weights.rope_inv_freq[i]))
+            throw Error(PI_ERROR_MALFORMED, std::string(INV_FREQ) + ": expected finite numbers, found another");
     if (!disk) return;
     for (uint32_t i = 0; i < config.n_layer; i++)
         disk->expect(i, vector("blk." + std::to_string(i) + ".ffn_frequency.weight", base, config.n_ff, true));

@@ -15,7 +15,7 @@ namespace pi {
 constexpr uint32_t MAX_CHUNKS = 24;
 constexpr uint32_t MAX_EXPERTS = 512;
 
-enum class Arch { Llama, Opt };
+enum class NormKind { Rms, Layer };
 enum class Activation { Relu, Relu2, FatRelu, DRelu, Silu };
 
 // Each neuron belongs to one of n experts, and n_used of these take part; n = 0: there are none.
@@ -26,11 +26,16 @@ struct Experts {
 };
 
 struct Config {
-    Arch arch;
     uint32_t n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim, n_vocab, n_ctx;
-    uint32_t rotary_dim;  // 0: learned positions
+    uint32_t rotary_dim;  // leading dimensions of a head that rotate; 0: none do
     float norm_eps;
     float rope_scale;  // multiplies cos and sin
+    float softcap;     // logits are softcap * tanh(logits / softcap); 0: they stay
+    NormKind norm;
+    bool learned_positions;  // a row for each is added to the embedding
+    bool parallel;           // the FFN reads the layer's input, as attention does
+    bool qk_norm;            // each head's query and key are RMS-normalised after rotation
+    bool sub_norms;          // attention's heads are, before the output matrix, and the neurons before down
     Activation activation;
     bool gated, tied, predictor_relu;
     Experts experts;
@@ -67,6 +72,7 @@ struct Predictor {
 struct Layer {
     Norm attn_norm, ffn_norm;
     Linear q, k, v, o;
+    bool rotates = false;
     // The FFN, neurons in falling order of frequency. `select` decides: the gate row, or the up row of a plain FFN.
     Rows select;                         // (n_ff, n_embd)
     Rows up;                             // (n_ff, n_embd), gated only
@@ -85,7 +91,7 @@ struct Layer {
 
 struct Weights {
     Rows token_embd;                       // (n_vocab, n_embd)
-    Rows position_embd;                    // (n_ctx, n_embd) opt
+    Rows position_embd;                    // (n_ctx, n_embd) learned positions
     const float* rope_inv_freq = nullptr;  // (rotary_dim / 2,)
     Norm output_norm;
     Rows output;  // (n_vocab, n_embd); token_embd where tied
@@ -112,6 +118,8 @@ class Model {
 
    private:
     void read_config();
+    void read_structure();
+    void read_rope(const std::string& arch);
     void read_experts();
     void bind(const uint8_t* base);  // base: where the data section lies, or NULL to check shapes only
     void bind_layer(uint32_t i, const uint8_t* base);
@@ -134,6 +142,7 @@ class Model {
     std::vector<int> modes_;
     std::vector<uint32_t> always_;
     std::vector<float> thresholds_;
+    std::vector<bool> rotary_;
     mutable std::vector<bool> bound_;  // tensors that the model uses; others in the file are an error
 };
 

@@ -115,7 +115,7 @@ void Session::embed(const int32_t* tokens, size_t n, float* out) {
     for (size_t t = 0; t < n; t++, out += rows.n) {
         const uint8_t* row = on_disk ? model.disk->row(t) : rows.row(static_cast<uint64_t>(tokens[t]));
         ops.dequantize(rows.type, 0, rows.n, row, out);
-        if (model.config.arch != Arch::Opt) continue;
+        if (!model.config.learned_positions) continue;
         const Rows& positions = model.weights.position_embd;
         ops.dequantize(positions.type, 0, positions.n, positions.row(position + t), position_row_.data());
         for (size_t i = 0; i < positions.n; i++) out[i] += position_row_[i];
@@ -124,7 +124,7 @@ void Session::embed(const int32_t* tokens, size_t n, float* out) {
 
 void Session::normalise(const Norm& norm, const float* x, float* out) const {
     const Config& c = model.config;
-    if (c.arch == Arch::Llama)
+    if (c.norm == NormKind::Rms)
         ops.rms_norm(c.n_embd, x, norm.weight, c.norm_eps, out);
     else
         ops.layer_norm(c.n_embd, x, norm.weight, norm.bias, c.norm_eps, out);

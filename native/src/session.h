@@ -190,7 +190,7 @@ class Session {
     Buffer<float> q_, k_, v_;         // (q_dim,) (kv_dim,) (kv_dim,)
     Buffer<float> partial_;           // (n_chunks, n_embd) each chunk's share of the FFN
     bool chunk_fired_[MAX_CHUNKS] = {};
-    Buffer<float> position_row_;  // (n_embd,) opt
+    Buffer<float> position_row_;  // (n_embd,) with learned positions
     // with a disk tier
     Buffer<uint32_t> chosen_;   // (n_ff,) neurons that a layer computes, each chunk's from its first place on
     Buffer<float> chosen_pre_;  // (n_ff,) what their deciding rows gave, where these were computed already

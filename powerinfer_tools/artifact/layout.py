@@ -4,8 +4,8 @@ An artifact is a GGUF file, version 3, little-endian. Within a layer the FFN neu
 firing frequency; shapes below are GGUF's (fastest dimension first), so a row of `n_embd` numbers is contiguous.
 
     token_embd.weight              [n_embd, n_vocab]
-    position_embd.weight           [n_embd, n_ctx]               opt; row p is position p
-    rope_inv_freq.weight           [rotary_dim / 2]       F32    llama; scaling applied
+    position_embd.weight           [n_embd, n_ctx]               where positions are learned; row p is position p
+    rope_inv_freq.weight           [rotary_dim / 2]       F32    where a layer rotates; scaling applied
     output_norm.weight .bias       [n_embd]               F32
     output.weight                  [n_embd, n_vocab]             absent where tied to token_embd
     blk.N.attn_norm.weight .bias   [n_embd]               F32
@@ -37,7 +37,7 @@ from dataclasses import dataclass
 
 from powerinfer_tools.checkpoint.config import Config
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ALIGNMENT = 4096  # tensors begin on a page, so that slices can be read past the page cache
 
 QUANTS = ("f32", "f16", "q8_0", "q4_0")
@@ -47,10 +47,17 @@ KEY_VERSION = "powerinfer.version"  # uint32
 KEY_ACTIVATION = "powerinfer.activation"  # string, one of config.ACTIVATIONS
 KEY_GATED = "powerinfer.gated"  # bool
 KEY_THRESHOLDS = "powerinfer.activation_threshold"  # float32 [n_layer]
+KEY_NORM = "powerinfer.norm"  # string, one of config.NORMS; the structure of a layer is told in config.Config
+KEY_LEARNED_POSITIONS = "powerinfer.learned_positions"  # bool
+KEY_PARALLEL = "powerinfer.parallel"  # bool
+KEY_QK_NORM = "powerinfer.qk_norm"  # bool
+KEY_SUB_NORMS = "powerinfer.sub_norms"  # bool
+KEY_SOFTCAP = "powerinfer.logit_softcap"  # float32, 0: none
+KEY_ROTARY = "powerinfer.rotary"  # int32 [n_layer]: 1 where the layer rotates; where there is a rope
 KEY_MODES = "powerinfer.ffn_mode"  # int32 [n_layer]: 1 gate, 2 predictor
 KEY_ALWAYS = "powerinfer.always"  # int32 [n_layer]: stored neurons [0, always) are computed unasked
 KEY_PREDICTOR_RELU = "powerinfer.predictor_relu"  # bool
-KEY_ROPE_SCALE = "powerinfer.rope_scale"  # float32
+KEY_ROPE_SCALE = "powerinfer.rope_scale"  # float32; where there is a rope
 KEY_TIED = "powerinfer.tied"  # bool
 KEY_QUANT = "powerinfer.quant"  # string, what was asked for
 KEY_PROVENANCE = "powerinfer.provenance"  # string, JSON: digests, tool version, arguments, figures of the build
@@ -77,9 +84,9 @@ TYPE_ID = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "i32": 26}
 """ggml's numbers of the types."""
 
 
-def norm_key(arch: str) -> str:
-    """The key of the norm's epsilon, after `{arch}.`: LayerNorm in opt, RMSNorm else."""
-    return "attention.layer_norm_epsilon" if arch == "opt" else "attention.layer_norm_rms_epsilon"
+def norm_key(norm: str) -> str:
+    """The key of the norm's epsilon, after `{arch}.`; norm: one of config.NORMS."""
+    return "attention.layer_norm_epsilon" if norm == "layer" else "attention.layer_norm_rms_epsilon"
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,7 @@ def tensor_table(config: Config, layers: list[LayerPlan], quant: str, biases: fr
         bias(name, d)
 
     matrix("token_embd", d, config.n_vocab)
-    if config.arch == "opt":
+    if config.learned_positions:
         matrix("position_embd", d, config.n_ctx)
     if config.rope is not None:
         vector("rope_inv_freq.weight", len(config.rope.inv_freq))

@@ -70,13 +70,15 @@ def model_keys(config: Config) -> dict[str, Value]:
         "attention.head_count_kv": config.n_head_kv,
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
-        layout.norm_key(config.arch): float(config.norm_eps),
+        layout.norm_key(config.norm): float(config.norm_eps),
         "vocab_size": config.n_vocab,
     }
     values = {f"{config.arch}.{key}": value for key, value in sizes.items()}
     if config.rope is not None:
         values[f"{config.arch}.rope.dimension_count"] = 2 * len(config.rope.inv_freq)
         values[layout.KEY_ROPE_SCALE] = float(config.rope.scale)
+        rotates = [config.rope_of(i) is not None for i in range(config.n_layer)]
+        values[layout.KEY_ROTARY] = np.array(rotates, np.int32)
     if config.experts is not None:
         values |= expert_keys(config.experts)
     return values | {
@@ -84,6 +86,12 @@ def model_keys(config: Config) -> dict[str, Value]:
         layout.KEY_GATED: config.gated,
         layout.KEY_TIED: config.tied,
         layout.KEY_THRESHOLDS: np.array(config.thresholds, np.float32),
+        layout.KEY_NORM: config.norm,
+        layout.KEY_LEARNED_POSITIONS: config.learned_positions,
+        layout.KEY_PARALLEL: config.parallel,
+        layout.KEY_QK_NORM: config.qk_norm,
+        layout.KEY_SUB_NORMS: config.sub_norms,
+        layout.KEY_SOFTCAP: float(config.softcap),
     }
 
 

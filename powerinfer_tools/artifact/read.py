@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +15,9 @@ from powerinfer_tools.artifact import layout
 from powerinfer_tools.artifact.layout import MODE_GATE, MODE_PREDICTOR, LayerPlan, TensorPlan, tensor_table
 from powerinfer_tools.checkpoint.config import (
     ACTIVATIONS,
-    ARCHITECTURES,
     GATINGS,
     MAX_EXPERTS,
+    NORMS,
     ROUTER_INPUTS,
     Config,
     Experts,
@@ -28,6 +29,7 @@ from powerinfer_tools.files import sha256_file
 
 T = TypeVar("T")
 MAX_SIZE, MAX_LAYERS, MAX_HEAD, MAX_CTX = 1 << 24, 4096, 65536, 1 << 26  # as in native/src/model.cpp
+ARCH_PATTERN = "[a-z0-9_.-]{1,64}"  # likewise
 _TYPE_NAME = {number: name.upper() for name, number in layout.TYPE_ID.items()}
 
 
@@ -100,10 +102,13 @@ def open_artifact(path: Path) -> Artifact:
             f"powerinfer build {path} --corpus FILE -o ARTIFACT.gguf",
             "mismatch",
         )
-    version = keys.integer(layout.KEY_VERSION, 1)
-    if version > layout.FORMAT_VERSION:
-        newest = layout.FORMAT_VERSION
+    version, newest = keys.integer(layout.KEY_VERSION, 1), layout.FORMAT_VERSION
+    if version > newest:
         raise PowerinferError(f"{path}: format {version} is newer than this program reads ({newest})", "unsupported")
+    if version < newest:
+        raise PowerinferError(
+            f"{path}: format {version} is older than this program reads ({newest}): build it again", "unsupported"
+        )
     config = _config(file, keys)
     artifact = Artifact(
         path=path,
@@ -164,6 +169,12 @@ class _Keys:
             raise self.fail(key, "a number above 0", value)
         return _shortest(value)
 
+    def not_negative(self, key: str) -> float:
+        value = self.of(key, float)
+        if not (math.isfinite(value) and value >= 0):
+            raise self.fail(key, "a finite number, 0 or above", value)
+        return _shortest(value)
+
     def choice(self, key: str, allowed: tuple[str, ...]) -> str:
         value = self.of(key, str)
         if value not in allowed:
@@ -203,16 +214,19 @@ class _Keys:
 
 
 def _config(file: GgufFile, keys: _Keys) -> Config:
-    arch = keys.choice("general.architecture", ARCHITECTURES)
-    name = keys.of("general.name", str)
+    arch = keys.of("general.architecture", str)
+    if not re.fullmatch(ARCH_PATTERN, arch):
+        raise keys.fail("general.architecture", "a short name in lower case", arch)
+    norm = keys.choice(layout.KEY_NORM, NORMS)
 
     def size(key: str, limit: int = MAX_SIZE) -> int:
         return keys.integer(f"{arch}.{key}", 1, limit)
 
     n_layer = size("block_count", MAX_LAYERS)
+    rope, rotary = _rope(file, keys, arch, n_layer)
     config = Config(
         arch=arch,
-        name=name,
+        name=keys.of("general.name", str),
         n_layer=n_layer,
         n_embd=size("embedding_length"),
         n_ff=size("feed_forward_length"),
@@ -221,15 +235,20 @@ def _config(file: GgufFile, keys: _Keys) -> Config:
         head_dim=size("attention.key_length", MAX_HEAD),
         n_vocab=size("vocab_size"),
         n_ctx=size("context_length", MAX_CTX),
-        norm_eps=keys.positive(f"{arch}.{layout.norm_key(arch)}"),
+        norm_eps=keys.positive(f"{arch}.{layout.norm_key(norm)}"),
         activation=keys.choice(layout.KEY_ACTIVATION, ACTIVATIONS),
         gated=keys.of(layout.KEY_GATED, bool),
         tied=keys.of(layout.KEY_TIED, bool),
-        rope=_rope(file, keys) if arch == "llama" else None,
+        rope=rope,
         thresholds=keys.thresholds(layout.KEY_THRESHOLDS, n_layer),
+        norm=norm,
+        learned_positions=keys.of(layout.KEY_LEARNED_POSITIONS, bool),
+        parallel=keys.of(layout.KEY_PARALLEL, bool),
+        qk_norm=keys.of(layout.KEY_QK_NORM, bool),
+        sub_norms=keys.of(layout.KEY_SUB_NORMS, bool),
+        softcap=keys.not_negative(layout.KEY_SOFTCAP),
+        rotary=rotary,
         experts=_experts(keys) if layout.KEY_EXPERTS in file.metadata else None,
-        norm="layer" if arch == "opt" else "rms",
-        learned_positions=arch == "opt",
     )
     if config.n_head % config.n_head_kv:
         raise keys.fail(f"{arch}.attention.head_count_kv", f"a divisor of {config.n_head}", config.n_head_kv)
@@ -248,13 +267,20 @@ def _experts(keys: _Keys) -> Experts:
     )
 
 
-def _rope(file: GgufFile, keys: _Keys) -> Rope:
-    name, key = "rope_inv_freq.weight", "llama.rope.dimension_count"
-    n, head_dim = keys.integer(key, 2), keys.integer("llama.attention.key_length", 1, MAX_HEAD)
+def _rope(file: GgufFile, keys: _Keys, arch: str, n_layer: int) -> tuple[Rope | None, tuple[bool, ...]]:
+    """The rope, and which layers rotate: () where all or none do."""
+    name, key = "rope_inv_freq.weight", f"{arch}.rope.dimension_count"
+    if layout.KEY_ROTARY not in file.metadata and name not in file.tensors:
+        return None, ()
+    rotary = tuple(map(bool, keys.integers(layout.KEY_ROTARY, n_layer, 0, 1)))
+    n, head_dim = keys.integer(key, 2), keys.integer(f"{arch}.attention.key_length", 1, MAX_HEAD)
     if n % 2 or n > head_dim:
         raise keys.fail(key, f"an even number up to {head_dim}", n)
     _check_tensor(file, TensorPlan(name, "f32", (n // 2,)))
-    return Rope(_vector(file, name, np.float32), keys.positive(layout.KEY_ROPE_SCALE))
+    rope = Rope(_vector(file, name, np.float32), keys.positive(layout.KEY_ROPE_SCALE))
+    if not np.isfinite(rope.inv_freq).all():
+        raise keys.fail(name, "finite numbers", rope.inv_freq[~np.isfinite(rope.inv_freq)][0])
+    return rope, () if all(rotary) else rotary
 
 
 def _plans(file: GgufFile, keys: _Keys, config: Config) -> list[LayerPlan]:
@@ -307,11 +333,11 @@ def _check_tensors(artifact: Artifact) -> None:
 
 
 def _biases(file: GgufFile, config: Config) -> frozenset[str]:
-    """The bias tensors that must be there: a bias in one layer is one in all, and opt's norms have them."""
+    """The bias tensors that must be there: a bias in one layer is one in all, and LayerNorms have them."""
     found = {name for name in file.tensors if name.endswith(".bias")}
     parts = {name.split(".", 2)[2] for name in found if name.startswith("blk.") and name.count(".") == 3}
     parts -= {"predictor_out.bias"}
-    if config.arch == "opt":
+    if config.norm == "layer":
         found.add("output_norm.bias")
         parts |= {"attn_norm.bias", "ffn_norm.bias"}
     return frozenset(found | {f"blk.{i}.{part}" for i in range(config.n_layer) for part in parts})

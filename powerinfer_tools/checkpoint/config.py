@@ -9,7 +9,6 @@ ACTIVATIONS = ("relu", "relu2", "fatrelu", "drelu", "silu")
 """a(gate) of the FFN. relu2: relu squared; fatrelu: g where g > t, else 0; drelu: relu on gate and up;
 silu with t > 0: silu(g) where |silu(g)| >= t, else 0 (the cut activation)."""
 
-ARCHITECTURES = ("llama", "opt")
 NORMS = ("rms", "layer")
 GATINGS = ("softmax", "sigmoid")
 ROUTER_INPUTS = ("ffn_input", "layer_input")

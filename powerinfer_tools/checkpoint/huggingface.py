@@ -3,13 +3,15 @@
 import hashlib
 from pathlib import Path
 
+import numpy as np
+
 from powerinfer_tools.checkpoint.fields import Fields, read_json
-from powerinfer_tools.checkpoint.huggingface_config import read_config
 from powerinfer_tools.checkpoint.huggingface_tokenizer import read_special, read_template, read_tokenizer
-from powerinfer_tools.checkpoint.safetensors_files import DTYPES, StoredTensor, stored_tensors, weight_files
+from powerinfer_tools.checkpoint.safetensors_files import DTYPES, stored_tensors, weight_files
 from powerinfer_tools.checkpoint.source import Checkpoint, FloatArray, check_rows
-from powerinfer_tools.checkpoint.tensors import bias_shapes, required_shapes
+from powerinfer_tools.checkpoint.sources import Reading, Rows, check_stored
 from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.families.registry import by_model_type
 
 CONFIG_LIMIT = 1 << 20
 TEXTS = (
@@ -19,39 +21,7 @@ TEXTS = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-OPT_OFFSET = 2  # the family's position p lies in row p + 2
-
-LLAMA = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "layer": "model.layers",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-OPT = {
-    "token_embd": "model.decoder.embed_tokens",
-    "position_embd": "model.decoder.embed_positions",
-    "output_norm": "model.decoder.final_layer_norm",
-    "output": "lm_head",
-    "layer": "model.decoder.layers",
-    "attn_norm": "self_attn_layer_norm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.out_proj",
-    "ffn_norm": "final_layer_norm",
-    "ffn_up": "fc1",
-    "ffn_down": "fc2",
-}
-NAMES = {"llama": LLAMA, "opt": OPT}
+ROTARY = "rotary_emb.inv_freq"  # old programs wrote what config.json says
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -60,14 +30,16 @@ class HuggingFaceCheckpoint(Checkpoint):
     def __init__(self, path: Path, activation: str | None = None) -> None:
         self.path, self.notes = path, []
         values = read_json(path / "config.json", CONFIG_LIMIT)
-        fields = Fields(str(path / "config.json"), values)
-        self.config, biased = read_config(fields, path.resolve().name, self.notes)
+        reading = _read_config(Fields(str(path / "config.json"), values), path.resolve().name, self.notes)
+        self.config = reading.config
         if activation not in (None, self.config.activation):
             raise PowerinferError(
                 f"{path}: config.json says the activation {self.config.activation}, expected {activation}", "usage"
             )
-        self._shapes = required_shapes(self.config) | bias_shapes(self.config, biased)
-        self._tensors = self._match(stored_tensors(path))
+        self.sources = reading.sources
+        self._shapes = {name: source.shape for name, source in self.sources.items()}
+        self._tensors = stored_tensors(path)
+        self._check_tensors(reading)
         self.tokenizer_json, tokenizer = read_tokenizer(path)
         self.chat_template = read_template(path)
         self.special = read_special(path, values, tokenizer, self.config.n_vocab)
@@ -78,12 +50,11 @@ class HuggingFaceCheckpoint(Checkpoint):
             self.notes.append("no end-of-text token is recorded: answers end at the token limit")
 
     def names(self) -> frozenset[str]:
-        return frozenset(self._shapes)
+        return frozenset(self.sources)
 
     def read(self, name: str, rows: slice | None = None) -> FloatArray:
         begin, end = check_rows(self.path, self._shapes, name, rows)
-        offset = OPT_OFFSET if name == "position_embd.weight" else 0
-        return self._tensors[name].read(name, begin + offset, end + offset)
+        return self.sources[name].read(self._read_rows, np.arange(begin, end))
 
     def digest(self) -> str:
         digest = hashlib.sha256()
@@ -95,37 +66,36 @@ class HuggingFaceCheckpoint(Checkpoint):
                     digest.update(chunk)
         return digest.hexdigest()
 
-    def _match(self, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-        """Our names to the stored tensors. Errors: one missing, of another shape, or one that config.json denies."""
-        found = {}
-        for name, shape in self._shapes.items():
-            theirs = their_name(self.config.arch, name)
-            offset = OPT_OFFSET if name == "position_embd.weight" else 0
-            expected = (shape[0] + offset, *shape[1:])
-            if theirs not in stored:
-                raise PowerinferError(f"{self.path}: expected {theirs} {list(expected)}, found none", "mismatch")
-            if stored[theirs].shape != expected:
-                shown = list(stored[theirs].shape)
-                raise PowerinferError(f"{self.path}: {theirs}: expected {list(expected)}, found {shown}", "mismatch")
-            if stored[theirs].dtype not in DTYPES:
+    def _read_rows(self, name: str, rows: Rows) -> FloatArray:
+        """Rows of their tensor, each run of neighbours in one read."""
+        tensor = self._tensors[name]
+        ends = np.flatnonzero(np.diff(rows, append=-2) != 1) + 1
+        if len(ends) <= 1:
+            return tensor.read(name, *((rows[0], rows[-1] + 1) if len(rows) else (0, 0)))
+        floats = np.empty((len(rows), *tensor.shape[1:]), np.float32)
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            floats[start:end] = tensor.read(name, rows[start], rows[end - 1] + 1)
+        return floats
+
+    def _check_tensors(self, reading: Reading) -> None:
+        unused = (*reading.unused, ROTARY, *(("lm_head.weight",) if self.config.tied else ()))
+        needed = check_stored(self.path, reading.sources, {n: t.shape for n, t in self._tensors.items()}, unused)
+        for name in needed:
+            if (dtype := self._tensors[name].dtype) not in DTYPES:
                 known = ", ".join(DTYPES)
-                raise PowerinferError(
-                    f"{self.path}: {theirs}: expected type {known}, found {stored[theirs].dtype}", "unsupported"
-                )
-            found[name] = stored.pop(theirs)
-        for theirs in stored:
-            if not (theirs.endswith("rotary_emb.inv_freq") or (self.config.tied and theirs == "lm_head.weight")):
-                raise PowerinferError(
-                    f"{self.path}: {theirs}: expected no such tensor by config.json, found one", "unsupported"
-                )
-        return found
+                raise PowerinferError(f"{self.path}: {name}: expected type {known}, found {dtype}", "unsupported")
 
 
-def their_name(arch: str, name: str) -> str:
-    """The name that a Hugging Face checkpoint gives to our tensor `name`."""
-    table = NAMES[arch]
-    if not name.startswith("blk."):
-        part, end = name.rsplit(".", 1)
-        return f"{table[part]}.{end}"
-    _, i, part, end = name.split(".")
-    return f"{table['layer']}.{i}.{table[part]}.{end}"
+def _read_config(fields: Fields, name: str, notes: list[str]) -> Reading:
+    """What config.json's family makes of it; adds to notes what a user should know.
+
+    Errors: an unknown model_type or class, named with those that are known; what the family refuses.
+    """
+    families = by_model_type()
+    kind = fields.choice("model_type", families)
+    architecture = families[kind].models[kind]
+    if fields.get("architectures", [architecture]) != [architecture]:
+        raise fields.unsupported("architectures", f"[{architecture!r}]")
+    if "quantization_config" in fields:
+        raise fields.unsupported("quantization_config", "float weights without it")
+    return families[kind].folder(fields, name, notes)

@@ -5,6 +5,7 @@ from powerinfer_tools.checkpoint.config import Config
 Shapes = dict[str, tuple[int, ...]]
 
 ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
+FFN = ("ffn_gate", "ffn_up", "ffn_down")
 
 
 def required_shapes(config: Config) -> Shapes:

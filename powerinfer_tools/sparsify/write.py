@@ -10,12 +10,13 @@ import numpy as np
 
 from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.checkpoint.fields import read_json
-from powerinfer_tools.checkpoint.huggingface import CONFIG_LIMIT, TEXTS, HuggingFaceCheckpoint, their_name
-from powerinfer_tools.checkpoint.huggingface_config import THRESHOLDS
+from powerinfer_tools.checkpoint.huggingface import CONFIG_LIMIT, TEXTS, HuggingFaceCheckpoint
+from powerinfer_tools.checkpoint.huggingface_config import THRESHOLDS, name_sources
 from powerinfer_tools.checkpoint.rope import frequencies
 from powerinfer_tools.checkpoint.safetensors_files import SINGLE
 from powerinfer_tools.checkpoint.source import Checkpoint
 from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.families.llama import NAMES
 from powerinfer_tools.files import Array, atomic_write, write_safetensors
 
 
@@ -32,7 +33,7 @@ def write_folder(base: Checkpoint, checkpoint: Checkpoint, folder: Path) -> None
                 shutil.copyfile(base.path / name, folder / name)
     else:
         _write_texts(base, folder)
-    write_safetensors(folder / SINGLE, {"format": "pt"}, _Weights(checkpoint))
+    write_safetensors(folder / SINGLE, {"format": "pt"}, _Weights(checkpoint, stored_names(base)))
 
 
 def activation_fields(config: Config) -> dict[str, Any]:
@@ -47,10 +48,14 @@ def activation_fields(config: Config) -> dict[str, Any]:
 
 
 def base_config(base: Checkpoint) -> dict[str, Any]:
-    """The config.json of a checkpoint. Errors: a GGUF file whose rotary frequencies are scaled."""
+    """The config.json of a checkpoint. Errors: a GGUF file of another family than llama, with biases, or whose rotary
+    frequencies are scaled.
+    """
     if isinstance(base, HuggingFaceCheckpoint):
         return read_json(base.path / "config.json", CONFIG_LIMIT)
     config = base.config
+    if config.arch != "llama":
+        raise PowerinferError(f"{base.path}: expected a llama GGUF file, found {config.arch}: {_FOLDER}", "unsupported")
     if base.biases:
         raise PowerinferError(f"{base.path}: expected no biases in a GGUF file, found some: {_FOLDER}", "unsupported")
     return {
@@ -70,6 +75,16 @@ def base_config(base: Checkpoint) -> dict[str, Any]:
         "bos_token_id": base.special["bos"],
         "eos_token_id": base.special["eos"],
     }
+
+
+def stored_names(base: Checkpoint) -> dict[str, str]:
+    """Hugging Face's names of all tensors, each with ours. Errors: one that is not stored as it is used."""
+    sources = base.sources if isinstance(base, HuggingFaceCheckpoint) else name_sources(base.config, (), NAMES)
+    names = {source.stored_as: name for name, source in sources.items()}
+    if None in names:
+        found = f"{names[None]} put together"
+        raise PowerinferError(f"{base.path}: expected tensors stored as they are used, found {found}", "unsupported")
+    return {theirs: name for theirs, name in names.items() if theirs is not None}
 
 
 _FOLDER = "give the Hugging Face folder that it was made from"
@@ -105,9 +120,8 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 class _Weights(Mapping[str, Array]):
     """All tensors under their Hugging Face names, read one at a time."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._names = {their_name(checkpoint.config.arch, name): name for name in checkpoint.names()}
+    def __init__(self, checkpoint: Checkpoint, names: dict[str, str]) -> None:
+        self._checkpoint, self._names = checkpoint, names
 
     def __getitem__(self, name: str) -> Array:
         return self._checkpoint.read(self._names[name])

@@ -137,7 +137,7 @@ def test_layers_that_are_not_there(gate: Artifact, tmp_path: Path, n_layer: int)
 
     def change(metadata: dict[str, Any], plans: dict[str, TensorPlan]) -> None:
         metadata["llama.block_count"] = n_layer
-        for key in (layout.KEY_MODES, layout.KEY_ALWAYS, layout.KEY_THRESHOLDS):
+        for key in (layout.KEY_MODES, layout.KEY_ALWAYS, layout.KEY_THRESHOLDS, layout.KEY_ROTARY):
             metadata[key] = np.resize(metadata[key], n_layer)
 
     path = rewritten(gate, tmp_path / "m.gguf", change)
@@ -165,6 +165,13 @@ REQUIRED = (
     layout.KEY_ALWAYS,
     layout.KEY_PREDICTOR_RELU,
     layout.KEY_ROPE_SCALE,
+    layout.KEY_NORM,
+    layout.KEY_LEARNED_POSITIONS,
+    layout.KEY_PARALLEL,
+    layout.KEY_QK_NORM,
+    layout.KEY_SUB_NORMS,
+    layout.KEY_SOFTCAP,
+    layout.KEY_ROTARY,
 )
 
 
@@ -189,8 +196,11 @@ def floats(*values: float) -> np.ndarray:
 
 
 VALUES: list[tuple[str, Any, str]] = [
-    ("general.architecture", "mamba", "unsupported"),
-    (layout.KEY_VERSION, 2, "unsupported"),
+    ("general.architecture", "", "malformed"),
+    ("general.architecture", "Llama 2\n", "malformed"),
+    ("general.architecture", "l" * 65, "malformed"),
+    (layout.KEY_VERSION, 3, "unsupported"),
+    (layout.KEY_VERSION, 1, "unsupported"),
     (layout.KEY_VERSION, 0, "malformed"),
     (layout.KEY_ACTIVATION, "gelu", "unsupported"),
     (layout.KEY_GATED, 1, "mismatch"),
@@ -217,6 +227,18 @@ VALUES: list[tuple[str, Any, str]] = [
     (layout.KEY_THRESHOLDS, floats(0, -1, 0), "malformed"),
     (layout.KEY_THRESHOLDS, floats(0, np.inf, 0), "malformed"),
     (layout.KEY_THRESHOLDS, floats(0, 0), "mismatch"),
+    (layout.KEY_NORM, "group", "unsupported"),
+    (layout.KEY_LEARNED_POSITIONS, 0, "mismatch"),
+    (layout.KEY_PARALLEL, 1, "mismatch"),
+    (layout.KEY_QK_NORM, "true", "mismatch"),
+    (layout.KEY_SUB_NORMS, 0.0, "mismatch"),
+    (layout.KEY_SOFTCAP, -1.0, "malformed"),
+    (layout.KEY_SOFTCAP, float("nan"), "malformed"),
+    (layout.KEY_SOFTCAP, float("inf"), "malformed"),
+    (layout.KEY_SOFTCAP, 15, "mismatch"),
+    (layout.KEY_ROTARY, ints(1, 2, 1), "malformed"),
+    (layout.KEY_ROTARY, ints(1, -1, 1), "malformed"),
+    (layout.KEY_ROTARY, ints(1, 1), "mismatch"),
 ]
 
 
@@ -224,6 +246,37 @@ VALUES: list[tuple[str, Any, str]] = [
 def test_values_are_checked(gate: Artifact, tmp_path: Path, key: str, value: Any, kind: str) -> None:
     path = rewritten(gate, tmp_path / "m.gguf", lambda metadata, plans: metadata.update({key: value}))
     assert_refused(path, kind, key if key != layout.KEY_VERSION else str(value))
+
+
+def test_an_older_artifact_is_to_be_built_again(gate: Artifact, tmp_path: Path) -> None:
+    path = rewritten(gate, tmp_path / "m.gguf", lambda metadata, plans: metadata.update({layout.KEY_VERSION: 1}))
+    assert_refused(path, "unsupported", "build it again")
+
+
+@pytest.mark.parametrize("change", [{layout.KEY_NORM: "layer"}, {layout.KEY_LEARNED_POSITIONS: True}])
+def test_structure_demands_its_tensors(gate: Artifact, tmp_path: Path, change: dict[str, Any]) -> None:
+    eps = {"llama.attention.layer_norm_epsilon": 1e-5}
+    path = rewritten(gate, tmp_path / "m.gguf", lambda metadata, plans: metadata.update(change | eps))
+    assert_refused(path, "mismatch", "found no such tensor")
+
+
+def test_no_layer_rotates_by_a_rope_that_nobody_names(predictor: Artifact, tmp_path: Path) -> None:
+    path = rewritten(
+        predictor, tmp_path / "m.gguf", lambda metadata, plans: metadata.update({layout.KEY_ROTARY: ints(0, 0)})
+    )
+    assert_refused(path, "mismatch", "expected ", "found no such key")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_frequencies_of_rotation_are_finite(gate: Artifact, tmp_path: Path, value: float) -> None:
+    path, info = tmp_path / "m.gguf", gate.file.tensors["rope_inv_freq.weight"]
+    content = bytearray(gate.path.read_bytes())
+    content[info.offset : info.offset + 4] = np.float32(value).tobytes()
+    path.write_bytes(content)
+    for read in (open_artifact, Model):
+        kind, message = kind_and_message(read, path)
+        assert kind == "malformed"
+        assert "rope_inv_freq.weight: expected finite numbers" in message
 
 
 ORDERS: dict[str, Callable[[np.ndarray], object]] = {

@@ -152,7 +152,8 @@ def test_the_frequency_is_a_falling_share(artifact: Artifact) -> None:
 
 
 KEYS: list[tuple[str, Any, str]] = [
-    (layout.KEY_VERSION, 2, r"m.gguf: format 2 is newer than this program reads \(1\)"),
+    (layout.KEY_VERSION, 3, r"m.gguf: format 3 is newer than this program reads \(2\)"),
+    (layout.KEY_VERSION, 1, r"m.gguf: format 1 is older than this program reads \(2\): build it again"),
     (
         layout.KEY_ALWAYS,
         np.array([3, 64], np.int32),
@@ -170,10 +171,12 @@ KEYS: list[tuple[str, Any, str]] = [
     (layout.KEY_SPECIAL, "[" * 4000, r"powerinfer.special: expected a JSON object, found '\[\["),
     (layout.KEY_PROVENANCE, "no", "powerinfer.provenance: expected a JSON object, found 'no'"),
     (layout.KEY_PLACEMENT_RAM, np.array([9, 9], np.int32), "placement.vram: expected a list, found no such key"),
-    ("llama.block_count", 3, "powerinfer.activation_threshold: expected 3 numbers, one a layer, found '2 numbers'"),
+    ("llama.block_count", 3, "powerinfer.rotary: expected 3 numbers, one a layer, found '2 numbers'"),
     ("llama.attention.head_count_kv", 3, "head_count_kv: expected a divisor of 4, found 3"),
     ("llama.attention.layer_norm_rms_epsilon", 0.0, "layer_norm_rms_epsilon: expected a number above 0, found 0.0"),
-    ("general.architecture", "mamba", "general.architecture: expected one of llama, opt, found 'mamba'"),
+    ("general.architecture", "Llama 2", "general.architecture: expected a short name in lower case, found 'Llama 2'"),
+    (layout.KEY_NORM, "group", "powerinfer.norm: expected one of rms, layer, found 'group'"),
+    (layout.KEY_ROTARY, np.array([1, 2], np.int32), r"powerinfer.rotary\[1\]: expected an integer in 0 .. 1, found 2"),
 ]
 
 

@@ -72,8 +72,8 @@ def reference_logits(checkpoint: Checkpoint, tokens: list[int]) -> FloatArray:
 class Rounded(Checkpoint):
     """A checkpoint whose matrices hold what `quant` can hold: rounding them again changes nothing."""
 
-    def __init__(self, folder: Path, quant: str) -> None:
-        self.inner = open_checkpoint(folder)
+    def __init__(self, inner: Checkpoint, quant: str) -> None:
+        self.inner = inner
         self.kind = {"f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0"}[quant]
         for name, value in vars(self.inner).items():
             if name in Checkpoint.__annotations__:
@@ -87,7 +87,7 @@ class Rounded(Checkpoint):
 
     def read(self, name: str, rows: slice | None = None) -> FloatArray:
         weight = self.inner.read(name)
-        if weight.ndim == 2:
+        if weight.ndim == 2 and "ffn_router" not in name:
             weight = self.rounded(weight.T).T if "ffn_down" in name else self.rounded(weight)
         return weight if rows is None else weight[rows]
 
@@ -133,7 +133,7 @@ def test_same_greedy_tokens_as_reference(family: Path) -> None:
 @pytest.mark.parametrize("make", [make_llama, make_opt])
 def test_quantised_equals_reference_on_the_same_weights(make: Any, quant: str, tmp_path: Path) -> None:
     make(tmp_path / "model", n_embd=128, n_ff=192)
-    checkpoint, tokens = Rounded(tmp_path / "model", quant), ids(40)
+    checkpoint, tokens = Rounded(open_checkpoint(tmp_path / "model"), quant), ids(40)
     write_artifact(checkpoint, tmp_path / "a.gguf", quant=quant)
     expected = reference_logits(checkpoint, tokens)
     # activations are rounded to 8 bits a block, as in ggml: about 0.4 % of a block's largest value each. Measured: 5e-5

@@ -13,7 +13,7 @@ from powerinfer_tools.placement import artifact_costs
 from tests.artifacts import write_artifact
 from tests.drawn import DrawnCheckpoint, drawn_config
 from tests.engine.test_disk import run, same
-from tests.engine.test_engine import KERNELS, decode_all, greedy_tokens, ids, nmse, reference_logits
+from tests.engine.test_engine import KERNELS, Rounded, decode_all, greedy_tokens, ids, nmse, reference_logits
 
 MODELS: dict[str, dict[str, Any]] = {
     "mixtral": {"n_layer": 12, "activation": "drelu", "experts": Experts(8, 2, "softmax", "ffn_input"), "n_ff": 8 * 39},
@@ -81,9 +81,7 @@ def test_only_neurons_of_chosen_experts_are_touched(model: tuple[DrawnCheckpoint
 @pytest.mark.parametrize("artifact", ["gate", "predictor"])
 def test_memory_is_what_placement_counts(model: tuple[DrawnCheckpoint, Path], artifact: str) -> None:
     opened = open_artifact(model[1] / f"{artifact}.gguf")
-    costs = artifact_costs(
-        opened.config, opened.plans, quant="f32", biases=frozenset(), ctx_size=100, threads=2
-    )
+    costs = artifact_costs(opened.config, opened.plans, quant="f32", biases=frozenset(), ctx_size=100, threads=2)
     with Engine(opened.path, ctx_size=100, threads=2) as engine:
         assert engine.info.weight_bytes == costs.weights
         assert engine.memory() == (costs.kv, costs.scratch)
@@ -95,7 +93,7 @@ def test_memory_is_what_placement_counts(model: tuple[DrawnCheckpoint, Path], ar
 def test_threads_and_the_disk_change_nothing(quant: str, predictor: bool, mode: str, tmp_path: Path) -> None:
     experts = Experts(8, 2, "sigmoid", "layer_input")
     checkpoint = DrawnCheckpoint(drawn_config(n_layer=3, n_embd=96, n_ff=352, head_dim=24, experts=experts))
-    path, tokens = tmp_path / "a.gguf", ids(16)
+    path = tmp_path / "a.gguf"
     write_artifact(checkpoint, path, quant=quant, predictor=predictor, rank=32, slack=0.02)
     expected = run(path, None, mode=mode, threads=1)
     for threads in (2, 3):

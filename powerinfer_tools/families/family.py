@@ -1,0 +1,21 @@
+"""What a family's file says."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from powerinfer_tools.checkpoint.fields import Fields
+from powerinfer_tools.checkpoint.gguf_config import Header
+from powerinfer_tools.checkpoint.sources import Reading
+
+
+@dataclass(frozen=True)
+class Family:
+    """name: Config.arch; models: config.json's model_type, each with the class that `architectures` names;
+    folder: reads (config.json, the model's name, notes for the user); gguf: what reads a GGUF file, by its
+    general.architecture.
+    """
+
+    name: str
+    models: Mapping[str, str]
+    folder: Callable[[Fields, str, list[str]], Reading]
+    gguf: Mapping[str, Callable[[Header], Reading]] = field(default_factory=dict)
