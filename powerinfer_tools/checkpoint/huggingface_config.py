@@ -1,10 +1,10 @@
 """What the families' config.json have in common. Every field that changes what is computed is checked, none guessed."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.checkpoint.fields import Fields
+from powerinfer_tools.checkpoint.rope import rope_from_config
 from powerinfer_tools.checkpoint.sources import Source, stored
 from powerinfer_tools.checkpoint.tensors import ATTENTION, FFN, bias_shapes, required_shapes
 
@@ -23,33 +23,56 @@ THRESHOLD_ACTS = ("silu_cut", "fatrelu", "drelu")  # none that other programs kn
 MAX_LAYERS = 4096
 
 
-@dataclass(frozen=True)
-class Heads:
-    """The sizes of attention."""
+def read_plain_config(
+    fields: Fields,
+    arch: str,
+    name: str,
+    *,
+    norm_eps: str = "rms_norm_eps",
+    gated: bool = True,
+    partial_rotary: float | None = None,
+) -> Config:
+    """The sizes and choices of a plain model, under the names that LLaMA gave them.
 
-    n_embd: int
-    n_head: int
-    n_head_kv: int
-    head_dim: int
-
-
-def read_heads(fields: Fields) -> Heads:
-    """hidden_size and the heads. Errors: sizes that do not go together."""
+    norm_eps: the field's name; partial_rotary: the share of a head that rotates where no field says, None: all of it.
+    Errors: sizes that do not go together; what no family computes.
+    """
     n_embd, n_head = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     n_head_kv = fields.integer("num_key_value_heads", n_head)
     if n_head % n_head_kv:
         raise fields.error("num_key_value_heads", f"a divisor of {n_head}", n_head_kv)
+    head_dim = read_head_dim(fields, n_embd, n_head)
+    n_layer = fields.integer("num_hidden_layers", high=MAX_LAYERS)
+    n_ctx = fields.integer("max_position_embeddings")
+    activation, thresholds = read_activation(fields, n_layer)
+    return Config(
+        arch=arch,
+        name=name,
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_ff=fields.integer("intermediate_size"),
+        n_head=n_head,
+        n_head_kv=n_head_kv,
+        head_dim=head_dim,
+        n_vocab=fields.integer("vocab_size"),
+        n_ctx=n_ctx,
+        norm_eps=fields.number(norm_eps, high=1.0),
+        activation=activation,
+        gated=gated,
+        tied=fields.flag("tie_word_embeddings", False),
+        rope=rope_from_config(fields, head_dim, n_ctx, partial_rotary),
+        thresholds=thresholds,
+    )
+
+
+def read_head_dim(fields: Fields, n_embd: int, n_head: int) -> int:
+    """The size of a head. Errors: odd, or left open by sizes that do not go together."""
     if "head_dim" not in fields and n_embd % n_head:
         raise fields.error("num_attention_heads", f"a divisor of hidden_size {n_embd}", n_head)
     head_dim = fields.integer("head_dim", n_embd // n_head, low=2)
     if head_dim % 2:
         raise fields.error("head_dim", "an even number", head_dim)
-    return Heads(n_embd, n_head, n_head_kv, head_dim)
-
-
-def read_layers(fields: Fields) -> int:
-    """num_hidden_layers."""
-    return fields.integer("num_hidden_layers", high=MAX_LAYERS)
+    return head_dim
 
 
 def read_activation(fields: Fields, n_layer: int, key: str = "hidden_act") -> tuple[str, tuple[float, ...]]:

@@ -66,9 +66,10 @@ def finish(freq: Frequencies, scale: float = 1.0) -> Rope:
     return Rope(freq.astype(np.float32), scale)
 
 
-def rope_from_config(fields: Fields, head_dim: int, n_ctx: int) -> Rope:
+def rope_from_config(fields: Fields, head_dim: int, n_ctx: int, partial: float | None = None) -> Rope:
     """The rope of a config.json: rope_parameters, or rope_scaling and rope_theta.
 
+    partial: the share of a head that rotates where no field says; None: no other share than all is expected.
     Errors: a variant that this program does not compute, or one that lacks its numbers.
     """
     key = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
@@ -77,13 +78,11 @@ def rope_from_config(fields: Fields, head_dim: int, n_ctx: int) -> Rope:
         raise fields.error(key, "an object", values)
     scaling = Fields(f"{fields.where}: {key}", values)
     theta = scaling.number("rope_theta", fields.number("rope_theta", 10000.0), low=1.0)
-    for place in (fields, scaling):
-        if place.number("partial_rotary_factor", 1.0) != 1.0:
-            raise place.unsupported("partial_rotary_factor", "1, every dimension rotated")
+    rotary_dim = _rotary_dim(fields, scaling, head_dim, partial)
     kind = scaling.text("rope_type", scaling.text("type", "default"))
     if kind not in SCALINGS:
         raise scaling.error("rope_type", f"one of {', '.join(SCALINGS)}", kind, "unsupported")
-    freq = frequencies(theta, head_dim)
+    freq = frequencies(theta, rotary_dim)
     if kind in (
         "default",
         "dynamic",
@@ -99,6 +98,19 @@ def rope_from_config(fields: Fields, head_dim: int, n_ctx: int) -> Rope:
             raise scaling.error("low_freq_factor", f"less than high_freq_factor {high:g}", low)
         return finish(llama3(freq, factor, low, high, n_original))
     return _yarn_from_config(scaling, freq, theta, factor, n_original)
+
+
+def _rotary_dim(fields: Fields, scaling: Fields, head_dim: int, partial: float | None) -> int:
+    """The first dimensions of a head, those that rotate."""
+    key = "partial_rotary_factor"
+    place = scaling if key in scaling else fields
+    share = place.number(key, partial or 1.0, high=1.0)
+    if partial is None and share != 1.0:
+        raise place.unsupported(key, "1, every dimension rotated")
+    rotary_dim = int(head_dim * share)
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise place.error(key, f"a share of {head_dim} that is an even number", share)
+    return rotary_dim
 
 
 def _original_context(fields: Fields, scaling: Fields, n_ctx: int) -> int:

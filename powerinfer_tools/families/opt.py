@@ -4,7 +4,7 @@ import numpy as np
 
 from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.checkpoint.fields import Fields
-from powerinfer_tools.checkpoint.huggingface_config import name_sources, read_layers, their_name
+from powerinfer_tools.checkpoint.huggingface_config import MAX_LAYERS, name_sources, their_name
 from powerinfer_tools.checkpoint.sources import Reading, picked
 from powerinfer_tools.checkpoint.tensors import ATTENTION, FFN
 from powerinfer_tools.families.family import Family
@@ -41,7 +41,7 @@ def _config(fields: Fields, name: str) -> Config:
     if n_embd % n_head:
         raise fields.error("num_attention_heads", f"a divisor of hidden_size {n_embd}", n_head)
     _check_variant(fields, n_embd)
-    n_layer = read_layers(fields)
+    n_layer = fields.integer("num_hidden_layers", high=MAX_LAYERS)
     return Config(
         arch="opt",
         name=name,
