@@ -88,7 +88,7 @@ Activation = Annotated[
         "--activation",
         metavar="NAME",
         rich_help_panel=BUILD,
-        help="For a GGUF checkpoint that does not record it: relu, relu2, fatrelu, drelu or silu.",
+        help="For a GGUF checkpoint that does not record it: relu, relu2, fatrelu:THRESHOLD, drelu or silu.",
     ),
 ]
 Patch = Annotated[

@@ -32,6 +32,7 @@ class GgufCheckpoint(Checkpoint):
         architecture = fields.text("general.architecture")
         reading = by_architecture()[architecture].gguf[architecture](header)
         self.config, self._sources = reading.config, reading.sources
+        self._activation = activation or self.config.activation
         self._shapes = {name: source.shape for name, source in reading.sources.items()}
         found = {name: tensor.shape[::-1] for name, tensor in self._file.tensors.items()}
         check_stored(path, reading.sources, found, (*reading.unused, ROPE_FACTORS))
@@ -52,7 +53,7 @@ class GgufCheckpoint(Checkpoint):
         return self._sources[name].read(self._read_rows, np.arange(begin, end))
 
     def digest(self) -> str:
-        digest = hashlib.sha256(f"activation {self.config.activation}\n".encode())
+        digest = hashlib.sha256(f"activation {self._activation}\n".encode())
         with self.path.open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)

@@ -8,13 +8,14 @@ from powerinfer_tools.artifact.layout import KEY_ACTIVATION, KEY_THRESHOLDS
 from powerinfer_tools.checkpoint.config import ACTIVATIONS, Config, Rope
 from powerinfer_tools.checkpoint.fields import Fields
 from powerinfer_tools.checkpoint.gguf_file import GgufFile, raw_rows
-from powerinfer_tools.checkpoint.huggingface_config import MAX_LAYERS
+from powerinfer_tools.checkpoint.huggingface_config import HIDDEN_ACTS, MAX_LAYERS
 from powerinfer_tools.checkpoint.rope import finish, frequencies, yarn, yarn_scale
 from powerinfer_tools.checkpoint.source import FloatArray
 from powerinfer_tools.checkpoint.sources import Rows, Source, picked, stored
 from powerinfer_tools.checkpoint.tensors import bias_shapes, required_shapes
 from powerinfer_tools.errors import PowerinferError
 
+HIDDEN_ACT = "hidden_activation"  # llama.cpp's key, behind the architecture's name
 ROPE_FACTORS = "rope_freqs.weight"  # each frequency is divided by its own (Llama 3.1)
 NORM_EPS = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm_epsilon"}
 
@@ -27,6 +28,7 @@ KEYS = frozenset(
         "feed_forward_length",
         "vocab_size",
         "tensor_data_layout",
+        HIDDEN_ACT,
         "expert_count",
         "expert_used_count",
         "attention.head_count",
@@ -61,14 +63,21 @@ class Header:
 
 
 def read_gguf_config(
-    header: Header, arch: str, activation: str, *, gated: bool = True, norm: str = "rms", partial_rotary: bool = False
+    header: Header,
+    arch: str,
+    activation: str,
+    *,
+    gated: bool = True,
+    norm: str = "rms",
+    partial_rotary: bool = False,
+    known: frozenset[str] = frozenset(),
 ) -> Config:
     """The sizes and choices of a plain model. activation: what llama.cpp computes where the file does not say.
 
     Errors: a key that is not understood; sizes that do not go together; partial rotation where it is not expected.
     """
     keys, file = header.keys, header.file
-    _check_keys(keys, norm)
+    _check_keys(keys, KEYS | known | {NORM_EPS[norm]})
     n_embd, n_head = keys.integer("embedding_length"), keys.integer("attention.head_count")
     n_head_kv = keys.integer("attention.head_count_kv", n_head)
     if n_head % n_head_kv:
@@ -116,10 +125,10 @@ def interleaved(sources: dict[str, Source], head_dim: int) -> dict[str, Source]:
     return {name: source(name, plain) for name, plain in sources.items()}
 
 
-def _check_keys(keys: Fields, norm: str) -> None:
+def _check_keys(keys: Fields, known: frozenset[str]) -> None:
     for key in keys.values:
         name = key.removeprefix(keys.prefix)
-        if key.startswith(keys.prefix) and name not in KEYS | {NORM_EPS[norm]}:
+        if key.startswith(keys.prefix) and name not in known:
             raise keys.unsupported(name, "no such key, for what it changes is not known here")
     for name in ("expert_count", "expert_used_count"):
         if keys.get(name, 0) != 0:
@@ -127,25 +136,53 @@ def _check_keys(keys: Fields, norm: str) -> None:
 
 
 def _activation(header: Header, n_layer: int, default: str) -> tuple[str, tuple[float, ...]]:
-    """The activation and its threshold a layer: from our own keys, from the user, or the architecture's."""
-    fields, asked, known = header.fields, header.activation, ", ".join(ACTIVATIONS)
-    if asked is not None and asked not in ACTIVATIONS:
-        raise PowerinferError(f"{fields.where}: expected an activation of {known}, found {asked}", "usage")
-    if asked is None and KEY_ACTIVATION not in fields:
-        if default not in ACTIVATIONS:
-            found = f"{default}, which GGUF does not record; a ReLU model needs --activation"
-            raise PowerinferError(f"{fields.where}: expected an activation of {known}, found {found}", "unsupported")
-        header.notes.append(f"GGUF does not record the activation: taken as {default}; a ReLU model needs --activation")
-    name = fields.choice(KEY_ACTIVATION, ACTIVATIONS, asked or default)
-    if asked not in (None, name):
-        raise PowerinferError(f"{fields.where}: records the activation {name}, expected {asked}", "usage")
-    thresholds = fields.get(KEY_THRESHOLDS)
+    """The activation and its threshold a layer: from the file's keys, from the user, or the architecture's.
+
+    The user may give fatrelu's threshold with it: fatrelu:0.03.
+    """
+    fields, known = header.fields, ", ".join(ACTIVATIONS)
+    asked, threshold = _asked(header)
+    recorded = _recorded(header)
+    if asked and recorded not in (None, asked):
+        raise PowerinferError(f"{fields.where}: records the activation {recorded}, expected {asked}", "usage")
+    name = recorded or asked or default
+    if name not in ACTIVATIONS:
+        found = f"{default}, which GGUF does not record; a ReLU model needs --activation"
+        raise PowerinferError(f"{fields.where}: expected an activation of {known}, found {found}", "unsupported")
+    if not (recorded or asked) and name == "silu":
+        header.notes.append(f"GGUF does not record the activation: taken as {name}; a ReLU model needs --activation")
+    thresholds = fields.get(KEY_THRESHOLDS, None if threshold is None else [threshold] * n_layer)
     if thresholds is None and name != "fatrelu":
         return name, (0.0,) * n_layer
     numbers = isinstance(thresholds, list) and all(isinstance(t, float) and 0 <= t < 1e6 for t in thresholds)
     if thresholds is None or not numbers or len(thresholds) != n_layer:
         raise fields.error(KEY_THRESHOLDS, f"{n_layer} numbers, not negative", thresholds)
     return name, tuple(float(t) for t in thresholds)
+
+
+def _recorded(header: Header) -> str | None:
+    """The activation by our own key, or by llama.cpp's, which only its newest conversions write."""
+    if KEY_ACTIVATION in header.fields:
+        return header.fields.choice(KEY_ACTIVATION, ACTIVATIONS)
+    return HIDDEN_ACTS[header.keys.choice(HIDDEN_ACT, HIDDEN_ACTS)] if HIDDEN_ACT in header.keys else None
+
+
+def _asked(header: Header) -> tuple[str, float | None]:
+    """The activation that the user gives, "" for none, and its threshold. Errors: an unknown one, no number."""
+    name, _, number = (header.activation or "").partition(":")
+    if name not in ("", *ACTIVATIONS):
+        known = ", ".join(ACTIVATIONS)
+        raise PowerinferError(f"{header.fields.where}: expected an activation of {known}, found {name}", "usage")
+    if not number:
+        return name, None
+    try:
+        threshold = float(number)
+    except ValueError:
+        threshold = -1.0
+    if name != "fatrelu" or not 0 <= threshold < 1e6:
+        expected = "a threshold with fatrelu alone, such as fatrelu:0.03"
+        raise PowerinferError(f"{header.fields.where}: expected {expected}, found {header.activation}", "usage")
+    return name, threshold
 
 
 def _head_dim(keys: Fields, n_embd: int, n_head: int) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 
 from powerinfer_tools.checkpoint.fields import Fields, read_json
 from powerinfer_tools.checkpoint.huggingface_tokenizer import read_special, read_template, read_tokenizer
-from powerinfer_tools.checkpoint.safetensors_files import DTYPES, stored_tensors, weight_files
+from powerinfer_tools.checkpoint.safetensors_files import DTYPES, PACKED, stored_tensors, weight_files
 from powerinfer_tools.checkpoint.source import Checkpoint, FloatArray, check_rows
 from powerinfer_tools.checkpoint.sources import Reading, Rows, check_stored
 from powerinfer_tools.errors import PowerinferError
@@ -21,6 +21,7 @@ TEXTS = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
+CONVERTED = ("tokenizer.model", "added_tokens.json")  # what a folder without tokenizer.json has
 ROTARY = "rotary_emb.inv_freq"  # old programs wrote what config.json says
 
 
@@ -58,7 +59,8 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def digest(self) -> str:
         digest = hashlib.sha256()
-        texts = [self.path / name for name in TEXTS if (self.path / name).is_file()]
+        names = TEXTS if (self.path / "tokenizer.json").is_file() else TEXTS + CONVERTED
+        texts = [self.path / name for name in names if (self.path / name).is_file()]
         for path in texts + weight_files(self.path):
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
             with path.open("rb") as file:
@@ -80,9 +82,13 @@ class HuggingFaceCheckpoint(Checkpoint):
     def _check_tensors(self, reading: Reading) -> None:
         unused = (*reading.unused, ROTARY, *(("lm_head.weight",) if self.config.tied else ()))
         needed = check_stored(self.path, reading.sources, {n: t.shape for n, t in self._tensors.items()}, unused)
+        for end, note in reading.unused.items():
+            if note and any(name.endswith(end) for name in self._tensors):
+                self.notes.append(note)
         for name in needed:
-            if (dtype := self._tensors[name].dtype) not in DTYPES:
-                known = ", ".join(DTYPES)
+            types = PACKED if name in reading.packed else DTYPES
+            if (dtype := self._tensors[name].dtype) not in types:
+                known = ", ".join(types)
                 raise PowerinferError(f"{self.path}: {name}: expected type {known}, found {dtype}", "unsupported")
 
 
@@ -92,10 +98,17 @@ def _read_config(fields: Fields, name: str, notes: list[str]) -> Reading:
     Errors: an unknown model_type or class, named with those that are known; what the family refuses.
     """
     families = by_model_type()
-    kind = fields.choice("model_type", families)
+    kind = fields.choice("model_type", families, _kind_of_class(fields.get("architectures")))
     architecture = families[kind].models[kind]
     if fields.get("architectures", [architecture]) != [architecture]:
         raise fields.unsupported("architectures", f"[{architecture!r}]")
-    if "quantization_config" in fields:
+    if "quantization_config" in fields and not families[kind].quantised:
         raise fields.unsupported("quantization_config", "float weights without it")
-    return families[kind].folder(fields, name, notes)
+    return families[kind].folder(Fields(fields.where, {**fields.values, "model_type": kind}), name, notes)
+
+
+def _kind_of_class(architectures: object) -> str | None:
+    """The model_type of a folder that does not say it, as MiniCPM-S does not."""
+    kinds = {family.models[kind]: kind for kind, family in by_model_type().items()}
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    return kinds.get(first) if isinstance(first, str) else None

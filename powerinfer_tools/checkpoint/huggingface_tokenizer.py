@@ -14,9 +14,18 @@ CONFIG_LIMIT = 4 << 20
 
 
 def read_tokenizer(folder: Path) -> tuple[str, Any]:
-    """The text of tokenizer.json, and the library's tokenizer. Errors: missing, too large, no tokenizer."""
+    """The text of tokenizer.json, or of one that tokenizer.model makes, and the library's tokenizer.
+
+    Errors: missing, too large, no tokenizer.
+    """
     path = folder / "tokenizer.json"
-    text = read_text(path, TOKENIZER_LIMIT)
+    if not path.is_file() and (folder / "tokenizer.model").is_file():
+        from powerinfer_tools.checkpoint.sentencepiece import convert_sentencepiece
+
+        path = folder / "tokenizer.model"
+        text = convert_sentencepiece(path)
+    else:
+        text = read_text(path, TOKENIZER_LIMIT)
     return text, load_tokenizer(text, str(path))
 
 
@@ -51,8 +60,9 @@ def read_special(folder: Path, config: dict[str, Any], tokenizer: Any, n_vocab: 
         if not 0 <= token < n_vocab:
             raise PowerinferError(f"{folder}: bos and eos: expected ids below {n_vocab}, found {token}", "mismatch")
     add_bos = names.get("add_bos_token")
-    if not isinstance(add_bos, bool):  # then the tokenizer itself says
-        add_bos = bool(bos) and tokenizer.encode("a").ids[:1] == bos[:1]
+    if not isinstance(add_bos, bool):  # then the tokenizer itself says, and a tokenizer.model always adds it
+        converted = not (folder / "tokenizer.json").is_file()
+        add_bos = converted or (bool(bos) and tokenizer.encode("a").ids[:1] == bos[:1])
     return special_tokens(tokenizer.id_to_token, bos[0] if bos else None, eos, add_bos)
 
 

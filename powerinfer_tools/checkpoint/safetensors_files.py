@@ -16,6 +16,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INDEX_LIMIT = 64 << 20
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+PACKED = {"U8": np.dtype("u1")}  # bytes that only a family understands
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,10 @@ class StoredTensor:
     offset: int
 
     def read(self, name: str, begin: int, end: int) -> FloatArray:
-        """Rows [begin, end) (elements of a vector) as float32. dtype must be one of DTYPES. Errors: the file is cut."""
+        """Rows [begin, end) (elements of a vector) as float32. dtype: of DTYPES or PACKED. Errors: the file is cut."""
         row = math.prod(self.shape[1:])
         count = (end - begin) * row
-        dtype = DTYPES[self.dtype]
+        dtype = (DTYPES | PACKED)[self.dtype]
         stored = np.fromfile(self.path, dtype, count, offset=self.offset + begin * row * dtype.itemsize)
         if stored.size != count:
             raise PowerinferError(f"{self.path}: {name}: expected {count} numbers, found {stored.size}", "truncated")

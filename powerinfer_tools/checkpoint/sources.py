@@ -1,7 +1,7 @@
 """Where our tensors come from: rows of theirs, with what is folded in as they are read."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +30,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a family makes of a checkpoint. unused: ends of names of tensors that may be there beside the needed."""
+    """What a family makes of a checkpoint. unused: how names of tensors end that may be there beside the needed, each
+    with what the user should know then; packed: the tensors of bytes, where all others are floats.
+    """
 
     config: Config
     sources: Mapping[str, Source]
-    unused: tuple[str, ...] = ()
+    unused: Mapping[str, str] = field(default_factory=dict)
+    packed: frozenset[str] = frozenset()
 
 
 def stored(name: str, shape: tuple[int, ...]) -> Source:

@@ -12,10 +12,12 @@ from powerinfer_tools.checkpoint.sources import Reading
 class Family:
     """name: Config.arch; models: config.json's model_type, each with the class that `architectures` names;
     folder: reads (config.json, the model's name, notes for the user); gguf: what reads a GGUF file, by its
-    general.architecture.
+    general.architecture; quantised: folder
+    understands quantization_config.
     """
 
     name: str
     models: Mapping[str, str]
     folder: Callable[[Fields, str, list[str]], Reading]
     gguf: Mapping[str, Callable[[Header], Reading]] = field(default_factory=dict)
+    quantised: bool = False

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.checkpoint.fields import Fields
 from powerinfer_tools.checkpoint.gguf_config import Header, gguf_sources, interleaved, read_gguf_config
 from powerinfer_tools.checkpoint.huggingface_config import name_sources, read_biases, read_plain_config
@@ -26,20 +27,25 @@ NAMES = {
 }
 
 
+def read_llama_config(fields: Fields, name: str) -> Config:
+    """What LLaMA and those that changed little of it compute."""
+    return read_plain_config(fields, "llama", name)
+
+
 def _folder(fields: Fields, name: str, notes: list[str]) -> Reading:
     kind = fields.text("model_type")
-    config = read_plain_config(fields, "llama", name)
-    config = replace(config, n_ctx=_window(fields, kind, config.n_ctx, notes))
+    config = read_llama_config(fields, name)
+    slides = {"llama": False, "mistral": True, "qwen2": fields.flag("use_sliding_window", False)}[kind]
+    config = replace(config, n_ctx=read_window(fields, config.n_ctx, notes)) if slides else config
     biased = {"qwen2": ATTENTION[:3], "mistral": ()}.get(kind)
     return Reading(config, name_sources(config, read_biases(fields) if biased is None else biased, NAMES))
 
 
-def _window(fields: Fields, kind: str, n_ctx: int, notes: list[str]) -> int:
+def read_window(fields: Fields, n_ctx: int, notes: list[str]) -> int:
     """The context within which sliding-window attention sees everything, so that it is plain attention."""
-    slides = {"llama": False, "mistral": True, "qwen2": fields.flag("use_sliding_window", False)}[kind]
-    if not slides or fields.values.get("sliding_window", 4096) is None:
+    if fields.values.get("sliding_window", 4096) is None:
         return n_ctx
-    window = fields.integer("sliding_window", 4096)  # the default of both families
+    window = fields.integer("sliding_window", 4096)  # the default of all families that have it
     if window < n_ctx:
         notes.append(f"context limited to {window} positions, the sliding window of its attention")
     return min(n_ctx, window)

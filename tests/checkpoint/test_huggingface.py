@@ -167,7 +167,7 @@ def test_check_finite() -> None:
 
 
 LLAMA_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
-    "model_type": ({"model_type": "gemma"}, "model_type: expected one of arcee, falcon, .*opt.*, found 'gemma'"),
+    "model_type": ({"model_type": "gemma"}, "model_type: expected one of .*llama, mistral, .*, found 'gemma'"),
     "own code": ({"architectures": ["SparseLlamaForCausalLM"]}, "architectures: expected"),
     "hidden_act": ({"hidden_act": "gelu"}, "hidden_act: expected one of relu, .*silu.*, found 'gelu'"),
     "no hidden_act": ({"hidden_act": None}, "hidden_act: expected a string, found nothing"),
