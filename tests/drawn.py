@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_tools.checkpoint import Checkpoint, Config, Rope
+from powerinfer_tools.checkpoint import Checkpoint, Config, Experts, Rope
 from powerinfer_tools.checkpoint.source import check_rows
 from powerinfer_tools.checkpoint.tensors import bias_shapes, required_shapes
 from tests.tiny import make_tokenizer
@@ -48,6 +48,41 @@ def drawn_config(**fields: Any) -> Config:
     """PLAIN, but for what is said of it; one threshold a layer."""
     n_layer = fields.get("n_layer", PLAIN.n_layer)
     return replace(PLAIN, **{"thresholds": (0.0,) * n_layer, **fields})
+
+
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "layer norm": {"norm": "layer"},
+    "learned positions": {"learned_positions": True, "rope": None, "gated": False},
+    "parallel": {"parallel": True},
+    "qk norm": {"qk_norm": True},
+    "sub norms": {"sub_norms": True, "activation": "relu2"},
+    "softcap": {"softcap": 2.5},
+    "partial rotary": {"rope": rope_of(6, scale=1.3)},
+    "backwards": {"rope": rope_of(16, backwards=True)},
+    "some layers rotate": {"n_layer": 12, "rotary": tuple(i % 4 != 3 for i in range(12))},
+    "none rotates": {"rope": None},
+    "experts": {"experts": Experts(5, 2, "softmax", "ffn_input"), "activation": "drelu"},
+    "routed early": {"n_layer": 12, "experts": Experts(8, 3, "sigmoid", "layer_input")},
+    "plain experts": {"gated": False, "experts": Experts(4, 1, "sigmoid", "ffn_input")},
+    "all": {
+        "n_layer": 12,
+        "n_embd": 72,
+        "n_ff": 161,
+        "n_head": 6,
+        "head_dim": 20,
+        "norm": "layer",
+        "parallel": True,
+        "qk_norm": True,
+        "sub_norms": True,
+        "softcap": 20.0,
+        "rope": rope_of(12, backwards=True, scale=0.8),
+        "rotary": tuple(i != 5 for i in range(12)),
+        "tied": True,
+        "experts": Experts(7, 4, "softmax", "layer_input"),
+    },
+}
+"""What a Config can say of a layer, each alone and together: fields for drawn_config."""
 
 
 class DrawnCheckpoint(Checkpoint):

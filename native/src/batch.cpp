@@ -40,8 +40,9 @@ void Session::score(const int32_t* tokens, size_t n, float* logits_out, pi_layer
     for (size_t done = 0; done < n; done += BATCH) {
         size_t m = std::min(BATCH, n - done);
         forward_batch(tokens + done, m, true, scores);
-        normalise_batch(model.weights.output_norm, m);
+        normalise_batch(model.weights.output_norm, b_hidden_.data(), m);
         gemm(model.weights.output, nullptr, b_x_.data(), m, logits_out + done * c.n_vocab, false);
+        cap(logits_out + done * c.n_vocab, m * c.n_vocab);
     }
     has_logits = false;
 }
@@ -52,11 +53,12 @@ void Session::forward_batch(const int32_t* tokens, size_t n, bool selective, pi_
     set_angles(position, n);
     for (size_t il = 0; il < c.n_layer; il++) {
         const Layer& layer = model.weights.layers[il];
-        if (c.experts.n > 0 && c.experts.early) route_batch(layer, b_hidden_.data(), n);
-        normalise_batch(layer.attn_norm, n);
+        if (c.experts.routed_by == RoutedBy::LayerInput) route_batch(layer, b_hidden_.data(), n);
+        normalise_batch(layer.attn_norm, b_hidden_.data(), n);
+        if (c.parallel) std::copy_n(b_hidden_.data(), n * c.n_embd, b_entry_.data());
         attention_batch(layer, il, n);
-        normalise_batch(layer.ffn_norm, n);
-        if (c.experts.n > 0 && !c.experts.early) route_batch(layer, b_x_.data(), n);
+        normalise_batch(layer.ffn_norm, c.parallel ? b_entry_.data() : b_hidden_.data(), n);
+        if (c.experts.routed_by == RoutedBy::FfnInput) route_batch(layer, b_x_.data(), n);
         if (model.disk) {
             model.disk->start_stream(il);
             model.disk->end_stream();
@@ -74,11 +76,11 @@ void Session::stream_on(size_t il) {
     if (il + 1 < model.config.n_layer) model.disk->start_stream(il + 1);
 }
 
-// b_x_ = the normalised b_hidden_, in both forms
-void Session::normalise_batch(const Norm& norm, size_t n) {
+// b_x_ = the normalised stream (n, n_embd), in both forms
+void Session::normalise_batch(const Norm& norm, const float* stream, size_t n) {
     size_t n_embd = model.config.n_embd;
     pool_.run(n, [&](size_t t, uint32_t) {
-        normalise(norm, &b_hidden_[t * n_embd], &b_x_[t * n_embd]);
+        normalise(norm, stream + t * n_embd, &b_x_[t * n_embd]);
         quantise_token(&b_x_[t * n_embd], n_embd, t);
     });
 }
@@ -104,8 +106,8 @@ void Session::attention_batch(const Layer& layer, size_t il, size_t n) {
     gemm(layer.k.rows, layer.k.bias, b_x_.data(), n, b_k_.data(), false);
     gemm(layer.v.rows, layer.v.bias, b_x_.data(), n, b_v_.data(), false);
     pool_.run(n, [&](size_t t, uint32_t) {
-        rotate(&b_q_[t * c.q_dim()], c.n_head, t);
-        rotate(&b_k_[t * c.kv_dim()], c.n_head_kv, t);
+        rotate(layer, &b_q_[t * c.q_dim()], c.n_head, t);
+        rotate(layer, &b_k_[t * c.kv_dim()], c.n_head_kv, t);
         for (uint32_t head = 0; head < c.n_head_kv; head++) {
             size_t at = t * c.kv_dim() + head * c.head_dim;
             store_kv(il, head, position + t, &b_k_[at], &b_v_[at]);
@@ -116,6 +118,7 @@ void Session::attention_batch(const Layer& layer, size_t il, size_t n) {
         attend_queries(il, static_cast<uint32_t>(item % c.n_head), first, std::min(QUERIES, n - first),
                        workers_[thread]);
     });
+    if (c.sub_norms) pool_.run(n, [&](size_t t, uint32_t) { unit_rms(c.q_dim(), &b_x_[t * c.q_dim()]); });
     quantise_batch(b_x_.data(), n, c.q_dim());
     gemm(layer.o.rows, layer.o.bias, b_x_.data(), n, b_hidden_.data(), true);
 }
@@ -213,6 +216,7 @@ void Session::activate_token(const Layer& layer, size_t t, bool asked, pi_layer_
             if (asked && !predicted) h[i] = 0;
         }
     }
+    if (model.config.sub_norms) unit_rms(n_ff, h);
     if (in_blocks(layer.down)) quantise_token(h, n_ff, t);
 }
 

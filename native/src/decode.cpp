@@ -2,7 +2,9 @@
 // of neurons, computes the deciding rows of those it lets through, then up and down of those that fire, and keeps its
 // own partial sum. The ranges are fixed, so the sums are the same for any number of threads.
 #include <chrono>
+#include <cmath>
 #include <cstring>
+#include <numeric>
 #include <utility>
 
 #include "session.h"
@@ -12,7 +14,7 @@ namespace pi {
 namespace {
 
 constexpr size_t ITEM_ROWS = 32;           // rows of a matrix that one item computes
-constexpr size_t SUM_COLUMNS = 512;        // columns of the partial sums that one item adds
+constexpr size_t SUM_COLUMNS = 512;        // columns of the partial sums that one item adds, or logits that it caps
 constexpr size_t BLOCK_BYTES = 256 << 10;  // of bundles that are read whole before the next ones, where all are: in L2
 
 size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
@@ -27,14 +29,16 @@ void Session::decode(int32_t token, float* logits_out) {
     mark_ = ticks();
     embed(&token, 1, hidden_.data());
     set_angles(position, 1);
+    bool parallel_blocks = model.config.parallel;
+    RoutedBy routed_by = model.config.experts.routed_by;
     for (size_t il = 0; il < model.weights.layers.size(); il++) {
         const Layer& layer = model.weights.layers[il];
-        const Experts& experts = model.config.experts;
-        if (experts.n > 0 && experts.early) route(layer, hidden_.data());
+        if (routed_by == RoutedBy::LayerInput) route(layer, hidden_.data());
         normalise(layer.attn_norm, hidden_.data(), x_.f.data());
+        if (parallel_blocks) std::copy_n(hidden_.data(), model.config.n_embd, entry_.data());
         attention(layer, il);
-        normalise(layer.ffn_norm, hidden_.data(), x_.f.data());
-        if (experts.n > 0 && !experts.early) route(layer, x_.f.data());
+        normalise(layer.ffn_norm, parallel_blocks ? entry_.data() : hidden_.data(), x_.f.data());
+        if (routed_by == RoutedBy::FfnInput) route(layer, x_.f.data());
         ffn(layer, il);
     }
     if (model.disk) collect_disk_counts();
@@ -123,17 +127,18 @@ void Session::attention(const Layer& layer, size_t il) {
     project(ATTENTION, {{&layer.q, q_.data()}, {&layer.k, k_.data()}, {&layer.v, v_.data()}}, quantised(x_, c.n_embd));
     parallel(ATTENTION, c.n_head_kv, [&](size_t head, uint32_t) {
         size_t at = head * c.head_dim;
-        rotate(&k_[at], 1, 0);
+        rotate(layer, &k_[at], 1, 0);
         store_kv(il, static_cast<uint32_t>(head), position, &k_[at], &v_[at]);
     });
-    bool whole_blocks = c.head_dim % QK == 0;
+    bool by_head = c.head_dim % QK == 0 && !c.sub_norms;  // each head is quantised where it is computed
     parallel(ATTENTION, c.n_head, [&](size_t head, uint32_t thread) {
         size_t at = head * c.head_dim;
-        rotate(&q_[at], 1, 0);
+        rotate(layer, &q_[at], 1, 0);
         attend(il, static_cast<uint32_t>(head), position + 1, &q_[at], &x_.f[at], workers_[thread]);
-        if (whole_blocks) ops.quantize_x8(c.head_dim, &x_.f[at], x_.x8(at));
+        if (by_head) ops.quantize_x8(c.head_dim, &x_.f[at], x_.x8(at));
     });
-    Vector x = whole_blocks ? x_.both() : quantised(x_, c.q_dim());
+    if (c.sub_norms) unit_rms(c.q_dim(), x_.f.data());
+    Vector x = by_head ? x_.both() : quantised(x_, c.q_dim());
     project(ATTENTION, {{&layer.o, hidden_.data(), true}}, x);
     for (const Linear* linear : {&layer.q, &layer.k, &layer.v, &layer.o})
         stats.bytes_attention += linear->rows.n_rows * linear->rows.row_size();
@@ -217,7 +222,12 @@ void Session::ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank,
         for (size_t i = 0; i < n; i += block)
             n_active += add_neurons(layer, &w.asked[i], &w.pre[i], std::min<size_t>(block, n - i), x, sum, w);
     }
+    finish_chunk(chunk, n_active, w);
+}
+
+void Session::finish_chunk(size_t chunk, size_t n_active, Worker& w) {
     chunk_fired_[chunk] = n_active > 0;
+    squares_[chunk] = std::exchange(w.squares, 0.0);
 }
 
 // w.pre = activation(select . x) of these neurons
@@ -290,6 +300,8 @@ void Session::add_down(const Layer& layer, size_t n, const uint8_t* next, float*
     }
     w.n_active += n;
     for (size_t i = 0; i < n; i++) w.n_fired += h[i] != 0;
+    if (model.config.sub_norms)
+        for (size_t i = 0; i < n; i++) w.squares += double(h[i]) * h[i];
     ops.add_rows(down.type, down.n, down.data, down.stride, places(w.active.data(), n, w), h, n, next, sum);
 }
 
@@ -368,7 +380,7 @@ void Session::fetched_chunk(const Layer& layer, size_t chunk, Vector x, Worker& 
     }
     float* sum = &partial_[chunk * model.config.n_embd];
     std::fill_n(sum, model.config.n_embd, 0.0f);
-    chunk_fired_[chunk] = add_neurons(layer, ids, pre, n, x, sum, w) > 0;
+    finish_chunk(chunk, add_neurons(layer, ids, pre, n, x, sum, w), w);
 }
 
 // Where the kernels find these neurons.
@@ -394,17 +406,21 @@ void Session::collect_disk_counts() {
     stats.stream_bytes += counts.streamed;
 }
 
-// hidden += the chunks' partial sums, in the order of the chunks, + bias
+// hidden += the chunks' partial sums, in the order of the chunks, + bias; the sums over the norm of all h with
+// sub_norms
 void Session::sum_chunks(const Layer& layer) {
-    size_t n_embd = model.config.n_embd, n_chunks = layer.chunks.size() - 1;
+    const Config& c = model.config;
+    size_t n_embd = c.n_embd, n_chunks = layer.chunks.size() - 1;
+    double squares = std::accumulate(squares_, squares_ + n_chunks, 0.0);
+    float scale = c.sub_norms ? static_cast<float>(1 / std::sqrt(squares / c.n_ff + c.norm_eps)) : 1.0f;
     parallel(UPDOWN, ceil_div(n_embd, SUM_COLUMNS), [&](size_t item, uint32_t) {
         size_t begin = item * SUM_COLUMNS, n = std::min(SUM_COLUMNS, n_embd - begin);
         float sums[SUM_COLUMNS];
         for (size_t i = 0; i < n; i++) sums[i] = layer.down_bias ? layer.down_bias[begin + i] : 0.0f;
-        for (size_t c = 0; c < n_chunks; c++) {
-            if (!chunk_fired_[c]) continue;
-            const float* sum = &partial_[c * n_embd + begin];
-            for (size_t i = 0; i < n; i++) sums[i] += sum[i];
+        for (size_t chunk = 0; chunk < n_chunks; chunk++) {
+            if (!chunk_fired_[chunk]) continue;
+            const float* sum = &partial_[chunk * n_embd + begin];
+            for (size_t i = 0; i < n; i++) sums[i] += scale * sum[i];
         }
         for (size_t i = 0; i < n; i++) hidden_[begin + i] += sums[i];
     });
@@ -424,12 +440,23 @@ void Session::collect_counts(const Layer& layer) {
     stats.neurons_total += model.config.n_ff;
 }
 
-// logits = output . norm(hidden)
+// logits = output . norm(hidden), capped
 void Session::output_head(float* hidden) {
     normalise(model.weights.output_norm, hidden, x_.f.data());
     Linear head{model.weights.output, nullptr};
     project(HEAD, {{&head, logits.data()}}, quantised(x_, model.config.n_embd));
+    cap(logits.data(), model.config.n_vocab);
     has_logits = true;
+}
+
+// What is no finite number stays so: sampling refuses it.
+void Session::cap(float* logits, size_t n) {
+    float most = model.config.softcap;
+    if (most == 0) return;
+    parallel(HEAD, ceil_div(n, SUM_COLUMNS), [&](size_t item, uint32_t) {
+        for (size_t i = item * SUM_COLUMNS; i < std::min(n, (item + 1) * SUM_COLUMNS); i++)
+            if (std::isfinite(logits[i])) logits[i] = most * std::tanh(logits[i] / most);
+    });
 }
 
 }  // namespace pi

@@ -187,7 +187,8 @@ void Model::read_experts() {
         throw Error(PI_ERROR_MALFORMED, b + "n: expected a divisor of " + std::to_string(config.n_ff) + ", found " +
                                             std::to_string(experts.n));
     experts.softmax = one_of(gguf_, b + "gating", "softmax", "sigmoid");
-    experts.early = one_of(gguf_, b + "routed_by", "layer_input", "ffn_input");
+    bool early = one_of(gguf_, b + "routed_by", "layer_input", "ffn_input");
+    experts.routed_by = early ? RoutedBy::LayerInput : RoutedBy::FfnInput;
 }
 
 void Model::read_structure() {

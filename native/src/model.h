@@ -18,11 +18,14 @@ constexpr uint32_t MAX_EXPERTS = 512;
 enum class NormKind { Rms, Layer };
 enum class Activation { Relu, Relu2, FatRelu, DRelu, Silu };
 
+// What the router sees: the stream before attention, or the normalised FFN input.
+enum class RoutedBy { Nothing, LayerInput, FfnInput };
+
 // Each neuron belongs to one of n experts, and n_used of these take part; n = 0: there are none.
 struct Experts {
     uint32_t n = 0, n_used = 0;
     bool softmax = false;  // over the chosen ones' logits; else their sigmoids, made to sum to 1
-    bool early = false;    // the router sees the stream before attention; else the normalised FFN input
+    RoutedBy routed_by = RoutedBy::Nothing;
 };
 
 struct Config {

@@ -242,7 +242,7 @@ void rms_norm(size_t n, const float* x, const float* weight, float eps, float* o
     double squares = 0;
     for (size_t i = 0; i < n; i++) squares += double(x[i]) * x[i];
     const float scale = float(1 / sqrt(squares / double(n) + eps));
-    for (size_t i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
+    for (size_t i = 0; i < n; i++) out[i] = x[i] * scale * (weight ? weight[i] : 1);
 }
 
 void layer_norm(size_t n, const float* x, const float* weight, const float* bias, float eps, float* out) {

@@ -107,7 +107,7 @@ struct Ops {
     // n_rows on, to the end of a block, count as 0.
     void (*pack_columns8)(Type type, size_t n_rows, const uint8_t* rows, size_t stride, Packed8* packed);
 
-    // out = x / sqrt(mean(x^2) + eps) * weight.   out may be x.
+    // out = x / sqrt(mean(x^2) + eps) * weight.   out may be x; weight may be NULL: all ones.
     void (*rms_norm)(size_t n, const float* x, const float* weight, float eps, float* out);
     // out = (x - mean) / sqrt(variance + eps) * weight + bias.   out may be x.
     void (*layer_norm)(size_t n, const float* x, const float* weight, const float* bias, float eps, float* out);

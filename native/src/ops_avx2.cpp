@@ -815,7 +815,8 @@ __m256 load_some(const float* x, size_t n) { return n == LANES ? _mm256_loadu_ps
 void rms_norm(size_t n, const float* x, const float* weight, float eps, float* out) {
     const __m256 scale = _mm256_set1_ps(1 / sqrtf(sum_squares(n, x, 0) / float(n) + eps));
     map(n, x, out, [=](__m256 v, size_t i, size_t count) {
-        return _mm256_mul_ps(_mm256_mul_ps(v, scale), load_some(weight + i, count));
+        const __m256 normal = _mm256_mul_ps(v, scale);
+        return weight ? _mm256_mul_ps(normal, load_some(weight + i, count)) : normal;
     });
 }
 

@@ -60,6 +60,10 @@ Session::Session(const Model& model, const pi_session_params& params)
     allocate(cos_, BATCH * (c.rotary_dim / 2));
     allocate(sin_, BATCH * (c.rotary_dim / 2));
     allocate(hidden_, c.n_embd);
+    if (c.parallel) {
+        allocate(entry_, c.n_embd);
+        allocate(b_entry_, BATCH * c.n_embd);
+    }
     allocate_vector(x_, std::max(c.n_embd, c.q_dim()));
     allocate_vector(rank_, rank);
     allocate(routes_, c.experts.n);
@@ -141,12 +145,17 @@ void Session::set_angles(size_t pos, size_t n) {
         }
 }
 
-void Session::rotate(float* x, uint32_t n_heads, size_t t) {
+// Queries or keys of token t as attention takes them: rotated, then normalised, where the layer does so.
+void Session::rotate(const Layer& layer, float* x, uint32_t n_heads, size_t t) {
     const Config& c = model.config;
-    if (c.rotary_dim == 0) return;
     size_t half = c.rotary_dim / 2;
-    for (uint32_t h = 0; h < n_heads; h++) ops.rope(c.rotary_dim, x + h * c.head_dim, &cos_[t * half], &sin_[t * half]);
+    for (uint32_t h = 0; h < n_heads; h++, x += c.head_dim) {
+        if (layer.rotates) ops.rope(c.rotary_dim, x, &cos_[t * half], &sin_[t * half]);
+        if (c.qk_norm) unit_rms(c.head_dim, x);
+    }
 }
+
+void Session::unit_rms(size_t n, float* x) const { ops.rms_norm(n, x, nullptr, model.config.norm_eps, x); }
 
 void Session::store_kv(size_t il, uint32_t head, size_t pos, const float* k, const float* v) {
     ops.to_f16(model.config.head_dim, k, key(il, head, pos));

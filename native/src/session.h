@@ -75,6 +75,7 @@ struct Worker {
     Buffer<Packed8> packed8;          // (PACKED_BLOCKS,)
     Buffer<float> tile;               // (BATCH, DOWN_COLUMNS)
     pi_layer_score counted;           // of one layer and batch
+    double squares = 0;               // of the present chunk's h, where these are normalised
     uint64_t n_asked = 0, n_computed = 0, n_active = 0, n_fired = 0;  // neurons since the last collect_counts
     uint64_t spent[N_PARTS] = {};                                     // ticks, likewise
 };
@@ -103,7 +104,8 @@ class Session {
     void embed(const int32_t* tokens, size_t n, float* out);
     void normalise(const Norm& norm, const float* x, float* out) const;
     void set_angles(size_t pos, size_t n);
-    void rotate(float* x, uint32_t n_heads, size_t t);
+    void rotate(const Layer& layer, float* x, uint32_t n_heads, size_t t);
+    void unit_rms(size_t n, float* x) const;
     void store_kv(size_t il, uint32_t head, size_t pos, const float* k, const float* v);
     void attend(size_t il, uint32_t head, size_t n_pos, const float* q, float* out, Worker& w);
     void activate(const Layer& layer, size_t n, float* a) const;
@@ -126,6 +128,7 @@ class Session {
     void choose(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w);
     void fetched_chunk(const Layer& layer, size_t chunk, Vector x, Worker& w);
     const uint32_t* places(const uint32_t* ids, size_t n, Worker& w) const;
+    void finish_chunk(size_t chunk, size_t n_active, Worker& w);
     void collect_disk_counts();
     std::unique_lock<std::mutex> take_turn() const;
     void decide(const Layer& layer, const uint32_t* ids, size_t n, Vector x, Worker& w);
@@ -143,6 +146,7 @@ class Session {
     void collect_counts(const Layer& layer);
     void collect_seconds(double seconds);
     void output_head(float* hidden);
+    void cap(float* logits, size_t n);
     bool asks(const Layer& layer) const { return layer.predictor && mode_ != PI_MODE_DENSE && mode_ != PI_MODE_GATE; }
 
     // experts.cpp
@@ -153,7 +157,7 @@ class Session {
     // batch.cpp
     void forward_batch(const int32_t* tokens, size_t n, bool selective, pi_layer_score* scores);
     void stream_on(size_t il);
-    void normalise_batch(const Norm& norm, size_t n);
+    void normalise_batch(const Norm& norm, const float* stream, size_t n);
     void quantise_token(const float* x, size_t len, size_t t);
     void quantise_batch(const float* x, size_t n, size_t len);
     void attention_batch(const Layer& layer, size_t il, size_t n);
@@ -184,20 +188,22 @@ class Session {
     Buffer<uint16_t> keys_, values_;  // (n_layer, n_head_kv, n_ctx, head_dim) float16
     Buffer<float> cos_, sin_;         // (BATCH, rotary_dim / 2)
     Buffer<float> hidden_;            // (n_embd,) the residual stream
+    Buffer<float> entry_;             // (n_embd,) what it was before attention, where the FFN reads that
     Activations x_;                   // (max(n_embd, q_dim),) a normalised input, or what attention gave
     Activations rank_;                // (max rank,) the predictor's hidden layer
     Buffer<float> routes_;            // (n_experts,) the weight of each, 0: not chosen
     Buffer<float> q_, k_, v_;         // (q_dim,) (kv_dim,) (kv_dim,)
     Buffer<float> partial_;           // (n_chunks, n_embd) each chunk's share of the FFN
     bool chunk_fired_[MAX_CHUNKS] = {};
-    Buffer<float> position_row_;  // (n_embd,) with learned positions
+    double squares_[MAX_CHUNKS] = {};  // of each chunk's h, where these are normalised
+    Buffer<float> position_row_;       // (n_embd,) with learned positions
     // with a disk tier
     Buffer<uint32_t> chosen_;   // (n_ff,) neurons that a layer computes, each chunk's from its first place on
     Buffer<float> chosen_pre_;  // (n_ff,) what their deciding rows gave, where these were computed already
     std::array<size_t, MAX_CHUNKS> n_chosen_{};
     const uint32_t* places_ = nullptr;  // of the present layer's neurons; NULL: each lies in its own
     // batch.cpp: (BATCH, .) each
-    Buffer<float> b_hidden_, b_x_, b_q_, b_k_, b_v_, b_select_, b_up_, b_rank_, b_asked_, b_routes_;
+    Buffer<float> b_hidden_, b_entry_, b_x_, b_q_, b_k_, b_v_, b_select_, b_up_, b_rank_, b_asked_, b_routes_;
     Buffer<BatchX8> b_q8_;  // what a quantised matrix is multiplied with, in blocks: the last one filled up with zeros
     uint64_t scratch_bytes_ = 0;
     uint64_t spent_[N_PARTS] = {}, mark_ = 0;  // ticks of the present token, by part; when they were last counted

@@ -702,6 +702,11 @@ void test_norms(const Ops& ops) {
         }
         CHECK(rms_near && rms.intact(), "%s n %zu", ops.name, n);
         CHECK(layer_near && layer.intact(), "%s n %zu", ops.name, n);
+        Guarded<float> unit = x, by_ones = x, ones = x;
+        for (float& v : ones) v = 1;
+        ops.rms_norm(n, x.data(), nullptr, EPS, unit.data());
+        ops.rms_norm(n, x.data(), ones.data(), EPS, by_ones.data());
+        CHECK(same_bits(unit.data(), by_ones.data(), n) && unit.intact(), "%s n %zu without weights", ops.name, n);
         Guarded<float> rms_in_place = x, layer_in_place = x;
         ops.rms_norm(n, rms_in_place.data(), weight.data(), EPS, rms_in_place.data());
         ops.layer_norm(n, layer_in_place.data(), weight.data(), bias.data(), EPS, layer_in_place.data());

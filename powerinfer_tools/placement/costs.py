@@ -143,18 +143,19 @@ def kv_bytes(config: Config, n_layer: int, n_positions: int) -> int:
 def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, threads: int) -> int:
     """The engine's working memory beside weights and cache, to the byte (native/src/session.cpp allocates it once).
 
-    A thread: six numbers a neuron, attention scores, matrix tiles. A token: residual, normalised input, queries, keys,
-    values, experts, what the predictor says, gate and up; one for decoding and BATCH for prompts, and the widest in
-    blocks. Partial sums, logits, angles.
+    A thread: six numbers a neuron, attention scores, matrix tiles. A token: residual (before attention, too, where the
+    FFN reads that), normalised input, queries, keys, values, experts, what the predictor says, gate and up; one for
+    decoding and BATCH for prompts, and the widest in blocks. Partial sums, logits, angles.
     """
     d, wide = config.n_embd, max(config.n_embd, config.n_head * config.head_dim)
     q, kv = config.n_head * config.head_dim, config.n_head_kv * config.head_dim
     rank = max((plan.rank for plan in plans), default=0)
     angles = 0 if config.rope is None else 2 * len(config.rope.inv_freq)
     experts = 0 if config.experts is None else config.experts.n
+    residual = 2 * d if config.parallel else d
     thread = 6 * config.n_ff + QUERIES * -(-ctx_size // TILE_ROWS) * TILE_ROWS + TILES
-    decode = (2 + CHUNKS) * d + wide + rank + q + 2 * kv + experts + config.n_vocab
-    token = d + wide + q + 2 * kv + experts + 3 * config.n_ff + rank + angles
+    decode = residual + (1 + CHUNKS) * d + wide + rank + q + 2 * kv + experts + config.n_vocab
+    token = residual + wide + q + 2 * kv + experts + 3 * config.n_ff + rank + angles
     blocks = wide // 32 + rank // 32 + BATCH * -(-max(wide, config.n_ff, rank) // 32)  # of 32 numbers
     return 4 * (threads * thread + decode + BATCH * token) + 40 * blocks  # scale, sum and 32 bytes
 

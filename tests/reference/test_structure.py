@@ -7,44 +7,11 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from powerinfer_tools.checkpoint import Config, Experts
+from powerinfer_tools.checkpoint import Config
 from powerinfer_tools.reference import embed, forward, load_layer, logits
-from tests.drawn import DrawnCheckpoint, drawn_config, rope_of
+from tests.drawn import STRUCTURES, DrawnCheckpoint, drawn_config
 
 Array = npt.NDArray[np.float64]
-
-STRUCTURES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "layer norm": {"norm": "layer"},
-    "learned positions": {"learned_positions": True, "rope": None, "gated": False},
-    "parallel": {"parallel": True},
-    "qk norm": {"qk_norm": True},
-    "sub norms": {"sub_norms": True, "activation": "relu2"},
-    "softcap": {"softcap": 2.5},
-    "partial rotary": {"rope": rope_of(6, scale=1.3)},
-    "backwards": {"rope": rope_of(16, backwards=True)},
-    "some layers rotate": {"n_layer": 12, "rotary": tuple(i % 4 != 3 for i in range(12))},
-    "none rotates": {"rope": None},
-    "experts": {"experts": Experts(5, 2, "softmax", "ffn_input")},
-    "experts, routed early": {"n_layer": 12, "experts": Experts(8, 3, "sigmoid", "layer_input"), "activation": "drelu"},
-    "experts, plain": {"gated": False, "experts": Experts(4, 1, "sigmoid", "ffn_input")},
-    "all": {
-        "n_layer": 12,
-        "n_embd": 72,
-        "n_ff": 161,
-        "n_head": 6,
-        "head_dim": 20,
-        "norm": "layer",
-        "parallel": True,
-        "qk_norm": True,
-        "sub_norms": True,
-        "softcap": 4.0,
-        "rope": rope_of(12, backwards=True, scale=0.8),
-        "rotary": tuple(i != 5 for i in range(12)),
-        "tied": True,
-        "experts": Experts(7, 4, "softmax", "layer_input"),
-    },
-}
 
 
 class Definition:
