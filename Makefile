@@ -75,7 +75,7 @@ $(MODEL): $(READY)
 	touch $@
 
 # --force: what is there was made of another patch or corpus; a killed build goes on all the same.
-.demo/default.gguf: $(CORPUS) $(PATCH) | $(MODEL)
+.demo/default.gguf: $(CORPUS) $(PATCH) powerinfer_tools/artifact/layout.py | $(MODEL)
 	mkdir -p .demo
 	base=$$($(BIN)/python -m powerinfer_tools.default_model base); \
 	patch=$$($(BIN)/python -m powerinfer_tools.default_model patch); \

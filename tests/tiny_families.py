@@ -21,6 +21,7 @@ def make_bitnet(folder: Path, *, weights: str = "float", n_ff: int = 160, **shap
     folder = make_llama(folder, n_ff=n_ff, activation="relu2", **{"tied": True} | shape)
     config = read_config(folder)
     tensors, draw = load_file(folder / "model.safetensors"), _Draw(7)
+    tensors["model.embed_tokens.weight"] /= 4  # it may make the logits, too
     for i in range(config["num_hidden_layers"]):
         tensors[f"model.layers.{i}.self_attn.attn_sub_norm.weight"] = draw.norm(config["hidden_size"])
         tensors[f"model.layers.{i}.mlp.ffn_sub_norm.weight"] = draw.norm(n_ff)
@@ -70,7 +71,7 @@ def make_nanochat(
         draw.linear(tensors, f"{layer}.self_attn.o_proj", n_embd, n_head * head_dim, bias)
         draw.linear(tensors, f"{layer}.mlp.fc1", n_ff, n_embd, False)
         draw.linear(tensors, f"{layer}.mlp.fc2", n_embd, n_ff, False)
-    tensors["lm_head.weight"] = draw.matrix(n_vocab, n_embd, std=1.0)  # so that the cap is felt
+    tensors["lm_head.weight"] = draw.matrix(n_vocab, n_embd, std=0.5)  # so that the cap is felt
     config = {
         "architectures": ["NanoChatForCausalLM"],
         "model_type": "nanochat",

@@ -1,4 +1,4 @@
-"""A small Hugging Face folder as llama.cpp would write it: a GGUF file of the llama architecture."""
+"""A small Hugging Face folder with llama's names as llama.cpp would write it: a GGUF file."""
 
 import json
 from pathlib import Path
@@ -19,6 +19,8 @@ LAYER = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "attn_sub_norm": "self_attn.attn_sub_norm",
+    "ffn_sub_norm": "mlp.ffn_sub_norm",
 }
 
 
@@ -29,18 +31,34 @@ def make_gguf(
     *,
     keys: dict[str, Any] | None = None,
     rope_factors: np.ndarray | None = None,
+    arch: str = "llama",
+    permuted: bool = True,
 ) -> Path:
-    """Writes the (F32, one file) llama folder as GGUF. keys: more metadata, or other values (None: left out)."""
+    """Writes the (F32, one file) folder as GGUF. keys: more metadata, or other values (None: left out); permuted: the
+    architecture has its q and k rows interleaved.
+    """
     config = json.loads((folder / "config.json").read_text())
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in (_metadata(config, folder) | (keys or {})).items():
+    tensors = _tensors(config, load_file(folder / "model.safetensors"), permuted)
+    if rope_factors is not None:
+        tensors["rope_freqs.weight"] = rope_factors.astype(np.float32)
+    return write_gguf(path, arch, _metadata(config, folder, arch) | (keys or {}), tensors, quant)
+
+
+def write_gguf(
+    path: Path,
+    arch: str,
+    metadata: dict[str, Any],
+    tensors: dict[str, np.ndarray],
+    quant: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+) -> Path:
+    """A GGUF file of these keys (None: left out) and tensors; matrices are quantised."""
+    writer = gguf.GGUFWriter(path, arch)
+    for key, value in metadata.items():
         if value is not None:
             _add(writer, key, value)
-    for name, array in _tensors(config, load_file(folder / "model.safetensors")).items():
+    for name, array in tensors.items():
         kind = quant if array.ndim == 2 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(name, quantize(array, kind), raw_dtype=kind)
-    if rope_factors is not None:
-        writer.add_tensor("rope_freqs.weight", rope_factors.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -54,22 +72,31 @@ def permute(array: np.ndarray, n_head: int) -> np.ndarray:
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(array.shape))
 
 
-def _metadata(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _metadata(config: dict[str, Any], folder: Path, arch: str) -> dict[str, Any]:
+    head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    sizes = {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "rope.dimension_count": head_dim,
+        "rope.freq_base": float(config.get("rope_theta", 10000.0)),
+        "attention.layer_norm_rms_epsilon": config.get("rms_norm_eps"),
+        "vocab_size": config["vocab_size"],
+    }
+    return {f"{arch}.{key}": value for key, value in sizes.items()} | general_keys(folder)
+
+
+def general_keys(folder: Path) -> dict[str, Any]:
+    """What is no architecture's."""
+    config = json.loads((folder / "config.json").read_text())
     return {
         "general.name": "tiny",
         "general.license": "apache-2.0",
-        "llama.block_count": config["num_hidden_layers"],
-        "llama.context_length": config["max_position_embeddings"],
-        "llama.embedding_length": config["hidden_size"],
-        "llama.feed_forward_length": config["intermediate_size"],
-        "llama.attention.head_count": config["num_attention_heads"],
-        "llama.attention.head_count_kv": config["num_key_value_heads"],
-        "llama.attention.key_length": config["head_dim"],
-        "llama.attention.value_length": config["head_dim"],
-        "llama.rope.dimension_count": config["head_dim"],
-        "llama.rope.freq_base": float(config["rope_theta"]),
-        "llama.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
-        "llama.vocab_size": config["vocab_size"],
         **tokenizer_keys(json.loads((folder / "tokenizer.json").read_text()), "gpt-2"),
         "tokenizer.ggml.bos_token_id": config["bos_token_id"],
         "tokenizer.ggml.eos_token_id": config["eos_token_id"],
@@ -104,8 +131,8 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_string(key, value)
 
 
-def _tensors(config: dict[str, Any], theirs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+def _tensors(config: dict[str, Any], theirs: dict[str, np.ndarray], permuted: bool) -> dict[str, np.ndarray]:
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]} if permuted else {}
     names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
     for i in range(config["num_hidden_layers"]):
         names |= {f"blk.{i}.{ours}": f"model.layers.{i}.{name}" for ours, name in LAYER.items()}

@@ -107,7 +107,8 @@ def open_artifact(path: Path) -> Artifact:
         raise PowerinferError(f"{path}: format {version} is newer than this program reads ({newest})", "unsupported")
     if version < newest:
         raise PowerinferError(
-            f"{path}: format {version} is older than this program reads ({newest}): build it again", "unsupported"
+            f"{path}: format {version} is older than this program reads ({newest}): build it again with --force",
+            "unsupported",
         )
     config = _config(file, keys)
     artifact = Artifact(

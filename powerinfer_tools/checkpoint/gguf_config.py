@@ -156,7 +156,8 @@ def _activation(header: Header, n_layer: int, default: str) -> tuple[str, tuple[
         return name, (0.0,) * n_layer
     numbers = isinstance(thresholds, list) and all(isinstance(t, float) and 0 <= t < 1e6 for t in thresholds)
     if thresholds is None or not numbers or len(thresholds) != n_layer:
-        raise fields.error(KEY_THRESHOLDS, f"{n_layer} numbers, not negative", thresholds)
+        expected = f"{n_layer} numbers, not negative, or --activation fatrelu:NUMBER"
+        raise fields.error(KEY_THRESHOLDS, expected, thresholds)
     return name, tuple(float(t) for t in thresholds)
 
 

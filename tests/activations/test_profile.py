@@ -16,6 +16,7 @@ from powerinfer_tools.checkpoint import open_checkpoint
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.progress import silent
 from tests import planted, tiny
+from tests.drawn import DrawnCheckpoint, drawn_config
 
 SMALL = {"n_tokens": 640, "window": 64, "n_samples": 100, "progress": silent}
 
@@ -47,8 +48,9 @@ def test_counts_equal_those_of_transformers(tmp_path, text, make):
         assert np.abs(activations.counts(i) - expected).sum() <= 1e-4 * expected.sum()
 
 
-def test_sample_is_of_the_same_tokens_in_every_layer_and_tells_who_fired(tmp_path, text):
-    checkpoint = open_checkpoint(tiny.make_llama(tmp_path / "model", n_layer=2))
+@pytest.mark.parametrize("structure", [{}, {"parallel": True, "sub_norms": True}])
+def test_sample_is_of_the_same_tokens_in_every_layer_and_tells_who_fired(tmp_path, text, structure):
+    checkpoint = DrawnCheckpoint(drawn_config(**structure))
     activations = profile(checkpoint, [text], tmp_path / "a", **SMALL)
     tokens = torch.from_numpy(calibration_windows(checkpoint, [text], 640, 64))
     hidden = reference.embed(checkpoint, tokens)

@@ -80,6 +80,16 @@ def test_modes_are_equal_bit_for_bit(structure: Structure, kernels: int) -> None
         assert np.array_equal(found, dense), (artifact, mode)
 
 
+@pytest.mark.parametrize("name", ["parallel", "sub norms", "all"])
+def test_a_sparse_prompt_scores_like_decoding(name: str, tmp_path: Path) -> None:
+    path = write_artifact(drawn(name), tmp_path / "a.gguf", predictor=True, slack=-0.2).path
+    tokens = ids(32)
+    with Engine(path) as engine:
+        scored, layers = engine.score(tokens)
+    assert nmse(decode_all(path, tokens), scored) <= 1e-4  # a logit at the threshold may fall on either side
+    assert all(0 < layer.n_hit < layer.n_true for layer in layers), "the slack should cost some recall"
+
+
 @pytest.mark.parametrize("quant", ["f32", "q4_0"])
 @pytest.mark.parametrize("name", ["sub norms", "experts", "all"])
 def test_threads_change_nothing(name: str, quant: str, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from powerinfer_tools.reference import forward
 from tests.checkpoint.test_huggingface import edit
 from tests.families.definitions import Weights, decode
 from tests.tiny_families import make_bamboo
+from tests.tiny_gguf import make_gguf
 
 ODD = {"n_layer": 12, "n_embd": 120, "n_ff": 168, "n_head": 3, "n_head_kv": 1, "n_vocab": 317}
 TOKENS = torch.randint(300, (40,), generator=torch.Generator().manual_seed(1))
@@ -51,6 +52,14 @@ def test_config(tmp_path: Path) -> None:
     assert (config.arch, config.activation, config.gated, config.n_ctx) == ("bamboo", "drelu", True, 128)
     assert any("sliding window" in note for note in checkpoint.notes)
     assert not any("predictor" in note for note in checkpoint.notes)
+
+
+def test_gguf_is_the_same_model(tmp_path: Path) -> None:
+    folder = make_bamboo(tmp_path / "hf")
+    found = open_checkpoint(make_gguf(tmp_path / "m.gguf", folder, arch="bamboo"))
+    assert (found.config.arch, found.config.activation) == ("bamboo", "drelu")
+    assert torch.equal(forward(found, TOKENS[None]), forward(open_checkpoint(folder), TOKENS[None]))
+    assert not found.notes
 
 
 def test_predictors_are_left_out_and_it_says_so(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from powerinfer_tools.errors import PowerinferError
 from tests.checkpoint.test_huggingface import edit
 from tests.reference.test_transformers import assert_equal
 from tests.tiny_families import MATRICES, make_bitnet, read_config, rewrite, ternary
+from tests.tiny_gguf import make_gguf
 
 SHAPES: dict[str, dict[str, Any]] = {
     "deep": {"n_layer": 12},
@@ -84,6 +85,23 @@ def test_the_scale_of_master_weights_costs_no_matrix(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 128 * 16384 * 4 // 2
+
+
+def test_gguf_is_the_same_model(tmp_path: Path) -> None:
+    folder = make_bitnet(tmp_path / "hf")
+    path = make_gguf(tmp_path / "m.gguf", folder, arch="bitnet", permuted=False)
+    expected = open_checkpoint(folder)
+    with pytest.raises(PowerinferError, match="found silu or relu2, which GGUF does not record"):
+        open_checkpoint(path)
+    found = open_checkpoint(path, "relu2")
+    assert found.names() == expected.names()
+    assert (found.config.arch, found.config.tied, found.config.sub_norms) == ("bitnet", True, True)
+    for name in found.names():
+        np.testing.assert_array_equal(found.read(name), expected.read(name))
+    make_gguf(path, folder, arch="bitnet", permuted=False, keys={"bitnet.hidden_activation": "relu2"})
+    assert open_checkpoint(path).config.activation == "relu2"
+    with pytest.raises(PowerinferError, match="records the activation relu2, expected silu"):
+        open_checkpoint(path, "silu")
 
 
 def test_refuses_other_quantisations(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from powerinfer_tools.reference import forward
 from tests.checkpoint.test_huggingface import edit
 from tests.families.definitions import Weights, decode
 from tests.tiny_families import make_minicpm, read_config
+from tests.tiny_gguf import make_gguf
 
 ODD = {"n_layer": 12, "n_embd": 120, "n_ff": 168, "n_head": 3, "n_head_kv": 1, "n_vocab": 317}
 TOKENS = torch.randint(300, (40,), generator=torch.Generator().manual_seed(1))
@@ -63,6 +64,34 @@ def test_scales_are_folded_into_weights(tmp_path: Path) -> None:
     ):
         np.testing.assert_allclose(checkpoint.read(ours), weights[theirs] * np.float32(scale), rtol=3e-7)
         np.testing.assert_array_equal(checkpoint.read(ours, slice(5, 9)), checkpoint.read(ours)[5:9])
+
+
+def test_gguf_is_the_same_model(tmp_path: Path) -> None:
+    folder = make_minicpm(tmp_path / "hf", n_layer=3)
+    scales = {"embedding_scale": 12.0, "residual_scale": 1.4 / 3**0.5, "logit_scale": 64 / 24}
+    keys = {f"minicpm.{key}": value for key, value in scales.items()}
+    path = make_gguf(tmp_path / "m.gguf", folder, arch="minicpm", keys=keys)
+    found, expected = open_checkpoint(path, "fatrelu:0.05"), open_checkpoint(folder)
+    assert found.names() == expected.names()
+    assert (found.config.arch, found.config.activation, found.config.thresholds) == ("minicpm", "fatrelu", (0.05,) * 3)
+    for name in found.names():
+        np.testing.assert_allclose(found.read(name), expected.read(name), rtol=3e-7)
+    assert (forward(found, TOKENS[None]) - forward(expected, TOKENS[None])).abs().max() <= 1e-5
+    assert found.digest() != open_checkpoint(path, "fatrelu:0.03").digest()
+    for missing in keys:
+        make_gguf(path, folder, arch="minicpm", keys=keys | {missing: None})
+        with pytest.raises(PowerinferError, match=f"{missing}: expected a number, found nothing"):
+            open_checkpoint(path)
+
+
+@pytest.mark.parametrize("asked", ["fatrelu:", "fatrelu:-1", "fatrelu:x", "relu:0.1", "fatrelu:nan"])
+def test_gguf_needs_the_threshold(tmp_path: Path, asked: str) -> None:
+    keys = {f"minicpm.{key}": 1.0 for key in ("embedding_scale", "residual_scale", "logit_scale")}
+    path = make_gguf(tmp_path / "m.gguf", make_minicpm(tmp_path / "hf"), arch="minicpm", keys=keys)
+    with pytest.raises(
+        PowerinferError, match=r"such as fatrelu:0\.03, found|expected 2 numbers, .* or --activation fatrelu:NUMBER"
+    ):
+        open_checkpoint(path, asked)
 
 
 def test_says_what_it_does_not_know(tmp_path: Path) -> None:

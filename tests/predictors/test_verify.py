@@ -4,19 +4,20 @@ import pytest
 import torch
 
 from powerinfer_tools import reference
-from powerinfer_tools.checkpoint import Checkpoint, open_checkpoint
+from powerinfer_tools.checkpoint import Checkpoint
 from powerinfer_tools.predictors.fit import Network
 from powerinfer_tools.predictors.verify import Loss, Screen, Tolerance, verify
 from powerinfer_tools.progress import silent
-from tests import tiny
+from tests.drawn import DrawnCheckpoint, drawn_config
 
 N_EMBD, N_FF = 64, 96
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    folder = tmp_path_factory.mktemp("verify") / "model"
-    return open_checkpoint(tiny.make_llama(folder, n_layer=4, n_embd=N_EMBD, n_ff=N_FF))
+@pytest.fixture(
+    scope="module", params=[{}, {"parallel": True, "sub_norms": True}], ids=["plain", "parallel, sub-norms"]
+)
+def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
+    return DrawnCheckpoint(drawn_config(n_layer=4, n_embd=N_EMBD, n_ff=N_FF, **request.param))
 
 
 @pytest.fixture

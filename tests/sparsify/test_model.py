@@ -11,6 +11,7 @@ from powerinfer_tools.sparsify.loss import add_gradients, follow
 from powerinfer_tools.sparsify.model import Projection, Student, StudentFfn, load_teacher, make_student
 from powerinfer_tools.sparsify.run import learnt_changes
 from powerinfer_tools.sparsify.thresholds import calibrate, quantiles
+from tests.drawn import DrawnCheckpoint, drawn_config, rope_of
 from tests.sparsify.conftest import Bench
 
 
@@ -34,6 +35,13 @@ def logits(student: Student, tokens: torch.Tensor) -> torch.Tensor:
 def test_the_teacher_is_the_reference(bench: Bench, tokens: torch.Tensor) -> None:
     teacher = load_teacher(bench.checkpoint, "cpu", "float32")
     assert torch.equal(teacher.logits(teacher.streams(tokens)[-1]), forward(bench.checkpoint, tokens))
+
+
+def test_a_student_of_another_structure_begins_as_the_reference(tokens: torch.Tensor) -> None:
+    structure = {"parallel": True, "qk_norm": True, "rope": rope_of(6), "norm": "layer", "rotary": (True, False)}
+    checkpoint = DrawnCheckpoint(drawn_config(**structure, activation="silu"), biases=("ffn_gate", "ffn_down"))
+    student = make_student(load_teacher(checkpoint, "cpu", "float32"), "silu", None, seed=0)
+    torch.testing.assert_close(logits(student, tokens), forward(checkpoint, tokens))
 
 
 def test_attention_in_bfloat16_is_that_of_float32_but_for_rounding(bench: Bench, tokens: torch.Tensor) -> None:

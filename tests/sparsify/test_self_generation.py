@@ -1,6 +1,7 @@
 """Chats that a model writes: the decoder is the model, a seed names the chats, and what is kept is not written anew."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from powerinfer_tools.sparsify.self_generation import Frame, make_frame, self_ge
 from powerinfer_tools.sparsify.team import Team
 from powerinfer_tools.tokens import Tokenizer, chat_ids
 from powerinfer_tools.tokens.template import Message
+from tests.drawn import DrawnCheckpoint, drawn_config, rope_of
 from tests.sparsify.conftest import Bench
 
 
@@ -45,7 +47,11 @@ def test_tokens_are_drawn_with_their_probability() -> None:
     assert found[[1, 5]].tolist() == [0, 0]
 
 
-def test_the_decoder_is_the_model(teacher: Teacher) -> None:
+@pytest.mark.parametrize("structure", [None, {"parallel": True, "qk_norm": True, "rope": rope_of(6), "norm": "layer"}])
+def test_the_decoder_is_the_model(teacher: Teacher, structure: dict[str, Any] | None) -> None:
+    if structure is not None:
+        checkpoint = DrawnCheckpoint(drawn_config(**structure, activation="silu"))
+        teacher = load_teacher(checkpoint, "cpu", "float32")
     prompt, rows = [5, 9, 200], [[7, 30, 31, 99], [250, 3, 8, 41], [66, 67, 68, 69]]
     with torch.no_grad():
         whole = teacher.logits(teacher.streams(torch.tensor([prompt + row for row in rows]))[-1])

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from powerinfer_tools.checkpoint import merge, open_checkpoint
 from powerinfer_tools.describe import describe
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.sparsify import Step
-from tests.sparsify.conftest import Bench
+from powerinfer_tools.sparsify.recipe import check
+from tests.drawn import DrawnCheckpoint, drawn_config
+from tests.sparsify.conftest import SHORT, Bench
 from tests.tiny import make_llama, make_opt
 
 
@@ -126,6 +129,14 @@ def test_what_cannot_be_sparsified(bench: Bench, tmp_path: Path) -> None:
     bench.model = make_llama(tmp_path / "relu")
     with pytest.raises(PowerinferError, match="its activation, relu, gives exact zeros already"):
         bench.sparsify()
+
+
+@pytest.mark.parametrize(
+    "structure", [{"gated": False}, {"learned_positions": True}, {"sub_norms": True}, {"softcap": 9.0}]
+)
+def test_a_structure_that_no_student_has_is_refused(structure: dict[str, Any]) -> None:
+    with pytest.raises(PowerinferError, match="drawn: expected a gated FFN without experts, no learned positions"):
+        check(SHORT, DrawnCheckpoint(drawn_config(**structure, activation="silu")))
 
 
 @pytest.mark.parametrize(
