@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup native check test demo bench fuzz asan clean
+.PHONY: help setup native check test demo bench families fuzz asan clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -19,7 +19,7 @@ PATCH := examples/default-model/smollm2-135m-sparse.patch.safetensors
 FUZZ_SECONDS ?= 30
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1 /p' Makefile | while read -r name text; do printf 'make %-7s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z]*\):.*## /\1 /p' Makefile | while read -r name text; do printf 'make %-8s %s\n' "$$name" "$$text"; done
 
 setup: $(READY) ## make .venv, install what is needed, build the native library
 
@@ -44,6 +44,9 @@ demo: .demo/answer.txt .demo/bench.txt .demo/eval.txt ## default model: build, g
 
 bench: .demo/default.gguf ## speed of the default model on this machine
 	$(BIN)/powerinfer bench $<
+
+families: $(READY) ## README's table of families, from their files
+	$(BIN)/python -m powerinfer_tools.families.table README.md
 
 fuzz: $(READY) ## libFuzzer on the native reader for 30 s, under ASan and UBSan; needs clang++
 	@command -v clang++ > /dev/null || { echo "make fuzz needs clang++: install the package clang" >&2; exit 1; }

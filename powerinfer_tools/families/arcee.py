@@ -18,4 +18,12 @@ def _gguf(header: Header) -> Reading:
     return Reading(config, interleaved(gguf_sources(header, config), config.head_dim))
 
 
-FAMILY = Family(name="arcee", models={"arcee": "ArceeForCausalLM"}, folder=_folder, gguf={"arcee": _gguf})
+FAMILY = Family(
+    name="arcee",
+    models={"arcee": "ArceeForCausalLM"},
+    folder=_folder,
+    gguf={"arcee": _gguf},
+    activations=("relu2",),
+    example="arcee-ai/AFM-4.5B",
+    checked="transformers",
+)

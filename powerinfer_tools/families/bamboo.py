@@ -36,4 +36,12 @@ def _gguf(header: Header) -> Reading:
     return Reading(config, interleaved(gguf_sources(header, config), config.head_dim))
 
 
-FAMILY = Family(name="bamboo", models={"bamboo": "BambooForCausalLM"}, folder=_folder, gguf={"bamboo": _gguf})
+FAMILY = Family(
+    name="bamboo",
+    models={"bamboo": "BambooForCausalLM"},
+    folder=_folder,
+    gguf={"bamboo": _gguf},
+    activations=("drelu",),
+    example="PowerInfer/Bamboo-base-v0_1, PowerInfer/TurboSparse-Mistral-Instruct",
+    checked="its published code, written anew in the test",
+)

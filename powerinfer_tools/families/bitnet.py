@@ -77,5 +77,12 @@ def _gguf(header: Header) -> Reading:
 
 
 FAMILY = Family(
-    name="bitnet", models={"bitnet": "BitNetForCausalLM"}, folder=_folder, gguf={"bitnet": _gguf}, quantised=True
+    name="bitnet",
+    models={"bitnet": "BitNetForCausalLM"},
+    folder=_folder,
+    gguf={"bitnet": _gguf},
+    quantised=True,
+    activations=("relu2",),
+    example="microsoft/bitnet-b1.58-2B-4T",
+    checked="transformers, in float",
 )

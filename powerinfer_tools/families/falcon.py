@@ -141,4 +141,12 @@ def _gguf(header: Header) -> Reading:
     return Reading(config, sources)
 
 
-FAMILY = Family(name="falcon", models={"falcon": "FalconForCausalLM"}, folder=_folder, gguf={"falcon": _gguf})
+FAMILY = Family(
+    name="falcon",
+    models={"falcon": "FalconForCausalLM"},
+    folder=_folder,
+    gguf={"falcon": _gguf},
+    activations=("relu",),
+    example="SparseLLM/ReluFalcon-40B",
+    checked="transformers: 7B, 40B, 11B, parallel or not",
+)

@@ -12,12 +12,16 @@ from powerinfer_tools.checkpoint.sources import Reading
 class Family:
     """name: Config.arch; models: config.json's model_type, each with the class that `architectures` names;
     folder: reads (config.json, the model's name, notes for the user); gguf: what reads a GGUF file, by its
-    general.architecture; quantised: folder
-    understands quantization_config.
+    general.architecture; quantised: folder understands quantization_config.
+
+    For README: activations that its models have; example of one; checked: what logits were compared with.
     """
 
     name: str
     models: Mapping[str, str]
     folder: Callable[[Fields, str, list[str]], Reading]
+    activations: tuple[str, ...]
+    example: str
+    checked: str
     gguf: Mapping[str, Callable[[Header], Reading]] = field(default_factory=dict)
     quantised: bool = False

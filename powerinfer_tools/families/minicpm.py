@@ -57,4 +57,12 @@ def _scaled(
     return {name: source(name, plain) for name, plain in sources.items()}
 
 
-FAMILY = Family(name="minicpm", models={"minicpm": "MiniCPMForCausalLM"}, folder=_folder, gguf={"minicpm": _gguf})
+FAMILY = Family(
+    name="minicpm",
+    models={"minicpm": "MiniCPMForCausalLM"},
+    folder=_folder,
+    gguf={"minicpm": _gguf},
+    activations=("fatrelu",),
+    example="openbmb/MiniCPM-S-1B-sft",
+    checked="its published code, written anew in the test",
+)

@@ -36,4 +36,7 @@ FAMILY = Family(
     name="mixtral",
     models={"mixtral": "MixtralForCausalLM", "turbosparsemixtral": "TurboSparseMixtralForCausalLM"},
     folder=_folder,
+    activations=("silu", "drelu"),
+    example="mistralai/Mixtral-8x7B-v0.1, PowerInfer/TurboSparse-Mixtral",
+    checked="transformers; drelu: its published definition, written anew in the test",
 )

@@ -53,4 +53,11 @@ def _normalised(rows: FloatArray, eps: float) -> FloatArray:
     return rows * scale
 
 
-FAMILY = Family(name="nanochat", models={"nanochat": "NanoChatForCausalLM"}, folder=_folder)
+FAMILY = Family(
+    name="nanochat",
+    models={"nanochat": "NanoChatForCausalLM"},
+    folder=_folder,
+    activations=("relu2",),
+    example="karpathy/nanochat-d32",
+    checked="transformers",
+)

@@ -29,4 +29,12 @@ def _gguf(header: Header) -> Reading:
     return Reading(config, gguf_sources(header, config))
 
 
-FAMILY = Family(name="nemotron", models={"nemotron": "NemotronForCausalLM"}, folder=_folder, gguf={"nemotron": _gguf})
+FAMILY = Family(
+    name="nemotron",
+    models={"nemotron": "NemotronForCausalLM"},
+    folder=_folder,
+    gguf={"nemotron": _gguf},
+    activations=("relu2",),
+    example="nvidia/Minitron-4B-Base",
+    checked="transformers",
+)

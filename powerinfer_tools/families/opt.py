@@ -78,4 +78,11 @@ def _check_variant(fields: Fields, n_embd: int) -> None:
         raise fields.unsupported("activation_function", "relu")
 
 
-FAMILY = Family(name="opt", models={"opt": "OPTForCausalLM"}, folder=_folder)
+FAMILY = Family(
+    name="opt",
+    models={"opt": "OPTForCausalLM"},
+    folder=_folder,
+    activations=("relu",),
+    example="facebook/opt-6.7b",
+    checked="transformers",
+)

@@ -77,4 +77,7 @@ FAMILY = Family(
     models={"smallthinker": "SmallThinkerForCausalLM"},
     folder=_folder,
     gguf={"smallthinker": _gguf},
+    activations=("relu",),
+    example="PowerInfer/SmallThinker-4BA0.6B-Instruct, PowerInfer/SmallThinker-21BA3B-Instruct",
+    checked="its published code, written anew in the test",
 )

@@ -14,11 +14,25 @@ from powerinfer_tools.progress import silent
 from tests.artifacts import make_artifact
 from tests.engine.test_engine import decode_all, greedy_tokens, ids, nmse, reference_logits
 from tests.planted import write_text
+from tests.tiny import make_llama
 from tests.tiny_families import make_bamboo, make_bitnet, make_minicpm, make_nanochat
 from tests.tiny_moe import make_mixtral, make_smallthinker
+from tests.tiny_plain import make_arcee, make_falcon, make_nemotron
 
 ODD = {"n_layer": 12, "n_embd": 120, "n_head": 6, "n_head_kv": 2, "n_vocab": 300}
+FALCON = {"n_layer": 12, "n_embd": 120, "n_head": 6, "n_ff": 161}
 FAMILIES: dict[str, Any] = {
+    "relullama": lambda folder: make_llama(folder, n_ff=161, **ODD),
+    "prosparse": lambda folder: make_llama(folder, n_ff=161, activation="fatrelu", **ODD),
+    "arcee": lambda folder: make_arcee(folder, n_ff=161, **ODD),
+    "nemotron": lambda folder: make_nemotron(folder, n_ff=161, **ODD),
+    "falcon 7B": lambda folder: make_falcon(folder, **FALCON),
+    "falcon 40B": lambda folder: make_falcon(
+        folder, new_decoder_architecture=True, n_head_kv=2, norms=("ln_attn", "ln_mlp"), **FALCON
+    ),
+    "falcon, one after the other": lambda folder: make_falcon(
+        folder, parallel_attn=False, norms=("input_layernorm", "post_attention_layernorm"), bias=True, **FALCON
+    ),
     "bamboo": lambda folder: make_bamboo(folder, n_ff=161, **ODD),
     "turbosparse": lambda folder: make_bamboo(folder, n_ff=160, predictor=16, **ODD),
     "bitnet": lambda folder: make_bitnet(folder, n_ff=161, **ODD),
