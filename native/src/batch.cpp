@@ -106,8 +106,8 @@ void Session::attention_batch(const Layer& layer, size_t il, size_t n) {
     gemm(layer.k.rows, layer.k.bias, b_x_.data(), n, b_k_.data(), false);
     gemm(layer.v.rows, layer.v.bias, b_x_.data(), n, b_v_.data(), false);
     pool_.run(n, [&](size_t t, uint32_t) {
-        rotate(layer, &b_q_[t * c.q_dim()], c.n_head, t);
-        rotate(layer, &b_k_[t * c.kv_dim()], c.n_head_kv, t);
+        prepare_heads(layer, &b_q_[t * c.q_dim()], c.n_head, t);
+        prepare_heads(layer, &b_k_[t * c.kv_dim()], c.n_head_kv, t);
         for (uint32_t head = 0; head < c.n_head_kv; head++) {
             size_t at = t * c.kv_dim() + head * c.head_dim;
             store_kv(il, head, position + t, &b_k_[at], &b_v_[at]);

@@ -127,13 +127,13 @@ void Session::attention(const Layer& layer, size_t il) {
     project(ATTENTION, {{&layer.q, q_.data()}, {&layer.k, k_.data()}, {&layer.v, v_.data()}}, quantised(x_, c.n_embd));
     parallel(ATTENTION, c.n_head_kv, [&](size_t head, uint32_t) {
         size_t at = head * c.head_dim;
-        rotate(layer, &k_[at], 1, 0);
+        prepare_heads(layer, &k_[at], 1, 0);
         store_kv(il, static_cast<uint32_t>(head), position, &k_[at], &v_[at]);
     });
     bool by_head = c.head_dim % QK == 0 && !c.sub_norms;  // each head is quantised where it is computed
     parallel(ATTENTION, c.n_head, [&](size_t head, uint32_t thread) {
         size_t at = head * c.head_dim;
-        rotate(layer, &q_[at], 1, 0);
+        prepare_heads(layer, &q_[at], 1, 0);
         attend(il, static_cast<uint32_t>(head), position + 1, &q_[at], &x_.f[at], workers_[thread]);
         if (by_head) ops.quantize_x8(c.head_dim, &x_.f[at], x_.x8(at));
     });

@@ -146,7 +146,7 @@ void Session::set_angles(size_t pos, size_t n) {
 }
 
 // Queries or keys of token t as attention takes them: rotated, then normalised, where the layer does so.
-void Session::rotate(const Layer& layer, float* x, uint32_t n_heads, size_t t) {
+void Session::prepare_heads(const Layer& layer, float* x, uint32_t n_heads, size_t t) {
     const Config& c = model.config;
     size_t half = c.rotary_dim / 2;
     for (uint32_t h = 0; h < n_heads; h++, x += c.head_dim) {

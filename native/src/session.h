@@ -104,7 +104,7 @@ class Session {
     void embed(const int32_t* tokens, size_t n, float* out);
     void normalise(const Norm& norm, const float* x, float* out) const;
     void set_angles(size_t pos, size_t n);
-    void rotate(const Layer& layer, float* x, uint32_t n_heads, size_t t);
+    void prepare_heads(const Layer& layer, float* x, uint32_t n_heads, size_t t);
     void unit_rms(size_t n, float* x) const;
     void store_kv(size_t il, uint32_t head, size_t pos, const float* k, const float* v);
     void attend(size_t il, uint32_t head, size_t n_pos, const float* q, float* out, Worker& w);
