@@ -28,7 +28,7 @@ def make_bitnet(folder: Path, *, weights: str = "float", n_ff: int = 160, **shap
     quantised = {"quant_method": "bitnet", "linear_class": "autobitlinear"}
     modes = {"float": None, "master": "online", "packed": "offline"}
     if weights == "packed":
-        _pack(tensors)
+        _pack_all(tensors)
     config |= {"architectures": ["BitNetForCausalLM"], "model_type": "bitnet", "rope_theta": 500000.0}
     config["quantization_config"] = quantised | {"quantization_mode": modes[weights]} if modes[weights] else None
     for absent in ("head_dim", "rope_scaling", "attention_bias", "mlp_bias"):
@@ -42,12 +42,16 @@ def ternary(matrix: np.ndarray) -> tuple[np.ndarray, np.float32]:
     return np.clip(np.round(matrix / scale), -1, 1).astype(np.float32), scale
 
 
-def _pack(tensors: Tensors) -> None:
+def pack(numbers: np.ndarray) -> np.ndarray:
+    """Two bits a number, its value + 1: row r of n at bits 2 * (r // (n / 4)) of row r % (n / 4)."""
+    quarters = np.split((numbers + 1).astype(np.uint8), 4)
+    return np.bitwise_or.reduce([quarter << 2 * i for i, quarter in enumerate(quarters)])
+
+
+def _pack_all(tensors: Tensors) -> None:
     for name in [n for n in tensors if n.removesuffix(".weight").endswith(MATRICES)]:
         numbers, scale = ternary(tensors[name])
-        quarters = np.split((numbers + 1).astype(np.uint8), 4)
-        tensors[name] = sum(quarter << 2 * i for i, quarter in enumerate(quarters)).astype(np.uint8)
-        tensors[f"{name}_scale"] = np.array([scale])
+        tensors |= {name: pack(numbers), f"{name}_scale": np.array([scale])}
 
 
 def make_nanochat(

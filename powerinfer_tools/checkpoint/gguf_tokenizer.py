@@ -21,7 +21,7 @@ PATTERNS = {
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-PRE_TOKENIZERS = (GPT2, "smollm", *PATTERNS)
+PRE_TOKENIZERS = (GPT2, "smollm", "falcon", *PATTERNS)
 
 
 def rebuild_tokenizer(fields: Fields) -> str:
@@ -98,15 +98,21 @@ def _byte_level(fields: Fields, tokens: list[str]) -> Json:
     steps: list[Json] = [{**byte_level, "use_regex": pre not in PATTERNS}]
     if pre == "smollm":
         steps.insert(0, {"type": "Digits", "individual_digits": True})
+    if pre == "falcon":
+        punctuation: Json = {"type": "Punctuation", "behavior": "Contiguous"}
+        steps = [punctuation, *steps, {"type": "Digits", "individual_digits": False}, _split("[0-9][0-9][0-9]")]
     if pre in PATTERNS:
-        split = {"type": "Split", "pattern": {"Regex": PATTERNS[pre]}, "behavior": "Isolated", "invert": False}
-        steps.insert(0, split)
+        steps.insert(0, _split(PATTERNS[pre]))
     return {
         "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "decoder": {**byte_level, "use_regex": True},
         "model": _bpe(tokens, _merges(fields), ignore_merges=pre == "llama-bpe"),
     }
+
+
+def _split(pattern: str) -> Json:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
 def _merges(fields: Fields) -> list[tuple[str, str]]:

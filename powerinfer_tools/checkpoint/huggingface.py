@@ -59,9 +59,7 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def digest(self) -> str:
         digest = hashlib.sha256()
-        names = TEXTS if (self.path / "tokenizer.json").is_file() else TEXTS + CONVERTED
-        texts = [self.path / name for name in names if (self.path / name).is_file()]
-        for path in texts + weight_files(self.path):
+        for path in text_files(self.path) + weight_files(self.path):
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
             with path.open("rb") as file:
                 while chunk := file.read(1 << 20):
@@ -90,6 +88,12 @@ class HuggingFaceCheckpoint(Checkpoint):
             if (dtype := self._tensors[name].dtype) not in types:
                 known = ", ".join(types)
                 raise PowerinferError(f"{self.path}: {name}: expected type {known}, found {dtype}", "unsupported")
+
+
+def text_files(folder: Path) -> list[Path]:
+    """What a folder has beside its weights, config.json first."""
+    names = TEXTS if (folder / "tokenizer.json").is_file() else TEXTS + CONVERTED
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
 def _read_config(fields: Fields, name: str, notes: list[str]) -> Reading:

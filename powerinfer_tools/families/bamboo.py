@@ -42,6 +42,6 @@ FAMILY = Family(
     folder=_folder,
     gguf={"bamboo": _gguf},
     activations=("drelu",),
-    example="PowerInfer/Bamboo-base-v0_1, PowerInfer/TurboSparse-Mistral-Instruct",
+    example="PowerInfer/Bamboo-base-v0_1, TurboSparse-Mistral-Instruct (without its predictors)",
     checked="its published code, written anew in the test",
 )

@@ -84,5 +84,5 @@ FAMILY = Family(
     quantised=True,
     activations=("relu2",),
     example="microsoft/bitnet-b1.58-2B-4T",
-    checked="transformers, in float",
+    checked="transformers, in float: plain, master and packed weights",
 )

@@ -62,7 +62,7 @@ FAMILY = Family(
     models={"minicpm": "MiniCPMForCausalLM"},
     folder=_folder,
     gguf={"minicpm": _gguf},
-    activations=("fatrelu",),
+    activations=("fatrelu", "silu"),
     example="openbmb/MiniCPM-S-1B-sft",
     checked="its published code, written anew in the test",
 )

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from powerinfer_tools.checkpoint.fields import Fields
-from powerinfer_tools.checkpoint.gguf_config import Header, gguf_sources, read_gguf_config
+from powerinfer_tools.checkpoint.gguf_config import NORM_EPS, Header, gguf_sources, read_gguf_config
 from powerinfer_tools.checkpoint.huggingface_config import name_sources, read_biases, read_plain_config
 from powerinfer_tools.checkpoint.sources import Reading, Source, folded
 from powerinfer_tools.families.family import Family
@@ -25,7 +25,8 @@ def _plus_one(name: str, source: Source) -> Source:
 
 
 def _gguf(header: Header) -> Reading:
-    config = read_gguf_config(header, "nemotron", "relu2", gated=False, norm="layer", partial_rotary=True)
+    both = frozenset(NORM_EPS.values())  # as conversions write them
+    config = read_gguf_config(header, "nemotron", "relu2", gated=False, norm="layer", partial_rotary=True, known=both)
     return Reading(config, gguf_sources(header, config))
 
 

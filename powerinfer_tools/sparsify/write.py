@@ -10,7 +10,7 @@ import numpy as np
 
 from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.checkpoint.fields import read_json
-from powerinfer_tools.checkpoint.huggingface import CONFIG_LIMIT, TEXTS, HuggingFaceCheckpoint
+from powerinfer_tools.checkpoint.huggingface import CONFIG_LIMIT, HuggingFaceCheckpoint, text_files
 from powerinfer_tools.checkpoint.huggingface_config import THRESHOLDS, name_sources
 from powerinfer_tools.checkpoint.rope import frequencies
 from powerinfer_tools.checkpoint.safetensors_files import SINGLE
@@ -28,9 +28,8 @@ def write_folder(base: Checkpoint, checkpoint: Checkpoint, folder: Path) -> None
     config = base_config(base) | activation_fields(checkpoint.config) | {"dtype": "float32", "torch_dtype": "float32"}
     _write_json(folder / "config.json", config)
     if isinstance(base, HuggingFaceCheckpoint):
-        for name in TEXTS[1:]:
-            if (base.path / name).is_file():
-                shutil.copyfile(base.path / name, folder / name)
+        for path in text_files(base.path)[1:]:
+            shutil.copyfile(path, folder / path.name)
     else:
         _write_texts(base, folder)
     write_safetensors(folder / SINGLE, {"format": "pt"}, _Weights(checkpoint, stored_names(base)))

@@ -44,6 +44,15 @@ def test_float32_is_the_same_model(tmp_path: Path, shape: dict[str, Any]) -> Non
     assert any("activation" in note for note in ours.notes)
 
 
+def test_qwen2_rows_are_not_interleaved(tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "hf", model_type="qwen2", activation="silu")
+    ours = open_checkpoint(make_gguf(tmp_path / "m.gguf", folder, arch="qwen2", permuted=False))
+    for name in (theirs := open_checkpoint(folder)).names():
+        np.testing.assert_array_equal(ours.read(name), theirs.read(name))
+    assert ours.biases == theirs.biases != frozenset()
+    assert torch.equal(logits(tmp_path / "m.gguf"), logits(folder))
+
+
 @pytest.mark.parametrize("kind", [Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0])
 def test_quantised_types(tmp_path: Path, kind: Type) -> None:
     folder = make_llama(tmp_path / "hf")

@@ -33,21 +33,24 @@ words = st.text(st.sampled_from("aeT hn's\n\t 129.,é京🙂_<|>"), max_size=40)
 
 def byte_level(pre: str) -> Tokenizer:
     """Tokenizers as the models that name these pre-tokenizers publish them, with a small vocabulary."""
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in ("gpt-2", "smollm"))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in ("gpt-2", "smollm", "falcon"))
     contractions = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
     rest = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     steps: dict[str, list[Any]] = {
         "gpt-2": [],
         "smollm": [pre_tokenizers.Digits(individual_digits=True)],
+        "falcon": [pre_tokenizers.Punctuation("contiguous")],
         "llama-bpe": [
             pre_tokenizers.Split(Regex(contractions + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + rest), "isolated")
         ],
         "qwen2": [pre_tokenizers.Split(Regex(contractions + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + rest), "isolated")],
     }
+    threes = pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated")
+    after = dict.fromkeys(steps, []) | {"falcon": [pre_tokenizers.Digits(individual_digits=False), threes]}
     tokenizer = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps[pre], byte_level])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps[pre], byte_level, *after[pre]])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=420,
@@ -71,7 +74,7 @@ def assert_same(ours: Tokenizer, theirs: Tokenizer, text: str) -> None:
         assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "falcon", "llama-bpe", "qwen2"])
 def test_byte_level(pre: str) -> None:
     original = byte_level(pre)
     ours = rebuilt(original, pre)
@@ -91,7 +94,7 @@ def test_pre_tokenizers_differ() -> None:
     original = byte_level("gpt-2")
     cuts = {
         pre: [rebuilt(original, pre).encode(t, add_special_tokens=False).tokens for t in TEXTS]
-        for pre in ("gpt-2", "smollm", "llama-bpe", "qwen2")
+        for pre in ("gpt-2", "smollm", "falcon", "llama-bpe", "qwen2")
     }
     assert all(cuts[a] != cuts[b] for a in cuts for b in cuts if a < b)
 

@@ -13,6 +13,7 @@ from powerinfer_tools.checkpoint.fields import Fields
 from powerinfer_tools.checkpoint.gguf_tokenizer import rebuild_tokenizer
 from powerinfer_tools.checkpoint.sentencepiece import convert_sentencepiece
 from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.sparsify import write_folder
 from tests.checkpoint.test_gguf_tokenizer import TEXTS, sentencepiece_keys
 from tests.checkpoint.test_huggingface import edit
 from tests.tiny import make_llama
@@ -66,6 +67,9 @@ def test_a_folder_without_tokenizer_json(tmp_path: Path) -> None:
     assert (checkpoint.special["bos"], checkpoint.special["eos"], checkpoint.special["add_bos"]) == (1, [2, 1], True)
     edit(folder / "tokenizer_config.json", add_bos_token=False)
     assert open_checkpoint(folder).special["add_bos"] is False
+    (tmp_path / "copy").mkdir()
+    write_folder(checkpoint, checkpoint, tmp_path / "copy")
+    assert open_checkpoint(tmp_path / "copy").tokenizer_json == checkpoint.tokenizer_json
     before = checkpoint.digest()
     (folder / "added_tokens.json").unlink()
     assert open_checkpoint(folder).digest() != before

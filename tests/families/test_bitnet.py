@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from powerinfer_tools.checkpoint import open_checkpoint
 from powerinfer_tools.errors import PowerinferError
 from tests.checkpoint.test_huggingface import edit
 from tests.reference.test_transformers import assert_equal
-from tests.tiny_families import MATRICES, make_bitnet, read_config, rewrite, ternary
+from tests.tiny_families import MATRICES, make_bitnet, pack, read_config, rewrite, ternary
 from tests.tiny_gguf import make_gguf
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -52,6 +53,16 @@ def test_sub_norms_are_folded_into_columns(tmp_path: Path) -> None:
         np.testing.assert_array_equal(checkpoint.read(f"blk.1.{ours}.weight", slice(9, 30)), expected[9:30])
 
 
+def assert_as_transformers(master: np.ndarray, numbers: np.ndarray, scale: np.float32) -> None:
+    """Both ways in which transformers has ternary weights: made of master weights, and packed."""
+    from transformers.integrations.bitnet import WeightQuant, pack_weights
+
+    with torch.compiler.set_stance("force_eager"):
+        made = WeightQuant.apply(torch.from_numpy(master)).numpy()
+    np.testing.assert_allclose(numbers * scale, made, rtol=1e-6)
+    np.testing.assert_array_equal(pack(numbers), pack_weights(torch.from_numpy(numbers.copy())).numpy())
+
+
 @pytest.mark.parametrize("weights", ["master", "packed"])
 def test_ternary_weights(tmp_path: Path, weights: str) -> None:
     """Either release is the float model of its ternary weights; rounding of activations to 8 bits is left out."""
@@ -59,6 +70,7 @@ def test_ternary_weights(tmp_path: Path, weights: str) -> None:
     tensors = load_file(plain / "model.safetensors")
     for name in [n for n in tensors if n.removesuffix(".weight").endswith(MATRICES)]:
         numbers, scale = ternary(tensors[name])
+        assert_as_transformers(tensors[name], numbers, scale)
         tensors[name] = numbers * scale
     rewrite(plain, read_config(plain), tensors)
     assert_equal(plain)

@@ -63,11 +63,12 @@ def test_config_and_norms(tmp_path: Path) -> None:
 
 
 def test_gguf_is_the_same_model(tmp_path: Path) -> None:
-    """llama.cpp writes norms around 1."""
+    """llama.cpp writes norms around 1, and their epsilon twice."""
     folder, shifted = make_nemotron(tmp_path / "hf", **ODD), make_nemotron(tmp_path / "shifted", **ODD)
     tensors = load_file(folder / "model.safetensors")
     rewrite(shifted, read_config(folder), {n: t + 1 if n.endswith("norm.weight") else t for n, t in tensors.items()})
-    keys = {"rope.dimension_count": 20, "attention.layer_norm_epsilon": 1e-5, "rope.scaling.type": "none"}
+    keys = {"rope.dimension_count": 20, "rope.scaling.type": "none"}
+    keys |= {"attention.layer_norm_epsilon": 1e-5, "attention.layer_norm_rms_epsilon": 1e-5}
     keys = {f"nemotron.{key}": value for key, value in keys.items()}
     path = make_gguf(tmp_path / "m.gguf", shifted, arch="nemotron", permuted=False, keys=keys)
     assert_same_model(path, folder)
