@@ -64,6 +64,19 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "experts": {"experts": Experts(5, 2, "softmax", "ffn_input"), "activation": "drelu"},
     "routed early": {"n_layer": 12, "experts": Experts(8, 3, "sigmoid", "layer_input")},
     "plain experts": {"gated": False, "experts": Experts(4, 1, "sigmoid", "ffn_input")},
+    "all but sub norms": {
+        "n_layer": 12,
+        "n_embd": 72,
+        "n_ff": 3 * 277,
+        "n_head": 6,
+        "head_dim": 20,
+        "norm": "layer",
+        "parallel": True,
+        "qk_norm": True,
+        "softcap": 20.0,
+        "rotary": tuple(i != 5 for i in range(12)),
+        "experts": Experts(3, 2, "softmax", "layer_input"),
+    },
     "all": {
         "n_layer": 12,
         "n_embd": 72,
@@ -78,7 +91,6 @@ STRUCTURES: dict[str, dict[str, Any]] = {
         "rope": rope_of(12, backwards=True, scale=0.8),
         "rotary": tuple(i != 5 for i in range(12)),
         "tied": True,
-        "experts": Experts(7, 4, "softmax", "layer_input"),
     },
 }
 """What a Config can say of a layer, each alone and together: fields for drawn_config."""

@@ -1,6 +1,7 @@
 // Layers whose neurons belong to experts: a router gives a few of these a weight, and only their neurons take part.
 #include <array>
 #include <cmath>
+#include <cstring>
 
 #include "session.h"
 
@@ -49,6 +50,71 @@ size_t Session::candidates(const Layer& layer, uint32_t lo, uint32_t hi, Worker&
         n += !layer.expert || routes_[layer.expert[i]] != 0;
     }
     return n;
+}
+
+// What ffn_batch does, a piece of an expert after the other: its rows are brought together, and meet the tokens that
+// chose it.
+void Session::experts_batch(const Layer& layer, size_t n, bool selective) {
+    const Config& c = model.config;
+    size_t each = c.n_ff / c.experts.n;
+    sort_members(layer);
+    for (size_t t = 0; layer.down_bias && t < n; t++)
+        for (size_t j = 0; j < c.n_embd; j++) b_hidden_[t * c.n_embd + j] += layer.down_bias[j];
+    for (uint32_t e = 0; e < c.experts.n; e++) {
+        size_t n_takers = gather_tokens(e, n);
+        for (size_t begin = 0; n_takers > 0 && begin < each; begin += PIECE) {
+            const uint32_t* ids = &members_[e * each + begin];
+            size_t m = std::min(PIECE, each - begin);
+            Rows select = gather(layer.select, 0, ids, m), up = gather(layer.up, 1, ids, m);
+            Group group{layer,
+                        select,
+                        up,
+                        gather(layer.down, 2, ids, m),
+                        gather(layer.select_bias, 0, ids, m),
+                        gather(layer.up_bias, 1, ids, m),
+                        nullptr,
+                        e,
+                        ids,
+                        takers_.data()};
+            quantise_batch(b_taken_.data(), n_takers, c.n_embd);
+            meet(group, b_taken_.data(), n_takers, selective);
+        }
+    }
+}
+
+// members_ = the layer's neurons, those of expert 0 first
+void Session::sort_members(const Layer& layer) {
+    const Config& c = model.config;
+    std::array<uint32_t, MAX_EXPERTS> next;
+    for (uint32_t e = 0; e < c.experts.n; e++) next[e] = e * (c.n_ff / c.experts.n);
+    for (uint32_t i = 0; i < c.n_ff; i++) members_[next[layer.expert[i]]++] = i;
+}
+
+// takers_ = the tokens that chose an expert, b_taken_ their inputs; how many these are
+size_t Session::gather_tokens(uint32_t expert, size_t n) {
+    size_t n_takers = 0, n_embd = model.config.n_embd;
+    for (size_t t = 0; t < n; t++) {
+        if (b_routes_[t * model.config.experts.n + expert] == 0) continue;
+        takers_[n_takers] = static_cast<uint32_t>(t);
+        std::copy_n(&b_x_[t * n_embd], n_embd, &b_taken_[n_takers++ * n_embd]);
+    }
+    return n_takers;
+}
+
+// These rows, one after the other; nothing where there are none.
+Rows Session::gather(const Rows& rows, size_t part, const uint32_t* ids, size_t n) {
+    if (!rows.data) return rows;
+    uint64_t size = rows.row_size();
+    uint8_t* to = &piece_rows_[part * PIECE * rows.n * sizeof(float)];
+    pool_.run(n, [&](size_t i, uint32_t) { std::memcpy(to + i * size, rows.row(ids[i]), size); });
+    return {rows.type, rows.n, n, size, to};
+}
+
+const float* Session::gather(const float* bias, size_t part, const uint32_t* ids, size_t n) {
+    if (!bias) return nullptr;
+    float* to = &piece_bias_[part * PIECE];
+    for (size_t i = 0; i < n; i++) to[i] = bias[ids[i]];
+    return to;
 }
 
 }  // namespace pi

@@ -186,6 +186,8 @@ void Model::read_experts() {
     if (config.n_ff % experts.n != 0)
         throw Error(PI_ERROR_MALFORMED, b + "n: expected a divisor of " + std::to_string(config.n_ff) + ", found " +
                                             std::to_string(experts.n));
+    if (config.sub_norms)
+        throw Error(PI_ERROR_UNSUPPORTED, "powerinfer.sub_norms: expected false beside experts, found true");
     experts.softmax = one_of(gguf_, b + "gating", "softmax", "sigmoid");
     bool early = one_of(gguf_, b + "routed_by", "layer_input", "ffn_input");
     experts.routed_by = early ? RoutedBy::LayerInput : RoutedBy::FfnInput;

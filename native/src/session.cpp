@@ -82,12 +82,20 @@ Session::Session(const Model& model, const pi_session_params& params)
     allocate(b_q_, BATCH * c.q_dim());
     allocate(b_k_, BATCH * c.kv_dim());
     allocate(b_v_, BATCH * c.kv_dim());
-    allocate(b_select_, BATCH * size_t{c.n_ff});
-    allocate(b_up_, BATCH * size_t{c.n_ff});
+    size_t together = c.experts.n > 0 ? PIECE : c.n_ff;  // neurons
+    allocate(b_select_, BATCH * together);
+    allocate(b_up_, BATCH * together);
     allocate(b_rank_, BATCH * rank);
-    allocate(b_routes_, BATCH * size_t{c.experts.n});
+    if (c.experts.n > 0) {
+        allocate(b_routes_, BATCH * size_t{c.experts.n});
+        allocate(members_, c.n_ff);
+        allocate(takers_, BATCH);
+        allocate(b_taken_, BATCH * c.n_embd);
+        allocate(piece_rows_, size_t{3} * PIECE * c.n_embd * sizeof(float));
+        allocate(piece_bias_, 2 * PIECE);
+    }
     allocate(b_asked_, BATCH * size_t{c.n_ff});
-    size_t longest = std::max<size_t>({c.n_embd, c.q_dim(), c.n_ff, rank});
+    size_t longest = std::max<size_t>({c.n_embd, c.q_dim(), together, rank});
     allocate(b_q8_, BATCH * ((longest + QK - 1) / QK));
     sampler.seed(0);
 }

@@ -22,6 +22,7 @@ KV_ELEMENT_BYTES = 2  # the cache is float16
 BATCH = 256  # tokens of a prompt that are worked on at once
 TILES = 8192 + 16 * 288 + BATCH * 64  # float32 numbers of a thread's matrix tiles, or as many bytes
 QUERIES, TILE_ROWS = 32, 16  # tokens whose attention is computed at once; positions of a tile
+PIECE = 256  # neurons of an expert that a batch computes at once
 CHUNKS = 24  # partial sums of an FFN
 
 # with neurons on disk (native/src/disk.cpp)
@@ -145,19 +146,22 @@ def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, thr
 
     A thread: six numbers a neuron, attention scores, matrix tiles. A token: residual (before attention, too, where the
     FFN reads that), normalised input, queries, keys, values, experts, what the predictor says, gate and up; one for
-    decoding and BATCH for prompts, and the widest in blocks. Partial sums, logits, angles.
+    decoding and BATCH for prompts, and the widest in blocks. Partial sums, logits, angles. With experts a prompt's gate
+    and up are a piece of one expert's, whose rows are brought together, as are the inputs of those that chose it.
     """
     d, wide = config.n_embd, max(config.n_embd, config.n_head * config.head_dim)
     q, kv = config.n_head * config.head_dim, config.n_head_kv * config.head_dim
     rank = max((plan.rank for plan in plans), default=0)
     angles = 0 if config.rope is None else 2 * len(config.rope.inv_freq)
     experts = 0 if config.experts is None else config.experts.n
+    together = config.n_ff if config.experts is None else PIECE
+    gathered = 0 if config.experts is None else config.n_ff + BATCH * (1 + d) + PIECE * (3 * d + 2)
     residual = 2 * d if config.parallel else d
     thread = 6 * config.n_ff + QUERIES * -(-ctx_size // TILE_ROWS) * TILE_ROWS + TILES
     decode = residual + (1 + CHUNKS) * d + wide + rank + q + 2 * kv + experts + config.n_vocab
-    token = residual + wide + q + 2 * kv + experts + 3 * config.n_ff + rank + angles
-    blocks = wide // 32 + rank // 32 + BATCH * -(-max(wide, config.n_ff, rank) // 32)  # of 32 numbers
-    return 4 * (threads * thread + decode + BATCH * token) + 40 * blocks  # scale, sum and 32 bytes
+    token = residual + wide + q + 2 * kv + experts + 2 * together + config.n_ff + rank + angles
+    blocks = wide // 32 + rank // 32 + BATCH * -(-max(wide, together, rank) // 32)  # of 32 numbers
+    return 4 * (threads * thread + decode + gathered + BATCH * token) + 40 * blocks  # scale, sum and 32 bytes
 
 
 @dataclass(frozen=True)

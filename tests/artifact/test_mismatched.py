@@ -279,6 +279,7 @@ EXPERT_VALUES: list[tuple[str, Any, str]] = [
     (layout.KEY_EXPERTS_USED, 9, "malformed"),
     (layout.KEY_GATING, "topk", "unsupported"),
     (layout.KEY_ROUTED_BY, "hash", "unsupported"),
+    (layout.KEY_SUB_NORMS, True, "unsupported"),
 ]
 
 

@@ -11,7 +11,7 @@ from powerinfer_tools.engine import DiskLimits, Engine
 from tests.artifacts import write_artifact
 from tests.drawn import DrawnCheckpoint, drawn_config
 from tests.engine.test_disk import run, same
-from tests.engine.test_engine import decode_all, ids, nmse, reference_logits
+from tests.engine.test_engine import KERNELS, decode_all, ids, nmse, reference_logits
 
 MODELS: dict[str, dict[str, Any]] = {
     "one": {"experts": Experts(8, 1, "softmax", "ffn_input")},
@@ -53,6 +53,24 @@ def test_a_model_on_disk_reads_chosen_experts_only(predictor: bool, mode: str, t
         same(found, expected)
         assert found[-1].neurons_disk > 0
     same(run(path, DiskLimits((0, 40, 200), 0, 5), mode=mode, threads=2), expected)  # too little room: read whole
+
+
+@pytest.mark.parametrize("quant", ["f32", "q8_0", "q4_0"])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_prompt_may_be_cut_anywhere(quant: str, kernels: int, tmp_path: Path) -> None:
+    experts = Experts(3, 2, "softmax", "ffn_input")
+    checkpoint = DrawnCheckpoint(drawn_config(n_embd=96, n_ff=3 * 300, head_dim=24, experts=experts))
+    write_artifact(checkpoint, tmp_path / "a.gguf", quant=quant)
+    prompt = ids(200)
+    with Engine(tmp_path / "a.gguf", kernels=kernels) as engine:
+        whole = engine.prefill(prompt, logits=True)
+        engine.truncate(0)
+        engine.prefill(prompt[:1])
+        engine.prefill(prompt[1:131])
+        assert np.array_equal(engine.prefill(prompt[131:], logits=True), whole)
+    assert nmse(decode_all(tmp_path / "a.gguf", prompt, kernels=kernels)[-1], whole) <= (
+        1e-6 if quant == "f32" else 3e-4
+    )
 
 
 @pytest.mark.parametrize("routed_by", ["ffn_input", "layer_input"])
