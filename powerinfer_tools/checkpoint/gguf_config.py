@@ -117,12 +117,17 @@ def gguf_sources(header: Header, config: Config) -> dict[str, Source]:
 def interleaved(sources: dict[str, Source], head_dim: int) -> dict[str, Source]:
     """The same, of an architecture whose q and k rows llama.cpp stores in interleaved rotary layout."""
 
+    def index(rows: Rows) -> Rows:
+        """Of a head, the first half lies in the even rows, the second in the odd ones."""
+        head, row = np.divmod(rows, head_dim)
+        half, pair = np.divmod(row, head_dim // 2)
+        theirs: Rows = head * head_dim + 2 * pair + half
+        return theirs
+
     def source(name: str, plain: Source) -> Source:
         if name.split(".")[-2] not in ("attn_q", "attn_k"):
             return plain
-        pairs = np.arange(plain.shape[0]).reshape(-1, head_dim // 2, 2)  # (2j, 2j + 1) of each head
-        index: Rows = np.ravel(pairs.swapaxes(1, 2))  # the first of each of a head's pairs, then the second ones
-        return picked(name, plain.shape, index)
+        return picked(name, plain.shape, plain.shape[0], index)
 
     return {name: source(name, plain) for name, plain in sources.items()}
 

@@ -91,9 +91,7 @@ def _bpe(tokens: list[str], merges: list[tuple[str, str]], **options: Any) -> Js
 
 
 def _byte_level(fields: Fields, tokens: list[str]) -> Json:
-    pre = fields.text(f"{PREFIX}pre")
-    if pre not in PRE_TOKENIZERS:
-        raise fields.unsupported(f"{PREFIX}pre", f"one of {', '.join(PRE_TOKENIZERS)}")
+    pre = fields.choice(f"{PREFIX}pre", PRE_TOKENIZERS)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     steps: list[Json] = [{**byte_level, "use_regex": pre not in PATTERNS}]
     if pre == "smollm":

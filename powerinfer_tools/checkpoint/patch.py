@@ -76,8 +76,7 @@ def read_patch(path: Path) -> Table:
     """The patch at `path`, its header checked. Errors: not a file of this kind, of a newer format, a wrong field."""
     table = read_table(path, KIND)
     fields = Fields(str(path), table.header)
-    if fields.text("activation") not in ACTIVATIONS:
-        raise fields.unsupported("activation", f"one of {', '.join(ACTIVATIONS)}")
+    fields.choice("activation", ACTIVATIONS)
     thresholds = fields.values.get("thresholds")
     if not isinstance(thresholds, list) or not all(type(t) in (int, float) and 0 <= t < math.inf for t in thresholds):
         raise fields.error("thresholds", "numbers, not negative", thresholds)

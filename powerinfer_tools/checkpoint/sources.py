@@ -45,9 +45,9 @@ def stored(name: str, shape: tuple[int, ...]) -> Source:
     return Source(shape, {name: shape}, lambda read, rows: read(name, rows), name)
 
 
-def picked(name: str, shape: tuple[int, ...], index: Rows) -> Source:
-    """Rows of their tensor of this shape: ours at i is theirs at index[i]."""
-    return Source((len(index), *shape[1:]), {name: shape}, lambda read, rows: read(name, index[rows]))
+def picked(name: str, shape: tuple[int, ...], n: int, index: Callable[[Rows], Rows]) -> Source:
+    """n rows of their tensor of this shape: ours at i is theirs at index(i)."""
+    return Source((n, *shape[1:]), {name: shape}, lambda read, rows: read(name, index(rows)))
 
 
 def folded(source: Source, fold: Callable[[FloatArray], FloatArray]) -> Source:

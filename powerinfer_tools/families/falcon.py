@@ -3,6 +3,7 @@
 Only with ReLU, as ReluFalcon: the family's own gelu is never exactly 0.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,8 @@ from powerinfer_tools.checkpoint.rope import rope_from_config
 from powerinfer_tools.checkpoint.sources import Reading, Rows, Source, picked, stored
 from powerinfer_tools.checkpoint.tensors import ATTENTION, FFN
 from powerinfer_tools.families.family import Family
+
+Index = Callable[[Rows], Rows]  # of rows of ours, those of the matrix that holds them
 
 QKV = ATTENTION[:3]
 NAMES = {
@@ -42,16 +45,17 @@ def _folder(fields: Fields, name: str, notes: list[str]) -> Reading:
     attn_norm, ffn_norm = _norms(fields)
     names = {**NAMES, "attn_norm": attn_norm, "ffn_norm": ffn_norm}
     sources = name_sources(config, (*ATTENTION, *FFN) if fields.flag("bias", False) else (), names)
-    index = _grouped(config)
     for ours, source in sources.items():
         if (part := ours.split(".")[-2]) in QKV:
-            sources[ours] = _rows_of_qkv(config, their_name(names, ours), source.shape, index[part])
+            sources[ours] = _rows_of_qkv(config, their_name(names, ours), source.shape, _grouped(config, part))
     return Reading(config, sources)
 
 
 def _config(fields: Fields, name: str) -> Config:
     n_embd, n_head = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     head_dim = read_head_dim(fields, n_embd, n_head)
+    if head_dim * n_head != n_embd:
+        raise fields.unsupported("head_dim", f"hidden_size {n_embd} / num_attention_heads {n_head}")
     n_layer = fields.integer("num_hidden_layers", high=MAX_LAYERS)
     n_ctx = fields.integer("max_position_embeddings", 2048)
     activation, thresholds = read_activation(fields, n_layer, "activation" if "activation" in fields else "hidden_act")
@@ -103,24 +107,29 @@ def _norms(fields: Fields) -> tuple[str, str]:
     return ("ln_attn", "ln_mlp") if n == 2 else ("input_layernorm", "input_layernorm")
 
 
-def _rows_of_qkv(config: Config, theirs: str, shape: tuple[int, ...], index: Rows) -> Source:
+def _rows_of_qkv(config: Config, theirs: str, shape: tuple[int, ...], index: Index) -> Source:
     """A matrix or bias of this shape that is rows of the one for q, k and v."""
     n_heads = config.n_head + 2 * config.n_head_kv
-    return picked(theirs, (n_heads * config.head_dim, *shape[1:]), index)
+    return picked(theirs, (n_heads * config.head_dim, *shape[1:]), shape[0], index)
 
 
-def _grouped(config: Config) -> dict[str, Rows]:
+def _grouped(config: Config, part: str) -> Index:
     """Its rows in a folder: after the query heads that share a key head come that and its value head."""
-    n_heads = config.n_head + 2 * config.n_head_kv
-    rows = np.arange(n_heads * config.head_dim).reshape(config.n_head_kv, -1, config.head_dim)
-    return {"attn_q": rows[:, :-2].ravel(), "attn_k": rows[:, -2].ravel(), "attn_v": rows[:, -1].ravel()}
+    n_q = config.n_head // config.n_head_kv  # of a group
+    first, n = {"attn_q": (0, n_q), "attn_k": (n_q, 1), "attn_v": (n_q + 1, 1)}[part]
+
+    def index(rows: Rows) -> Rows:
+        head, row = np.divmod(rows, config.head_dim)
+        group, head = np.divmod(head, n)
+        return (group * (n_q + 2) + first + head) * config.head_dim + row
+
+    return index
 
 
-def _in_order(config: Config) -> dict[str, Rows]:
+def _in_order(config: Config, part: str) -> Index:
     """Its rows in GGUF: all query heads, all key heads, all value heads."""
-    n_q, n_kv = config.n_head * config.head_dim, config.n_head_kv * config.head_dim
-    q, k, v = np.split(np.arange(n_q + 2 * n_kv), [n_q, n_q + n_kv])
-    return {"attn_q": q, "attn_k": k, "attn_v": v}
+    heads = {"attn_q": 0, "attn_k": config.n_head, "attn_v": config.n_head + config.n_head_kv}[part]
+    return lambda rows: rows + heads * config.head_dim
 
 
 def _gguf(header: Header) -> Reading:
@@ -129,15 +138,15 @@ def _gguf(header: Header) -> Reading:
     """
     header.keys.choice("tensor_data_layout", ("jploski",))
     config = replace(read_gguf_config(header, "falcon", "gelu", gated=False, norm="layer"), parallel=True)
-    sources, index = gguf_sources(header, config), _in_order(config)
+    sources = gguf_sources(header, config)
     for ours, source in sources.items():
         part = ours.split(".")[-2]
         if part in QKV:
-            sources[ours] = _rows_of_qkv(config, ours.replace(part, "attn_qkv"), source.shape, index[part])
+            sources[ours] = _rows_of_qkv(config, ours.replace(part, "attn_qkv"), source.shape, _in_order(config, part))
         if part == "ffn_norm":
             sources[ours] = stored(ours.replace(part, "attn_norm"), source.shape)
-        if part == "attn_norm" and (own := ours.replace(part, "attn_norm_2")) in header.file.tensors:
-            sources[ours] = stored(own, source.shape)
+        if part == "attn_norm" and ours.replace(part, "attn_norm_2").replace("bias", "weight") in header.file.tensors:
+            sources[ours] = stored(ours.replace(part, "attn_norm_2"), source.shape)
     return Reading(config, sources)
 
 

@@ -1,7 +1,5 @@
 """OPT: LayerNorm, learned positions, a plain FFN with ReLU."""
 
-import numpy as np
-
 from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.checkpoint.fields import Fields
 from powerinfer_tools.checkpoint.huggingface_config import MAX_LAYERS, name_sources, their_name
@@ -32,7 +30,7 @@ def _folder(fields: Fields, name: str, notes: list[str]) -> Reading:
     config = _config(fields, name)
     sources = name_sources(config, (*ATTENTION, *FFN) if fields.flag("enable_bias", True) else (), NAMES)
     ours, shape = "position_embd.weight", (config.n_ctx + OFFSET, config.n_embd)
-    sources[ours] = picked(their_name(NAMES, ours), shape, np.arange(config.n_ctx) + OFFSET)
+    sources[ours] = picked(their_name(NAMES, ours), shape, config.n_ctx, lambda rows: rows + OFFSET)
     return Reading(config, sources)
 
 

@@ -25,7 +25,7 @@ from powerinfer_tools.sparsify.self_generation import make_frame, self_generate,
 from powerinfer_tools.sparsify.team import Team, joined
 from powerinfer_tools.sparsify.thresholds import calibrate
 from powerinfer_tools.sparsify.training import SAVE_S, Step, Training
-from powerinfer_tools.sparsify.write import base_config, write_folder
+from powerinfer_tools.sparsify.write import base_config, stored_names, write_folder
 from powerinfer_tools.tokens import Tokenizer
 from powerinfer_tools.work import resumable
 
@@ -71,7 +71,8 @@ def sparsify(
     """
     recipe = recipe or Recipe()
     check(recipe, checkpoint)
-    base_config(checkpoint)  # refuses at once what could not be written in the end
+    base_config(checkpoint)  # this and the next refuse at once what could not be written in the end
+    stored_names(checkpoint)
     with joined() as team:
         precision = team.tell(choose_precision(recipe.precision, team.device))
         fingerprint = _fingerprint(checkpoint, corpus, recipe, precision)

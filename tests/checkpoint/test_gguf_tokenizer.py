@@ -46,11 +46,11 @@ def byte_level(pre: str) -> Tokenizer:
         "qwen2": [pre_tokenizers.Split(Regex(contractions + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + rest), "isolated")],
     }
     threes = pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated")
-    after = dict.fromkeys(steps, []) | {"falcon": [pre_tokenizers.Digits(individual_digits=False), threes]}
+    after = [pre_tokenizers.Digits(individual_digits=False), threes] if pre == "falcon" else []
     tokenizer = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps[pre], byte_level, *after[pre]])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps[pre], byte_level, *after])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=420,

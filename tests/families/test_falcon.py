@@ -1,5 +1,6 @@
 """Falcon against transformers: the three layouts of q, k and v, and where the FFN stands."""
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,16 @@ def test_rows_of_the_fused_matrix(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         checkpoint.read("blk.3.attn_q.weight", slice(50, 90)), heads[:, :3].reshape(-1, 120)[50:90]
     )
+
+
+def test_rows_are_gathered_one_group_at_a_time(tmp_path: Path) -> None:
+    norms = ("ln_attn", "ln_mlp")
+    checkpoint = open_checkpoint(make_falcon(tmp_path, n_embd=480, n_head=8, n_head_kv=4, norms=norms, **NEW))
+    tracemalloc.start()
+    q = checkpoint.read("blk.0.attn_q.weight")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert q.nbytes < peak < 1.4 * q.nbytes
 
 
 @pytest.mark.parametrize("name", ["7B", "40B", "11B, one norm"])
@@ -115,6 +126,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two norms of the old decoder": ({"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn: expected 1"),
     "new decoder in sequence": ({"new_decoder_architecture": True, "parallel_attn": False}, "parallel_attn: expected"),
     "heads": ({"new_decoder_architecture": True, "num_kv_heads": 3}, "num_kv_heads: expected a divisor of 4, found 3"),
+    "heads apart": ({"head_dim": 32}, "head_dim: expected hidden_size 64 / num_attention_heads 4, found 32"),
     "another layout": ({"multi_query": False}, r"query_key_value\.weight: expected \[192, 64\], found \[96, 64\]"),
 }
 

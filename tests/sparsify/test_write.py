@@ -18,10 +18,11 @@ from powerinfer_tools.placement import Machine, Tier
 from powerinfer_tools.progress import silent
 from powerinfer_tools.reference import forward
 from powerinfer_tools.sparsify import write_folder
-from powerinfer_tools.sparsify.write import base_config
+from powerinfer_tools.sparsify.write import base_config, stored_names
 from tests.reference.test_transformers import assert_equal
 from tests.sparsify.conftest import Bench
 from tests.tiny import make_llama
+from tests.tiny_families import make_bamboo, make_minicpm
 from tests.tiny_gguf import make_gguf
 
 MACHINE = Machine("test", 2, Tier(8 << 30, 2e10, ((1 << 10, 1e10), (1 << 16, 2e10))))
@@ -96,6 +97,18 @@ def test_a_gguf_model_that_no_config_describes(bench: Bench, tmp_path: Path) -> 
     biased = make_llama(tmp_path / "biased", activation="silu", bias=True)
     with pytest.raises(PowerinferError, match="expected no biases in a GGUF file"):
         base_config(open_checkpoint(make_gguf(tmp_path / "b.gguf", biased)))
+
+
+def test_other_families_of_gguf_are_refused(tmp_path: Path) -> None:
+    path = make_gguf(tmp_path / "m.gguf", make_bamboo(tmp_path / "hf"), arch="bamboo")
+    with pytest.raises(PowerinferError, match="expected a llama GGUF file, found bamboo"):
+        base_config(open_checkpoint(path))
+
+
+def test_folded_tensors_are_refused(tmp_path: Path) -> None:
+    """What is read of minicpm has its scales in it: written back, they would be there twice."""
+    with pytest.raises(PowerinferError, match=r"stored as they are used, found \S+\.weight put together"):
+        stored_names(open_checkpoint(make_minicpm(tmp_path)))
 
 
 @pytest.mark.parametrize(
