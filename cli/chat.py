@@ -34,6 +34,7 @@ def chat(
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
+    timings: options.Timings = False,
 ) -> None:
     """Talk with a model. /help lists what can be typed; Ctrl-C stops an answer, Ctrl-D ends.
 
@@ -54,15 +55,18 @@ def chat(
     sampling = Sampling(temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n)
     settings = options.settings(sampling, seed, max_tokens, stop, verbose)
     path = artifact or default_artifact()
-    with open_assistant(
-        path,
-        ctx_size=ctx_size,
-        threads=threads,
-        mode=mode,
-        ram=ram,
-        template_file=chat_template,
-        use_template=not no_chat_template,
-    ) as assistant:
+    with (
+        open_assistant(
+            path,
+            ctx_size=ctx_size,
+            threads=threads,
+            mode=mode,
+            ram=ram,
+            template_file=chat_template,
+            use_template=not no_chat_template,
+        ) as assistant,
+        console.llama_timings(assistant.timings, timings),
+    ):
         talk = Chat(assistant, settings, system, verbose, silent=json)
         if sys.stdin.isatty():
             talk.greet(mode)

@@ -14,7 +14,7 @@ from rich.console import Console
 from powerinfer_tools.progress import Progress
 
 if TYPE_CHECKING:
-    from powerinfer_tools.assistant import Answer
+    from powerinfer_tools.assistant import Answer, Timings
 
 console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 """stderr; `-q` makes it quiet."""
@@ -72,6 +72,31 @@ def timings(answer: "Answer") -> str:
         f"prompt {n} tokens, first token after {answer.first_token_s:.2f} s; answer {m + 1} tokens{rate}; "
         f"active neurons {100 * answer.active_ratio:.1f} %; ended by {answer.finish_reason or 'interruption'}"
     )
+
+
+@contextmanager
+def llama_timings(timings: "Timings", wanted: bool) -> Iterator[None]:
+    """Prints the timings on stderr at the end, however it comes, if they are wanted: then with -q, too."""
+    try:
+        yield
+    finally:
+        if wanted:
+            print(llama_lines(timings, time.perf_counter() - timings.started), file=sys.stderr, flush=True)
+
+
+def llama_lines(timings: "Timings", total_s: float) -> str:
+    """What llama.cpp's llama_print_timings prints, to the letter: scripts look for it."""
+    lines = [f"{'load':>11} time = {1e3 * timings.load_s:10.2f} ms"]
+    for what, seconds, n, unit in (
+        ("sample", timings.sample_s, timings.n_sample, "runs  "),
+        ("prompt eval", timings.prompt_s, timings.n_prompt, "tokens"),
+        ("eval", timings.decode_s, timings.n_decode, "runs  "),
+    ):
+        rate = n / seconds if seconds else 0.0
+        each = f"({1e3 * seconds / max(n, 1):8.2f} ms per token, {rate:8.2f} tokens per second)"
+        lines.append(f"{what:>11} time = {1e3 * seconds:10.2f} ms / {n:5d} {unit} {each}")
+    lines.append(f"{'total':>11} time = {1e3 * total_s:10.2f} ms")
+    return "\n".join(["", *(f"llama_print_timings: {line}" for line in lines)])
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -67,6 +67,7 @@ def generate(
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
+    timings: options.Timings = False,
 ) -> None:
     """Answer one prompt, a file, stdin or a batch of requests.
 
@@ -90,15 +91,18 @@ def generate(
     sampling = Sampling(temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n)
     settings = options.settings(sampling, seed, max_tokens, stop, verbose)
     text = None if batch else read_prompt(prompt, file)
-    with open_assistant(
-        artifact or default_artifact(),
-        ctx_size=ctx_size,
-        threads=threads,
-        mode=mode,
-        ram=ram,
-        template_file=chat_template,
-        use_template=not no_chat_template,
-    ) as assistant:
+    with (
+        open_assistant(
+            artifact or default_artifact(),
+            ctx_size=ctx_size,
+            threads=threads,
+            mode=mode,
+            ram=ram,
+            template_file=chat_template,
+            use_template=not no_chat_template,
+        ) as assistant,
+        console.llama_timings(assistant.timings, timings),
+    ):
         raw = raw or (assistant.template is None and not no_chat_template)
         if batch is not None:
             run_batch(assistant, batch, output, settings, system, raw, force)

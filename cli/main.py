@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import traceback
 from importlib import import_module
@@ -13,6 +14,7 @@ from typer.core import TyperGroup
 
 from powerinfer_tools import __version__
 from powerinfer_tools.cli import console
+from powerinfer_tools.cli.habits import Command
 from powerinfer_tools.errors import PowerinferError
 
 COMMANDS = {
@@ -32,24 +34,9 @@ COMMANDS = {
 """Command: its line of help. The command is the function of that name in cli/<name>.py. The order is the pipeline's:
 sparsify, profile, train, place, split, build, chat, generate, bench, eval, inspect, machine."""
 
-ELSEWHERE = {
-    "-ngl": "--vram SIZE says how much GPU memory to use; neurons are placed, not layers",
-    "--n-gpu-layers": "--vram SIZE says how much GPU memory to use; neurons are placed, not layers",
-    "--gpu-layers": "--vram SIZE says how much GPU memory to use; neurons are placed, not layers",
-    "--vram-budget": "here it is --vram SIZE",
-    "-m": "the model is given without a flag: powerinfer chat MODEL.gguf",
-    "--model": "the model is given without a flag: powerinfer chat MODEL.gguf",
-    "--predict": "here it is -n or --max-tokens",
-    "--n-predict": "here it is -n or --max-tokens",
-    "-r": "here it is --stop TEXT",
-    "--reverse-prompt": "here it is --stop TEXT",
-    "-sys": "here it is --system TEXT",
-    "--chat-template-file": "here it is --chat-template FILE",
-    "-i": "powerinfer chat is interactive by itself",
-}
-"""Flags of other programs, and what does the same here."""
-
 CONTEXT = {"help_option_names": ["-h", "--help"]}
+
+INTERRUPTED = 130  # the exit code that typer gives Ctrl-C
 
 # typer keeps its click private: the public BadParameter leads to UsageError and ClickException
 _ClickException = typer.BadParameter.__mro__[2]
@@ -67,6 +54,8 @@ Commands, in the order of the pipeline:
   --debug               After any command: show the traceback of an error.
   --install-completion  Complete commands and flags in this shell (--show-completion to see it).
   -h, --help            Show this.
+
+Flags of llama.cpp and the first PowerInfer are understood, or answered with what does it here.
 
 Exit codes: 0 done, 1 failed, 2 usage or bad input, 130 interrupted.
 """
@@ -95,7 +84,7 @@ class LazyGroup(TyperGroup):
 def _load(name: str) -> Any:
     module = import_module(f"powerinfer_tools.cli.{name}")
     single = typer.Typer(add_completion=False, context_settings=CONTEXT)
-    single.command(name)(getattr(module, name))
+    single.command(name, cls=Command)(getattr(module, name))
     return typer.main.get_command(single)
 
 
@@ -130,7 +119,10 @@ def main() -> None:
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, TextIOWrapper):  # None where a parent closed it
             stream.reconfigure(errors="replace")  # bytes that are no UTF-8 end no run
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if code == INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more Ctrl-C while Python ends must not kill it
+    sys.exit(code)
 
 
 def run(args: list[str]) -> int:
@@ -149,7 +141,7 @@ def run(args: list[str]) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        return _report(error, args, "--json" in flags)
+        return _report(error, "--json" in flags)
 
 
 def _reader_left() -> int:
@@ -158,8 +150,8 @@ def _reader_left() -> int:
     return 1
 
 
-def _report(error: Exception, args: list[str], as_json: bool) -> int:
-    kind, message, code = _explain(error, args)
+def _report(error: Exception, as_json: bool) -> int:
+    kind, message, code = _explain(error)
     line = console.harmless(" ".join(message.split()))
     print(f"powerinfer: {line}", file=sys.stderr)
     if as_json:
@@ -167,12 +159,12 @@ def _report(error: Exception, args: list[str], as_json: bool) -> int:
     return code
 
 
-def _explain(error: Exception, args: list[str]) -> tuple[str, str, int]:
+def _explain(error: Exception) -> tuple[str, str, int]:
     """Kind, message and exit code of an error."""
     if isinstance(error, PowerinferError):
         return error.kind, str(error), error.exit_code
     if isinstance(error, _ClickException):
-        return "usage", _usage(error, args), 2
+        return "usage", _usage(error), 2
     if isinstance(error, typer.Abort):
         return "usage", "input ended before an answer was given", 1
     if isinstance(error, MemoryError):
@@ -182,13 +174,9 @@ def _explain(error: Exception, args: list[str]) -> tuple[str, str, int]:
     return "internal", f"internal error: {type(error).__name__}: {error} (--debug shows where)", 1
 
 
-def _usage(error: Any, args: list[str]) -> str:
-    message: str = error.format_message()
-    foreign = next((arg for arg in args if arg.split("=")[0] in ELSEWHERE), None)
-    if foreign is not None:
-        message = f"no such option: {foreign}: {ELSEWHERE[foreign.split('=')[0]]}"
+def _usage(error: Any) -> str:
     context = getattr(error, "ctx", None)
-    return f"{message} (see: {context.command_path if context else 'powerinfer'} --help)"
+    return f"{error.format_message()} (see: {context.command_path if context else 'powerinfer'} --help)"
 
 
 if __name__ == "__main__":

@@ -363,3 +363,7 @@ Quiet = Annotated[
 Verbose = Annotated[
     bool, typer.Option("-v", "--verbose", rich_help_panel=OUTPUT, help="More on stderr, timings among it.")
 ]
+Timings = Annotated[
+    bool,
+    typer.Option("--timings", rich_help_panel=OUTPUT, help="Timings at the end on stderr, as llama.cpp prints them."),
+]

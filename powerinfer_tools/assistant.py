@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,11 +30,39 @@ class Settings:
     stop: tuple[str, ...] = ()
 
 
+@dataclass
+class Timings:
+    """What an assistant's time went into since `started`, in seconds, and the tokens that each part handled."""
+
+    started: float = field(default_factory=time.perf_counter)
+    load_s: float = 0.0
+    sample_s: float = 0.0
+    n_sample: int = 0
+    prompt_s: float = 0.0
+    n_prompt: int = 0
+    decode_s: float = 0.0
+    n_decode: int = 0
+
+    def count(self, token: Token, n_prompt: int) -> None:
+        """Adds a drawn token; n_prompt: tokens of a prompt that ran before it, 0 where one token was decoded."""
+        self.sample_s += token.sample_s
+        self.n_sample += 1
+        if n_prompt:
+            self.prompt_s += token.seconds - token.sample_s
+            self.n_prompt += n_prompt
+        else:
+            self.decode_s += token.seconds - token.sample_s
+            self.n_decode += 1
+
+
 class Assistant:
     """A model that answers. template: text of a chat template, None for plain "User: … Assistant:" lines."""
 
-    def __init__(self, artifact: Artifact, tokenizer: Tokenizer, engine: Engine, template: str | None) -> None:
+    def __init__(
+        self, artifact: Artifact, tokenizer: Tokenizer, engine: Engine, template: str | None, timings: Timings
+    ) -> None:
         self.artifact, self.tokenizer, self.engine, self.template = artifact, tokenizer, engine, template
+        self.timings = timings
         self._context = Context()
 
     def __enter__(self) -> "Assistant":
@@ -126,6 +154,7 @@ class Answer:
                     self.prefill_s, self.first_token_s = token.seconds, time.perf_counter() - start
                 else:
                     self.decode_s += token.seconds
+                self._assistant.timings.count(token, 0 if self.tokens else engine.stats().n_prefill)
                 self.tokens.append(token.id)
                 self.finish_reason = token.finish_reason
                 yield self._show(self._stops.push(self._stream.push(token.id)))
@@ -177,12 +206,14 @@ def open_assistant(
 
     mode: sparse or dense; ram: bytes to stay within; template_file: a template instead of the artifact's.
     """
+    timings = Timings()
     artifact = open_artifact(path)
     template = _read_template(template_file) if template_file else artifact.chat_template
     tokenizer = Tokenizer(artifact.tokenizer_json, artifact.special)  # first: what the budget counts, too
     model = path if ram is None else open_within(artifact, ram, ctx_size=ctx_size, threads=threads)[0]
     engine = Engine(model, ctx_size=ctx_size, threads=threads, mode=MODES[mode])
-    return Assistant(artifact, tokenizer, engine, template if use_template else None)
+    timings.load_s = time.perf_counter() - timings.started
+    return Assistant(artifact, tokenizer, engine, template if use_template else None, timings)
 
 
 def _read_template(path: Path) -> str:

@@ -199,6 +199,9 @@ def _disk(artifact: Artifact, budget: Budget, runs: list[Timed]) -> dict[str, An
         "reads_per_token": stats.disk_reads / n,
         "padding_share": 1 - useful / stats.disk_bytes if stats.disk_bytes else 0.0,
         "stream_bytes_per_token": stats.stream_bytes / n,
+        "ahead_per_token": stats.neurons_ahead / n,
+        "ahead_precision": stats.neurons_ahead_asked / max(1, stats.neurons_ahead),
+        "ahead_recall": stats.neurons_ahead_asked / max(1, stats.neurons_disk),
         "wait_ms_per_token": statistics.median(run.stats.seconds_disk for run in runs) / n * 1e3,
     }
 

@@ -11,7 +11,7 @@ import pytest
 
 from powerinfer_tools.bench import CEILING_BYTES, bench
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.engine.native import measure_memory
+from powerinfer_tools.engine.native import measure_file, measure_memory
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.evaluate import evaluate
 from powerinfer_tools.progress import silent
@@ -71,6 +71,18 @@ def test_memory_is_measured_in_rows_that_are_read_whole() -> None:
     for row_bytes in (64, 1000):
         with pytest.raises(PowerinferError, match="expected a multiple of 128"):
             measure_memory(1, 1 << 20, row_bytes)
+
+
+def test_a_file_is_measured_in_blocks_that_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(16384))
+    with path.open("rb") as file:
+        assert measure_file(file.fileno(), 8192, 7, 0.001) > 0
+        for read_bytes, n_at_once, message in ((1000, 1, "a multiple of"), (4096, 0, "1 to 4096")):
+            with pytest.raises(PowerinferError, match=message):
+                measure_file(file.fileno(), read_bytes, n_at_once, 0.001)
+        with pytest.raises(PowerinferError, match="a file of at least read_bytes"):
+            measure_file(file.fileno(), 32768, 1, 0.001)
 
 
 def test_bench_gives_the_same_tokens_for_any_threads_and_mode(folder: Path) -> None:

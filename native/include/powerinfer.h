@@ -86,10 +86,12 @@ typedef struct {
     uint64_t bytes_attention, bytes_predictor, bytes_gate, bytes_updown, bytes_head;
     /* With a disk tier. seconds_disk: waiting for it, of decode. Neurons of layers that have some on disk, as decode
      * asked for them, by where they were; reads and bytes of these reads, and the bytes of what was read in sequence:
-     * whole layers, and what fills the cache. */
+     * whole layers, and what fills the cache. ahead: neurons that were read before their layer asked, and those of
+     * them that it then asked for (they count as from disk). */
     double seconds_disk;
     uint64_t neurons_prefix, neurons_cache, neurons_disk;
     uint64_t disk_reads, disk_bytes, stream_bytes;
+    uint64_t neurons_ahead, neurons_ahead_asked;
 } pi_stats;
 
 /* One layer's selection against the truth, counted by pi_score (neuron occurrences over tokens). */
@@ -148,6 +150,9 @@ PI_API pi_status pi_session_reset_stats(pi_session* session);
  * `stride_rows` is taken (1: all); row_bytes: a multiple of 128. Returns bytes per second, the median of `repeats`. */
 PI_API pi_status pi_measure_memory(uint32_t n_threads, uint64_t buffer_bytes, uint64_t row_bytes, uint32_t stride_rows,
                                    uint32_t repeats, double* bytes_per_s);
+/* Measures the disk tier's reader on an open file, for so many seconds: reads of read_bytes (whole blocks of the
+ * device; 4096 always will do) at random places, n_at_once in one go. Returns bytes per second. */
+PI_API pi_status pi_measure_file(int fd, uint32_t read_bytes, uint32_t n_at_once, double seconds, double* bytes_per_s);
 
 #ifdef __cplusplus
 }

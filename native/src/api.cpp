@@ -1,4 +1,6 @@
 // The C interface: checks arguments, turns exceptions into status codes. No logic.
+#include <sys/stat.h>
+
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -236,6 +238,18 @@ pi_status pi_measure_memory(uint32_t n_threads, uint64_t buffer_bytes, uint64_t 
                     row_bytes <= buffer_bytes / stride_rows,
                 "row_bytes: expected a multiple of 128 and one picked row in the buffer");
         *bytes_per_s = pi::measure_memory(n_threads, buffer_bytes, row_bytes, stride_rows, repeats);
+    });
+}
+
+pi_status pi_measure_file(int fd, uint32_t read_bytes, uint32_t n_at_once, double seconds, double* bytes_per_s) {
+    return guarded([&] {
+        require(bytes_per_s, "bytes_per_s: expected a place for the result, found NULL");
+        require(read_bytes >= 1 && read_bytes <= (1u << 26) && n_at_once >= 1 && n_at_once <= 4096,
+                "read_bytes: expected 1 byte to 64 MiB; n_at_once: 1 to 4096");
+        require(seconds >= 0 && seconds <= 60, "seconds: expected 0 to 60");
+        struct stat info{};
+        require(fstat(fd, &info) == 0 && info.st_size >= read_bytes, "fd: expected a file of at least read_bytes");
+        *bytes_per_s = pi::measure_file(fd, static_cast<uint64_t>(info.st_size), read_bytes, n_at_once, seconds);
     });
 }
 

@@ -1,6 +1,7 @@
 // One token through the sparse path. A layer's FFN is one parallel step: each item asks the predictor about its range
 // of neurons, computes the deciding rows of those it lets through, then up and down of those that fire, and keeps its
 // own partial sum. The ranges are fixed, so the sums are the same for any number of threads.
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -14,6 +15,7 @@ namespace pi {
 namespace {
 
 constexpr size_t ITEM_ROWS = 32;           // rows of a matrix that one item computes
+constexpr size_t AHEAD_ROWS = 512;         // of a predictor that one item asks when it looks ahead
 constexpr size_t SUM_COLUMNS = 512;        // columns of the partial sums that one item adds, or logits that it caps
 constexpr size_t BLOCK_BYTES = 256 << 10;  // of bundles that are read whole before the next ones, where all are: in L2
 
@@ -149,13 +151,9 @@ void Session::attention(const Layer& layer, size_t il) {
 void Session::ffn(const Layer& layer, size_t il) {
     Vector x = quantised(x_, model.config.n_embd), rank{};
     if (asks(layer)) {
-        Linear in{layer.predictor->in, nullptr};
-        project(PREDICTOR, {{&in, rank_.f.data()}}, x);
-        size_t n = in.rows.n_rows;
-        if (model.config.predictor_relu)
-            for (size_t i = 0; i < n; i++) rank_.f[i] = rank_.f[i] <= 0 ? 0 : rank_.f[i];
-        rank = quantised(rank_, n);
-        stats.bytes_predictor += n * in.rows.row_size();
+        rank = predictor_rank(*layer.predictor, x);
+        const Rows& in = layer.predictor->in;
+        stats.bytes_predictor += in.n_rows * in.row_size();
     }
     if (model.disk && model.disk->holds(il))
         ffn_from_disk(layer, il, x, rank);
@@ -163,6 +161,16 @@ void Session::ffn(const Layer& layer, size_t il) {
         ffn_chunks(layer, x, rank);
     sum_chunks(layer);
     collect_counts(layer);
+}
+
+// The predictor's hidden layer, in rank_.
+Vector Session::predictor_rank(const Predictor& predictor, Vector x) {
+    Linear in{predictor.in, nullptr};
+    project(PREDICTOR, {{&in, rank_.f.data()}}, x);
+    size_t n = in.rows.n_rows;
+    if (model.config.predictor_relu)
+        for (size_t i = 0; i < n; i++) rank_.f[i] = rank_.f[i] <= 0 ? 0 : rank_.f[i];
+    return quantised(rank_, n);
 }
 
 // partial_ = what each chunk of neurons adds
@@ -335,6 +343,7 @@ bool Session::fetch(const Layer& layer, size_t il, Vector x, Vector rank) {
         return false;
     }
     places_ = disk.places(il);
+    look_ahead(il + 1);
     // Every thread begins with chunks of frequent neurons, which are in memory: item p of thread t is chunk p * n + t.
     size_t n_threads = workers_.size();
     std::array<size_t, MAX_CHUNKS> order;
@@ -350,6 +359,34 @@ bool Session::fetch(const Layer& layer, size_t il, Vector x, Vector rank) {
     places_ = nullptr;
     disk.finish();
     return true;
+}
+
+// While the layer before waits for the disk: asks layer il's predictor, with the residual as it is now, before that
+// layer's FFN and this one's attention have changed it. What it lets through most surely is read behind the rest.
+void Session::look_ahead(size_t il) {
+    DiskTier& disk = *model.disk;
+    if (il == model.config.n_layer || !asks(model.weights.layers[il]) || !disk.pays_ahead(il)) return;
+    const Layer& layer = model.weights.layers[il];
+    if (layer.expert) return;  // whose turn it will be is not known yet
+    normalise(layer.ffn_norm, hidden_.data(), ahead_x_.f.data());
+    const Predictor& p = *layer.predictor;
+    Vector rank = predictor_rank(p, quantised(ahead_x_, model.config.n_embd));
+    uint32_t first = std::max(disk.first_cold(il), layer.always), n_ff = model.config.n_ff;
+    parallel(PREDICTOR, ceil_div(n_ff - first, AHEAD_ROWS), [&](size_t item, uint32_t) {
+        uint32_t lo = first + static_cast<uint32_t>(item * AHEAD_ROWS), at = lo - layer.always;
+        size_t n = std::min<size_t>(AHEAD_ROWS, n_ff - lo);
+        ops.matvec(p.out.type, p.out.n, p.out.row(at), p.out.stride, n, rank, &ahead_logit_[lo]);
+        for (size_t i = 0; i < n; i++) ahead_logit_[lo + i] += p.bias[at + i];
+    });
+    size_t n = 0;
+    for (uint32_t i = first; i < n_ff; i++)
+        if (ahead_logit_[i] >= 0 && !disk.here(il, i)) ahead_[n++] = i;
+    size_t most = std::min(n, AHEAD);
+    std::nth_element(&ahead_[0], &ahead_[most], &ahead_[n], [&](uint32_t a, uint32_t b) {
+        return ahead_logit_[a] != ahead_logit_[b] ? ahead_logit_[a] > ahead_logit_[b] : a < b;
+    });
+    std::sort(&ahead_[0], &ahead_[most]);
+    disk.request_ahead(il, {&ahead_[0], most});
 }
 
 // chosen_ of a chunk: what the predictor lets through, what fires where a matrix apart says so, or all candidates
@@ -404,6 +441,8 @@ void Session::collect_disk_counts() {
     stats.disk_reads += counts.reads;
     stats.disk_bytes += counts.bytes;
     stats.stream_bytes += counts.streamed;
+    stats.neurons_ahead += counts.ahead;
+    stats.neurons_ahead_asked += counts.ahead_asked;
 }
 
 // hidden += the chunks' partial sums, in the order of the chunks, + bias; the sums over the norm of all h with

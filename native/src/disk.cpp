@@ -16,7 +16,6 @@ namespace pi {
 namespace {
 
 constexpr uint64_t PAGE = 4096;
-constexpr uint32_t NOWHERE = UINT32_MAX;
 constexpr uint64_t STREAM_BYTES = 1 << 20;  // of one read in sequence
 constexpr uint64_t MERGE_BYTES =
     16 << 10;  // a gap that costs less than another read: both measured in benchmarks/LOG.md
@@ -61,22 +60,29 @@ DiskTier::DiskTier(int fd, uint64_t data_offset, uint64_t file_bytes, uint32_t n
     }
     slots_bytes_ = page_up(slots + (n_transit_ + 1) * widest);
     shared_bytes_ = std::max(slots_bytes_, longest);
-    landing_bytes_ = std::min(n_transit_ * (page_up(widest) + PAGE), longest + 2 * MAX_CHUNKS * PAGE);
+    landing_.n_bytes = std::min(n_transit_ * (page_up(widest) + PAGE), longest + 2 * MAX_CHUNKS * PAGE);
+    for (Ahead& ahead : ahead_) ahead.landing.n_bytes = widest > 0 ? AHEAD * (page_up(widest) + PAGE) : 0;
+    landing_bytes_ = landing_.n_bytes + ahead_[0].landing.n_bytes + ahead_[1].landing.n_bytes;
     if (holds_table()) rows_bytes_ = TABLE_ROWS * (page_up(table.row_bytes) + PAGE);
-    tables_bytes_ = n_tables + n_transit_ * (sizeof(Miss) + sizeof(Read)) + 8 * (n_transit_ + params.n_slots);
+    tables_bytes_ =
+        n_tables + (n_transit_ + 2 * AHEAD) * (sizeof(Miss) + sizeof(Read)) + 8 * (n_transit_ + params.n_slots);
     try {
         map_memory(file_bytes, layers);
         load(file_bytes);
     } catch (...) {
         reader_.reset();
         if (arena_) munmap(arena_, arena_bytes_);
-        if (landing_) munmap(landing_, landing_bytes_);
+        if (landing_memory_) munmap(landing_memory_, landing_bytes_);
         if (rows_landing_) munmap(rows_landing_, rows_bytes_);
         if (shared_ >= 0) close(shared_);
         throw;
     }
     misses_.reserve(n_transit_);
-    reads_.reserve(n_transit_);
+    landing_.reads.reserve(n_transit_);
+    for (Ahead& ahead : ahead_) {
+        ahead.misses.reserve(AHEAD);
+        ahead.landing.reads.reserve(AHEAD);
+    }
     candidates_.reserve(n_transit_);
     victims_.reserve(params.n_slots);
 }
@@ -84,7 +90,7 @@ DiskTier::DiskTier(int fd, uint64_t data_offset, uint64_t file_bytes, uint32_t n
 DiskTier::~DiskTier() {
     reader_.reset();
     munmap(arena_, arena_bytes_);
-    if (landing_) munmap(landing_, landing_bytes_);
+    if (landing_memory_) munmap(landing_memory_, landing_bytes_);
     if (rows_landing_) munmap(rows_landing_, rows_bytes_);
     close(shared_);
 }
@@ -105,7 +111,10 @@ void DiskTier::map_memory(uint64_t file_bytes, const std::vector<Bundles>& layer
     arena_ = map(nullptr, arena_bytes_, PRIVATE, -1);
     slots_ = arena_ + data_bytes;
     if (shared_bytes_ > 0) map(slots_, shared_bytes_, MAP_SHARED | MAP_FIXED, shared_);
-    if (landing_bytes_ > 0) landing_ = map(nullptr, landing_bytes_, PRIVATE, -1);
+    if (landing_bytes_ > 0) landing_memory_ = map(nullptr, landing_bytes_, PRIVATE, -1);
+    landing_.memory = landing_memory_;
+    ahead_[0].landing.memory = landing_memory_ + landing_.n_bytes;
+    ahead_[1].landing.memory = ahead_[0].landing.memory + ahead_[0].landing.n_bytes;
     if (rows_bytes_ > 0) rows_landing_ = map(nullptr, rows_bytes_, PRIVATE, -1);
     weights_bytes_ = data_bytes;
     for (auto [begin, n_bytes] : holes()) weights_bytes_ -= n_bytes;
@@ -196,16 +205,37 @@ bool DiskTier::request(size_t il, std::span<const std::span<const uint32_t>> chu
     now_ = &layer;
     layer.step++;
     Counts found = count_uses(layer, chunks);
+    find_ahead(il);
     if (misses_.size() > n_transit_ || !plan_reads(layer)) return false;
     admit(layer);
     cached_ = true;
     counts_.from_prefix += found.from_prefix;
     counts_.from_cache += found.from_cache;
     counts_.from_disk += misses_.size();
-    counts_.reads += reads_.size();
-    for (const Read& read : reads_) counts_.bytes += read.n_bytes;
-    reader_->submit(reads_.data(), reads_.size());
+    layer.n_missed = static_cast<uint32_t>(misses_.size());
+    submit(landing_, false);
     return true;
+}
+
+void DiskTier::request_ahead(size_t il, std::span<const uint32_t> neurons) {
+    Ahead& ahead = ahead_[il % 2];
+    reader_->wait(ahead.pending);  // where nobody asked for what it holds
+    ahead.layer = &layers_[il];
+    ahead.misses.clear();
+    for (uint32_t i : neurons) ahead.misses.push_back({i, nullptr});
+    if (!make_room(layers_[il], ahead.misses, ahead.landing) ||
+        !plan_reads(layers_[il], ahead.misses, ahead.landing, ahead.pending)) {
+        ahead.misses.clear();
+        return;
+    }
+    counts_.ahead += neurons.size();
+    submit(ahead.landing, true);
+}
+
+void DiskTier::submit(Landing& landing, bool behind) {
+    counts_.reads += landing.reads.size();
+    for (const Read& read : landing.reads) counts_.bytes += read.n_bytes;
+    reader_->submit(landing.reads.data(), landing.reads.size(), behind);
 }
 
 // misses_ = what is not in memory
@@ -234,44 +264,82 @@ DiskTier::Counts DiskTier::count_uses(Layer& layer, std::span<const std::span<co
     return found;
 }
 
-// reads_ = the misses' blocks, those of a chunk that lie close together in one; false where the landing is too small
-bool DiskTier::plan_reads(const Layer& layer) {
-    uint64_t block = reader_->block(), used = 0, spare = landing_bytes_;
-    auto first_block = [&](const Miss& m) { return (layer.offset + m.neuron * layer.stride) / block * block; };
-    auto end_block = [&](const Miss& m) {
-        return (layer.offset + (m.neuron + 1) * layer.stride + block - 1) / block * block;
-    };
-    for (size_t m = 0; m < misses_.size(); m++) {
-        uint64_t begin = first_block(misses_[m]), end = end_block(misses_[m]);
-        if (m > 0) begin = std::max(begin, std::min(end, end_block(misses_[m - 1])));
-        if (spare < end - begin) return false;
-        spare -= end - begin;
+// Misses that were read ahead need no read.
+void DiskTier::find_ahead(size_t il) {
+    foreseen_ = &ahead_[il % 2];
+    if (std::exchange(foreseen_->layer, nullptr) != &layers_[il]) {
+        foreseen_ = nullptr;
+        return;
     }
-    reads_.clear();
+    auto ahead = foreseen_->misses.begin(), end = foreseen_->misses.end();
+    for (Miss& miss : misses_) {
+        while (ahead != end && ahead->neuron < miss.neuron) ahead++;
+        if (ahead == end) return;
+        if (ahead->neuron != miss.neuron) continue;
+        miss.from = ahead->from;
+        counts_.ahead_asked++;
+    }
+}
+
+// landing_.reads = what the misses still need, a chunk after the other; false where it is too small
+bool DiskTier::plan_reads(const Layer& layer) {
+    if (!make_room(layer, misses_, landing_)) return false;
     for (size_t c = 0; c < MAX_CHUNKS; c++) {
-        size_t first_read = reads_.size();
-        for (size_t m = first_miss_[c]; m < first_miss_[c + 1]; m++) {
-            uint64_t begin = first_block(misses_[m]), end = end_block(misses_[m]);
-            Read* last = reads_.size() > first_read ? &reads_.back() : nullptr;
-            uint64_t last_end = last ? last->offset + last->n_bytes : 0;
-            uint64_t gap = begin > last_end ? begin - last_end : 0;
-            if (last && gap <= std::min(MERGE_BYTES, spare) && end - last->offset <= MOST_BYTES) {
-                spare -= gap;
-                used += end - last_end;
-            } else if (used + end - begin > landing_bytes_) {
-                return false;
-            } else {
-                last = &reads_.emplace_back(Read{begin, 0, 0, landing_ + used, &pending_[c]});
-                used += end - begin;
-            }
-            uint64_t wanted_end = layer.offset + (misses_[m].neuron + 1) * layer.stride;
-            last->n_bytes = static_cast<uint32_t>(end - last->offset);
-            last->needed = static_cast<uint32_t>(wanted_end - last->offset);
-            misses_[m].from = last->to + (wanted_end - layer.stride - last->offset);
-        }
-        pending_[c].store(static_cast<uint32_t>(reads_.size() - first_read), std::memory_order_relaxed);
+        std::span<Miss> misses{&misses_[first_miss_[c]], first_miss_[c + 1] - first_miss_[c]};
+        if (!plan_reads(layer, misses, landing_, pending_[c])) return false;
     }
     return true;
+}
+
+// An empty landing, and what it has beyond the blocks of these misses; false where it is too small.
+bool DiskTier::make_room(const Layer& layer, std::span<const Miss> misses, Landing& landing) const {
+    landing.reads.clear();
+    landing.used = 0;
+    landing.spare = landing.n_bytes;
+    uint64_t last_end = 0;
+    for (const Miss& miss : misses) {
+        if (miss.from) continue;
+        auto [begin, end] = blocks(layer, miss);
+        begin = std::max(begin, std::min(end, last_end));
+        if (landing.spare < end - begin) return false;
+        landing.spare -= end - begin;
+        last_end = end;
+    }
+    return true;
+}
+
+// Reads of the misses' blocks, those that lie close together in one; pending: how many.
+bool DiskTier::plan_reads(const Layer& layer, std::span<Miss> misses, Landing& landing,
+                          std::atomic<uint32_t>& pending) const {
+    size_t first_read = landing.reads.size();
+    for (Miss& miss : misses) {
+        if (miss.from) continue;
+        auto [begin, end] = blocks(layer, miss);
+        Read* last = landing.reads.size() > first_read ? &landing.reads.back() : nullptr;
+        uint64_t last_end = last ? last->offset + last->n_bytes : 0;
+        uint64_t gap = begin > last_end ? begin - last_end : 0;
+        if (last && gap <= std::min(MERGE_BYTES, landing.spare) && end - last->offset <= MOST_BYTES) {
+            landing.spare -= gap;
+            landing.used += end - last_end;
+        } else if (landing.used + end - begin > landing.n_bytes) {
+            return false;
+        } else {
+            last = &landing.reads.emplace_back(Read{begin, 0, 0, landing.memory + landing.used, &pending});
+            landing.used += end - begin;
+        }
+        uint64_t wanted_end = layer.offset + (miss.neuron + 1) * layer.stride;
+        last->n_bytes = static_cast<uint32_t>(end - last->offset);
+        last->needed = static_cast<uint32_t>(wanted_end - last->offset);
+        miss.from = last->to + (wanted_end - layer.stride - last->offset);
+    }
+    pending.store(static_cast<uint32_t>(landing.reads.size() - first_read), std::memory_order_relaxed);
+    return true;
+}
+
+// Begin and end of what is read of the file for this neuron.
+std::pair<uint64_t, uint64_t> DiskTier::blocks(const Layer& layer, const Miss& miss) const {
+    uint64_t block = reader_->block(), begin = layer.offset + miss.neuron * layer.stride;
+    return {begin / block * block, (begin + layer.stride + block - 1) / block * block};
 }
 
 // Gives every miss a place: a slot of one that was asked for less and is not needed now, or one in transit.
@@ -334,8 +402,8 @@ void DiskTier::read_to_slots(Layer& layer, std::span<const uint32_t> neurons, co
     first_miss_.fill(misses_.size());
     first_miss_[0] = 0;
     if (!plan_reads(layer)) return;
-    for (const Read& read : reads_) counts_.streamed += read.n_bytes;
-    reader_->submit(reads_.data(), reads_.size());
+    for (const Read& read : landing_.reads) counts_.streamed += read.n_bytes;
+    reader_->submit(landing_.reads.data(), landing_.reads.size());
     reader_->wait(pending_[0]);
     for (size_t m = 0; m < misses_.size(); m++) {
         uint32_t place = layer.first_slot + slots[m];
@@ -347,6 +415,7 @@ void DiskTier::read_to_slots(Layer& layer, std::span<const uint32_t> neurons, co
 
 void DiskTier::bring(size_t chunk) {
     reader_->wait(pending_[chunk]);
+    if (foreseen_) reader_->wait(foreseen_->pending);
     for (size_t m = first_miss_[chunk]; m < first_miss_[chunk + 1]; m++)
         std::memcpy(now_->base + now_->place[misses_[m].neuron] * now_->stride, misses_[m].from, now_->stride);
 }

@@ -9,6 +9,9 @@
 // layer). Prompts and dense layers need every neuron: they read a layer's tail in sequence to its natural place. All
 // tails are views of one shared memory, which is as long as the longest of them, and which the slots and the transit
 // lie in, too: what a prompt overwrites is forgotten, and read again when it is asked for.
+//
+// While a layer waits, the next one is asked what it will want. That comes behind everything else, so that the disk has
+// something to do during the next attention, and lands in a place of its own.
 #pragma once
 
 #include <array>
@@ -33,7 +36,9 @@ struct Table {
     uint64_t offset = 0, n_bytes = 0, row_bytes = 0;
 };
 
-constexpr size_t TABLE_ROWS = 256;  // that are read together
+constexpr size_t TABLE_ROWS = 256;   // that are read together
+constexpr uint32_t PAYS_AHEAD = 32;  // reads of a layer that take longer than asking for them ahead
+constexpr size_t AHEAD = 64;  // neurons of a layer that are read before it asks for them: as many as are in flight
 
 class DiskTier {
    public:
@@ -55,6 +60,13 @@ class DiskTier {
     bool request(size_t il, std::span<const std::span<const uint32_t>> chunks);
     void bring(size_t chunk);  // waits until the chunk's neurons are in their places; from any thread, once a chunk
     void finish();
+
+    bool pays_ahead(size_t il) const { return layers_[il].n_missed >= PAYS_AHEAD; }
+    uint32_t first_cold(size_t il) const { return layers_[il].n_resident; }
+    bool here(size_t il, uint32_t neuron) const { return layers_[il].place[neuron] != NOWHERE; }
+    // Reads neurons that are not here, ascending and at most AHEAD, behind everything else: the layer may ask for them.
+    void request_ahead(size_t il, std::span<const uint32_t> neurons);
+
     void fill();  // empty slots take those neurons that are asked for most
 
     void start_stream(size_t il);  // reads the tail to its natural place; nothing where it is on its way already
@@ -69,7 +81,8 @@ class DiskTier {
 
     struct Counts {
         uint64_t from_prefix = 0, from_cache = 0, from_disk = 0;  // neurons that were asked for
-        uint64_t reads = 0, bytes = 0, streamed = 0;              // bytes: of all reads but the streamed
+        uint64_t ahead = 0, ahead_asked = 0;          // neurons read ahead; those of them that were then asked for
+        uint64_t reads = 0, bytes = 0, streamed = 0;  // bytes: of all reads but the streamed
     };
     Counts take_counts();
 
@@ -79,21 +92,35 @@ class DiskTier {
     uint64_t beside_bytes() const { return landing_bytes_ + tables_bytes_ + rows_bytes_; }
 
    private:
+    static constexpr uint32_t NOWHERE = UINT32_MAX;
     struct Layer {
         uint64_t offset = 0, stride = 0;
         uint8_t* base = nullptr;  // of neuron 0
         uint32_t n_resident = 0;
         uint64_t tail_begin = 0, tail_bytes = 0;                  // in the file, whole pages
         uint32_t first_slot = 0, n_slots = 0, first_transit = 0;  // places
-        uint32_t step = 0;
-        std::vector<uint32_t> place;    // (n_ff,) NOWHERE for what is on disk only
-        std::vector<uint16_t> uses;     // (n_ff,) how often each was asked for lately
-        std::vector<uint32_t> tenant;   // (n_slots,) neuron or NOWHERE
-        std::vector<uint32_t> used_at;  // (n_slots,) step
+        uint32_t step = 0, n_missed = 0;                          // n_missed: of the last step
+        std::vector<uint32_t> place;                              // (n_ff,) NOWHERE for what is on disk only
+        std::vector<uint16_t> uses;                               // (n_ff,) how often each was asked for lately
+        std::vector<uint32_t> tenant;                             // (n_slots,) neuron or NOWHERE
+        std::vector<uint32_t> used_at;                            // (n_slots,) step
     };
     struct Miss {
         uint32_t neuron;
-        const uint8_t* from;  // where in the landing
+        const uint8_t* from;  // where in a landing; NULL: its read is not planned yet
+    };
+    // Memory where reads arrive, whole blocks.
+    struct Landing {
+        uint8_t* memory = nullptr;
+        uint64_t n_bytes = 0, used = 0, spare = 0;  // spare: what the least that must be read leaves
+        std::vector<Read> reads;
+    };
+    // What one layer is expected to ask for.
+    struct Ahead {
+        const Layer* layer = nullptr;  // NULL once it has asked
+        std::vector<Miss> misses;
+        Landing landing;
+        std::atomic<uint32_t> pending{0};
     };
 
     void map_memory(uint64_t file_bytes, const std::vector<Bundles>& layers);
@@ -102,7 +129,12 @@ class DiskTier {
     void read_whole(uint64_t begin, uint64_t end, uint64_t file_bytes, uint8_t* to);
     uint8_t* memory_of(uint64_t offset) const { return arena_ + (offset - arena_begin_); }
     Counts count_uses(Layer& layer, std::span<const std::span<const uint32_t>> chunks);
+    void find_ahead(size_t il);
     bool plan_reads(const Layer& layer);
+    bool make_room(const Layer& layer, std::span<const Miss> misses, Landing& landing) const;
+    bool plan_reads(const Layer& layer, std::span<Miss> misses, Landing& landing, std::atomic<uint32_t>& pending) const;
+    std::pair<uint64_t, uint64_t> blocks(const Layer& layer, const Miss& miss) const;
+    void submit(Landing& landing, bool behind);
     void admit(Layer& layer);
     void fill(Layer& layer);
     void read_to_slots(Layer& layer, std::span<const uint32_t> neurons, const uint32_t* slots);
@@ -113,9 +145,9 @@ class DiskTier {
     uint64_t weights_bytes_ = 0, landing_bytes_ = 0, tables_bytes_ = 0;
     uint32_t n_transit_;
     int shared_ = -1;
-    uint8_t* arena_ = nullptr;    // the file's data, a page for a page; then the slots and the transit
-    uint8_t* slots_ = nullptr;    // (shared_bytes_,)
-    uint8_t* landing_ = nullptr;  // (landing_bytes_,) where reads arrive, whole blocks
+    uint8_t* arena_ = nullptr;           // the file's data, a page for a page; then the slots and the transit
+    uint8_t* slots_ = nullptr;           // (shared_bytes_,)
+    uint8_t* landing_memory_ = nullptr;  // (landing_bytes_,) of all landings
     std::vector<Layer> layers_;
 
     Table table_;
@@ -128,7 +160,9 @@ class DiskTier {
     std::vector<Miss> misses_;
     std::array<size_t, MAX_CHUNKS + 1> first_miss_{};
     std::array<std::atomic<uint32_t>, MAX_CHUNKS> pending_{};
-    std::vector<Read> reads_;
+    Landing landing_;
+    Ahead* foreseen_ = nullptr;                                        // what was read ahead for it
+    std::array<Ahead, 2> ahead_;                                       // for layers of even and of odd number
     std::vector<std::pair<uint32_t, uint32_t>> candidates_, victims_;  // uses, and neuron or slot
 
     std::vector<Read> stream_;

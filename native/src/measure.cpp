@@ -6,10 +6,13 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <memory>
+#include <random>
 #include <vector>
 
 #include "gguf.h"
 #include "huge_pages.h"
+#include "reader.h"
 #include "threads.h"
 
 namespace pi {
@@ -87,6 +90,32 @@ double measure_memory(uint32_t n_threads, uint64_t buffer_bytes, uint64_t row_by
     }
     std::nth_element(rates.begin(), rates.begin() + static_cast<std::ptrdiff_t>(rates.size() / 2), rates.end());
     return rates[rates.size() / 2];
+}
+
+double measure_file(int fd, uint64_t file_bytes, uint32_t read_bytes, uint32_t n_at_once, double seconds) {
+    std::unique_ptr<Reader> reader = Reader::open(fd, 0);
+    uint64_t block = reader->block();
+    if (read_bytes % block != 0)
+        throw Error(PI_ERROR_ARGUMENT, "read_bytes: expected a multiple of " + std::to_string(block));
+    Huge buffer(uint64_t{n_at_once} * read_bytes);
+    std::vector<Read> reads(n_at_once);
+    std::atomic<uint32_t> pending{0};
+    uint64_t n_places = (file_bytes - read_bytes) / block + 1;
+    std::mt19937_64 random(read_bytes);
+    uint64_t n_bytes = 0;
+    double spent = 0;
+    for (auto start = std::chrono::steady_clock::now(); spent < seconds;) {
+        for (uint32_t i = 0; i < n_at_once; i++)
+            reads[i] = {random() % n_places * block, read_bytes, read_bytes, buffer.data + uint64_t{i} * read_bytes,
+                        &pending};
+        pending.store(n_at_once);
+        reader->submit(reads.data(), n_at_once);
+        reader->wait(pending);
+        reader->check();
+        n_bytes += uint64_t{n_at_once} * read_bytes;
+        spent = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    }
+    return static_cast<double>(n_bytes) / spent;
 }
 
 }  // namespace pi

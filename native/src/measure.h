@@ -1,4 +1,4 @@
-// How fast this machine reads memory: what decode speed is held against.
+// How fast this machine reads memory and files: what decode speed is held against.
 #pragma once
 
 #include <cstdint>
@@ -8,5 +8,9 @@ namespace pi {
 // Bytes per second, the median of `repeats`: rows of row_bytes, one in `stride_rows`, ascending, by n_threads threads.
 double measure_memory(uint32_t n_threads, uint64_t buffer_bytes, uint64_t row_bytes, uint32_t stride_rows,
                       uint32_t repeats);
+
+// Bytes per second of the disk tier's reader, past the page cache where that works: reads of read_bytes (whole blocks
+// of 4096) at random places of the file, n_at_once of them and the next ones when all are done, for so many seconds.
+double measure_file(int fd, uint64_t file_bytes, uint32_t read_bytes, uint32_t n_at_once, double seconds);
 
 }  // namespace pi

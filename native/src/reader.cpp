@@ -26,6 +26,7 @@ namespace pi {
 namespace {
 
 constexpr uint32_t IN_FLIGHT = 64;    // reads: from here on neither disk nor file system gain
+constexpr uint32_t HARDLY_ANY = 4;    // of them: too few to be slowed by those that wait behind them
 constexpr uint32_t N_READERS = 16;    // threads, where there is no io_uring
 constexpr uint32_t MAX_BLOCK = 4096;  // alignment that is always enough
 
@@ -43,7 +44,11 @@ uint32_t direct_block([[maybe_unused]] int fd) {
 
 // The file again, for direct reads where they work; `block` is set to 0 where they do not.
 int open_again(int fd, uint32_t& block) {
+#if defined(__linux__)
     std::string path = "/proc/self/fd/" + std::to_string(fd);
+#else
+    std::string path = "/dev/fd/" + std::to_string(fd);
+#endif
 #if defined(O_DIRECT)
     if (block) {
         int direct = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
@@ -117,7 +122,7 @@ class ThreadReader final : public Reader {
         for (auto& thread : threads_) thread.join();
     }
 
-    void submit(Read* reads, size_t n) override {
+    void submit(Read* reads, size_t n, bool) override {  // in order: few are in flight
         {
             std::lock_guard lock(mutex_);
             for (size_t i = 0; i < n; i++) queue_.push_back(reads + i);
@@ -193,9 +198,9 @@ class UringReader final : public Reader {
         close(ring_);
     }
 
-    void submit(Read* reads, size_t n) override {
+    void submit(Read* reads, size_t n, bool behind) override {
         std::lock_guard lock(mutex_);
-        for (size_t i = 0; i < n; i++) queue_.push_back(reads + i);
+        for (size_t i = 0; i < n; i++) (behind ? behind_ : queue_).push_back(reads + i);
         turn(0);
     }
 
@@ -218,8 +223,16 @@ class UringReader final : public Reader {
         return p;
     }
 
-    // Starts what may be started, takes what is done, and waits for at least `least` of what is in flight.
+    // Takes what is done, waits for at least `least` of what is in flight, and keeps reads going.
     void turn(uint32_t least) {
+        take(least);
+        if (behind_.empty() || !queue_.empty() || in_flight_ > HARDLY_ANY) return;
+        queue_.swap(behind_);
+        take(0);
+    }
+
+    // Starts what may be started, and takes what is done, at least `least` reads.
+    void take(uint32_t least) {
         std::atomic_ref<uint32_t> sq_tail(*sq_tail_), cq_head(*cq_head_), cq_tail(*cq_tail_);
         uint32_t tail = sq_tail.load(std::memory_order_relaxed), n = 0;
         for (; in_flight_ < IN_FLIGHT && !queue_.empty(); in_flight_++, n++) {
@@ -254,7 +267,7 @@ class UringReader final : public Reader {
     }
 
     std::mutex mutex_;
-    std::deque<Read*> queue_;
+    std::deque<Read*> queue_, behind_;
     int ring_;
     uint32_t in_flight_ = 0, unsent_ = 0;
     size_t rings_bytes_, sqes_bytes_;

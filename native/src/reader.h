@@ -29,7 +29,8 @@ class Reader {
     Reader(const Reader&) = delete;
     Reader& operator=(const Reader&) = delete;
 
-    virtual void submit(Read* reads, size_t n) = 0;         // they stay where they are until they are done
+    // They stay where they are until they are done. behind: they begin when hardly any others are in flight.
+    virtual void submit(Read* reads, size_t n, bool behind = false) = 0;
     virtual void wait(std::atomic<uint32_t>& pending) = 0;  // until 0; from any thread
     uint32_t block() const { return block_; }               // what reads are aligned to
     bool failed() const { return failed_.load(); }

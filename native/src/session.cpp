@@ -46,7 +46,7 @@ Session::Session(const Model& model, const pi_session_params& params)
     };
     keys_.resize(size_t{c.n_layer} * c.kv_dim() * n_ctx);
     values_.resize(size_t{c.n_layer} * c.kv_dim() * n_ctx);
-    size_t rank = max_rank(model);
+    size_t rank = max_rank(model), batch = std::min(BATCH, n_ctx);
     for (Worker& w : workers_) {
         allocate(w.asked, c.n_ff);
         allocate(w.active, c.n_ff);
@@ -57,12 +57,12 @@ Session::Session(const Model& model, const pi_session_params& params)
         allocate(w.packed8, PACKED_BLOCKS);
         allocate(w.tile, BATCH * DOWN_COLUMNS);
     }
-    allocate(cos_, BATCH * (c.rotary_dim / 2));
-    allocate(sin_, BATCH * (c.rotary_dim / 2));
+    allocate(cos_, batch * (c.rotary_dim / 2));
+    allocate(sin_, batch * (c.rotary_dim / 2));
     allocate(hidden_, c.n_embd);
     if (c.parallel) {
         allocate(entry_, c.n_embd);
-        allocate(b_entry_, BATCH * c.n_embd);
+        allocate(b_entry_, batch * c.n_embd);
     }
     allocate_vector(x_, std::max(c.n_embd, c.q_dim()));
     allocate_vector(rank_, rank);
@@ -75,28 +75,31 @@ Session::Session(const Model& model, const pi_session_params& params)
     if (model.disk) {
         allocate(chosen_, c.n_ff);
         allocate(chosen_pre_, c.n_ff);
+        allocate_vector(ahead_x_, c.n_embd);
+        allocate(ahead_logit_, c.n_ff);
+        allocate(ahead_, c.n_ff);
     }
     allocate(logits, c.n_vocab);
-    allocate(b_hidden_, BATCH * c.n_embd);
-    allocate(b_x_, BATCH * std::max(c.n_embd, c.q_dim()));
-    allocate(b_q_, BATCH * c.q_dim());
-    allocate(b_k_, BATCH * c.kv_dim());
-    allocate(b_v_, BATCH * c.kv_dim());
+    allocate(b_hidden_, batch * c.n_embd);
+    allocate(b_x_, batch * std::max(c.n_embd, c.q_dim()));
+    allocate(b_q_, batch * c.q_dim());
+    allocate(b_k_, batch * c.kv_dim());
+    allocate(b_v_, batch * c.kv_dim());
     size_t together = c.experts.n > 0 ? PIECE : c.n_ff;  // neurons
-    allocate(b_select_, BATCH * together);
-    allocate(b_up_, BATCH * together);
-    allocate(b_rank_, BATCH * rank);
+    allocate(b_select_, batch * together);
+    allocate(b_up_, batch * together);
+    allocate(b_rank_, batch * rank);
     if (c.experts.n > 0) {
-        allocate(b_routes_, BATCH * size_t{c.experts.n});
+        allocate(b_routes_, batch * size_t{c.experts.n});
         allocate(members_, c.n_ff);
-        allocate(takers_, BATCH);
-        allocate(b_taken_, BATCH * c.n_embd);
+        allocate(takers_, batch);
+        allocate(b_taken_, batch * c.n_embd);
         allocate(piece_rows_, size_t{3} * PIECE * c.n_embd * sizeof(float));
         allocate(piece_bias_, 2 * PIECE);
     }
-    allocate(b_asked_, BATCH * size_t{c.n_ff});
+    allocate(b_asked_, batch * size_t{c.n_ff});
     size_t longest = std::max<size_t>({c.n_embd, c.q_dim(), together, rank});
-    allocate(b_q8_, BATCH * ((longest + QK - 1) / QK));
+    allocate(b_q8_, batch * ((longest + QK - 1) / QK));
     sampler.seed(0);
 }
 

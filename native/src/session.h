@@ -19,7 +19,7 @@
 
 namespace pi {
 
-constexpr size_t BATCH = 256;  // tokens that go through the matrix-matrix path together
+constexpr size_t BATCH = 256;  // tokens that go through the matrix-matrix path together, at most
 static_assert(BATCH <= TABLE_ROWS);
 constexpr size_t DOWN_COLUMNS = 64;     // columns of the down projection that one item of a batch computes
 constexpr size_t PACKED_FLOATS = 8192;  // a packed tile: 512 elements of 16 rows, or 128 rows of 64 columns
@@ -134,10 +134,12 @@ class Session {
     void project(Part part, std::initializer_list<Job> jobs, Vector x);
     void attention(const Layer& layer, size_t il);
     void ffn(const Layer& layer, size_t il);
+    Vector predictor_rank(const Predictor& predictor, Vector x);
     void ffn_chunks(const Layer& layer, Vector x, Vector rank);
     void ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w);
     void ffn_from_disk(const Layer& layer, size_t il, Vector x, Vector rank);
     bool fetch(const Layer& layer, size_t il, Vector x, Vector rank);
+    void look_ahead(size_t il);
     void choose(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w);
     void fetched_chunk(const Layer& layer, size_t chunk, Vector x, Worker& w);
     const uint32_t* places(const uint32_t* ids, size_t n, Worker& w) const;
@@ -205,7 +207,7 @@ class Session {
     Pool pool_;
     std::vector<Worker> workers_;
     Buffer<uint16_t> keys_, values_;  // (n_layer, n_head_kv, n_ctx, head_dim) float16
-    Buffer<float> cos_, sin_;         // (BATCH, rotary_dim / 2)
+    Buffer<float> cos_, sin_;         // (min(BATCH, n_ctx), rotary_dim / 2)
     Buffer<float> hidden_;            // (n_embd,) the residual stream
     Buffer<float> entry_;             // (n_embd,) what it was before attention, where the FFN reads that
     Activations x_;                   // (max(n_embd, q_dim),) a normalised input, or what attention gave
@@ -220,11 +222,14 @@ class Session {
     Buffer<uint32_t> chosen_;   // (n_ff,) neurons that a layer computes, each chunk's from its first place on
     Buffer<float> chosen_pre_;  // (n_ff,) what their deciding rows gave, where these were computed already
     std::array<size_t, MAX_CHUNKS> n_chosen_{};
+    Activations ahead_x_;               // (n_embd,) what the next layer's FFN would read if it came now
+    Buffer<float> ahead_logit_;         // (n_ff,) what its predictor says of its cold neurons
+    Buffer<uint32_t> ahead_;            // (n_ff,) those that may be worth a read
     const uint32_t* places_ = nullptr;  // of the present layer's neurons; NULL: each lies in its own
-    // batch.cpp: (BATCH, .) each
+    // batch.cpp: (min(BATCH, n_ctx), .) each
     Buffer<float> b_hidden_, b_entry_, b_x_, b_q_, b_k_, b_v_, b_select_, b_up_, b_rank_, b_asked_, b_routes_;
-    // with experts: a layer's neurons by expert, (n_ff,); those that chose the present one, (BATCH,), and their inputs,
-    // (BATCH, n_embd); the rows of a piece of it, (3, PIECE) of at most n_embd floats, and their biases, (2, PIECE)
+    // with experts: a layer's neurons by expert, (n_ff,); those that chose the present one, (batch,), and their inputs,
+    // (batch, n_embd); the rows of a piece of it, (3, PIECE) of at most n_embd floats, and their biases, (2, PIECE)
     Buffer<uint32_t> members_, takers_;
     Buffer<float> b_taken_, piece_bias_;
     Buffer<uint8_t> piece_rows_;

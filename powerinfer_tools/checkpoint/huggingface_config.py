@@ -44,7 +44,7 @@ def read_plain_config(
     head_dim = read_head_dim(fields, n_embd, n_head)
     n_layer = fields.integer("num_hidden_layers", high=MAX_LAYERS)
     n_ctx = fields.integer("max_position_embeddings")
-    activation, thresholds = read_activation(fields, n_layer)
+    activation, thresholds = read_activation(fields, n_layer, gated)
     return Config(
         arch=arch,
         name=name,
@@ -75,11 +75,13 @@ def read_head_dim(fields: Fields, n_embd: int, n_head: int) -> int:
     return head_dim
 
 
-def read_activation(fields: Fields, n_layer: int, key: str = "hidden_act") -> tuple[str, tuple[float, ...]]:
+def read_activation(
+    fields: Fields, n_layer: int, gated: bool, key: str = "hidden_act"
+) -> tuple[str, tuple[float, ...]]:
     """The activation and its threshold a layer: hidden_act_thresholds, as `powerinfer sparsify` writes them, or
-    fatrelu's one number (hidden_act_param, as MiniCPM-S and ProSparse write it).
+    fatrelu's one number (hidden_act_param, as MiniCPM-S and ProSparse write it). drelu is of gated FFNs only.
     """
-    name = fields.choice(key, HIDDEN_ACTS)
+    name = fields.choice(key, [name for name in HIDDEN_ACTS if gated or name != "drelu"])
     activation = HIDDEN_ACTS[name]
     if THRESHOLDS in fields or name == "silu_cut":
         if name not in THRESHOLD_ACTS:

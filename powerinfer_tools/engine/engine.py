@@ -100,6 +100,8 @@ class Stats:
     disk_reads: int
     disk_bytes: int
     stream_bytes: int
+    neurons_ahead: int
+    neurons_ahead_asked: int
 
     @property
     def active_ratio(self) -> float:

@@ -14,12 +14,14 @@ PIECE = 128  # tokens of a prompt that run together; between two pieces Ctrl-C i
 class Token:
     """One generated token. finish_reason is set on the last: stop (a stop id, which is this token) or length.
 
-    seconds: since the call for the first token (its prompt included), since the token before for the others.
+    seconds: since the call for the first token (its prompt included), since the token before for the others;
+    sample_s: of these, drawing it.
     """
 
     id: int
     finish_reason: str | None
     seconds: float
+    sample_s: float
 
 
 class Context:
@@ -58,10 +60,11 @@ def generate(
     limit = min(max_tokens, engine.ctx_size - len(prompt))
     recent = list(prompt)
     for done in range(1, limit + 1):
+        computed = time.perf_counter()
         token = engine.sample(sampling, recent[-sampling.repeat_last_n :] if sampling.repeat_last_n else ())
         reason = "stop" if token in stop_ids else "length" if done == limit else None
         now = time.perf_counter()
-        yield Token(token, reason, now - start)
+        yield Token(token, reason, now - start, now - computed)
         if reason is not None:
             return
         start = time.perf_counter()

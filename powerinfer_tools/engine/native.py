@@ -58,6 +58,7 @@ class CStats(c.Structure):
         *((n, u64) for n in "bytes_attention bytes_predictor bytes_gate bytes_updown bytes_head".split()),
         ("seconds_disk", f64),
         *((n, u64) for n in "neurons_prefix neurons_cache neurons_disk disk_reads disk_bytes stream_bytes".split()),
+        *((n, u64) for n in "neurons_ahead neurons_ahead_asked".split()),
     ]
 
 
@@ -99,6 +100,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pi_session_get_stats": (c.c_int, [handle, P(CStats)]),
     "pi_session_reset_stats": (c.c_int, [handle]),
     "pi_measure_memory": (c.c_int, [u32, u64, u64, u32, u32, P(f64)]),
+    "pi_measure_file": (c.c_int, [c.c_int, u32, u32, f64, P(f64)]),
 }
 
 
@@ -154,6 +156,13 @@ def measure_memory(
     """Bytes per second of memory reads: everything in sequence, or one row of `row_bytes` in `stride_rows`."""
     rate = f64()
     check(library().pi_measure_memory(n_threads, buffer_bytes, row_bytes, stride_rows, repeats, c.byref(rate)))
+    return rate.value
+
+
+def measure_file(fd: int, read_bytes: int, n_at_once: int, seconds: float) -> float:
+    """Bytes per second of the disk tier's reads of this file, past the page cache where that works."""
+    rate = f64()
+    check(library().pi_measure_file(fd, read_bytes, n_at_once, seconds, c.byref(rate)))
     return rate.value
 
 

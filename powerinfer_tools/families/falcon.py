@@ -58,7 +58,8 @@ def _config(fields: Fields, name: str) -> Config:
         raise fields.unsupported("head_dim", f"hidden_size {n_embd} / num_attention_heads {n_head}")
     n_layer = fields.integer("num_hidden_layers", high=MAX_LAYERS)
     n_ctx = fields.integer("max_position_embeddings", 2048)
-    activation, thresholds = read_activation(fields, n_layer, "activation" if "activation" in fields else "hidden_act")
+    key = "activation" if "activation" in fields else "hidden_act"
+    activation, thresholds = read_activation(fields, n_layer, False, key)
     return Config(
         arch="falcon",
         name=name,

@@ -19,7 +19,7 @@ from powerinfer_tools.errors import PowerinferError
 KV_ELEMENT_BYTES = 2  # the cache is float16
 
 # what the engine works with (native/src/session.h)
-BATCH = 256  # tokens of a prompt that are worked on at once
+BATCH = 256  # tokens of a prompt that are worked on at once, at most
 TILES = 8192 + 16 * 288 + BATCH * 64  # float32 numbers of a thread's matrix tiles, or as many bytes
 QUERIES, TILE_ROWS = 32, 16  # tokens whose attention is computed at once; positions of a tile
 PIECE = 256  # neurons of an expert that a batch computes at once
@@ -28,6 +28,7 @@ CHUNKS = 24  # partial sums of an FFN
 # with neurons on disk (native/src/disk.cpp)
 PAGE = 4096
 TABLE_ROWS = 256  # of the embedding that are read together
+AHEAD = 64  # neurons of a layer that are read before it asks for them, with two layers under way
 MISS_BYTES, READ_BYTES = 16, 32  # of one neuron that is read, and of its read
 
 BESIDE = ("ffn_expert.weight", "ffn_select.weight", "ffn_gate.bias", "ffn_up.bias")
@@ -146,8 +147,9 @@ def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, thr
 
     A thread: six numbers a neuron, attention scores, matrix tiles. A token: residual (before attention, too, where the
     FFN reads that), normalised input, queries, keys, values, experts, what the predictor says, gate and up; one for
-    decoding and BATCH for prompts, and the widest in blocks. Partial sums, logits, angles. With experts a prompt's gate
-    and up are a piece of one expert's, whose rows are brought together, as are the inputs of those that chose it.
+    decoding, a batch of them for prompts, and the widest in blocks. Partial sums, logits, angles. With experts a
+    prompt's gate and up are a piece of one expert's, whose rows are brought together, as are the inputs of those that
+    chose it.
     """
     d, wide = config.n_embd, max(config.n_embd, config.n_head * config.head_dim)
     q, kv = config.n_head * config.head_dim, config.n_head_kv * config.head_dim
@@ -155,13 +157,14 @@ def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, thr
     angles = 0 if config.rope is None else 2 * len(config.rope.inv_freq)
     experts = 0 if config.experts is None else config.experts.n
     together = config.n_ff if config.experts is None else PIECE
-    gathered = 0 if config.experts is None else config.n_ff + BATCH * (1 + d) + PIECE * (3 * d + 2)
     residual = 2 * d if config.parallel else d
     thread = 6 * config.n_ff + QUERIES * -(-ctx_size // TILE_ROWS) * TILE_ROWS + TILES
     decode = residual + (1 + CHUNKS) * d + wide + rank + q + 2 * kv + experts + config.n_vocab
     token = residual + wide + q + 2 * kv + experts + 2 * together + config.n_ff + rank + angles
-    blocks = wide // 32 + rank // 32 + BATCH * -(-max(wide, together, rank) // 32)  # of 32 numbers
-    return 4 * (threads * thread + decode + gathered + BATCH * token) + 40 * blocks  # scale, sum and 32 bytes
+    batch = min(BATCH, ctx_size)
+    gathered = 0 if config.experts is None else config.n_ff + batch * (1 + d) + PIECE * (3 * d + 2)
+    blocks = wide // 32 + rank // 32 + batch * -(-max(wide, together, rank) // 32)  # of 32 numbers
+    return 4 * (threads * thread + decode + gathered + batch * token) + 40 * blocks  # scale, sum and 32 bytes
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,8 @@ class DiskCosts:
         landing = min(transit * (_pages(widest) + PAGE), max(tails) + 2 * CHUNKS * PAGE)
         tables = sum(6 * self.n_ff + 8 * min(slots, self.n_ff - k) for _, k in cold)
         rows = 0 if self.table is None else TABLE_ROWS * (_pages(self.table[2]) + PAGE)
-        return rows + landing + tables + transit * (MISS_BYTES + READ_BYTES) + 8 * (transit + slots)
+        landing += 2 * AHEAD * (_pages(widest) + PAGE) if cold else 0
+        return rows + landing + tables + (transit + 2 * AHEAD) * (MISS_BYTES + READ_BYTES) + 8 * (transit + slots)
 
     def total(self, resident: Sequence[int], slots: int, transit: int) -> int:
         """All of it."""
@@ -222,8 +226,8 @@ class DiskCosts:
 
 
 def disk_scratch_bytes(config: Config, threads: int) -> int:
-    """What a session needs beside scratch_bytes where neurons are on disk: their places, and what was chosen."""
-    return 4 * config.n_ff * (threads + 2)
+    """What a session needs beside scratch_bytes where neurons are on disk: places, choices, forecasts."""
+    return 4 * config.n_ff * (threads + 4) + 4 * config.n_embd + 40 * (config.n_embd // 32)
 
 
 def _pages(n_bytes: int) -> int:

@@ -17,7 +17,7 @@ from powerinfer_tools.engine.engine import DiskLimits, Model, default_ctx, defau
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement.costs import BUNDLE, PAGE, DiskCosts, artifact_costs, disk_scratch_bytes
 
-SLACK = 24 << 20  # bytes: page tables, and what Python and its libraries still take
+SLACK = 12 << 20  # bytes: page tables, and what Python and its libraries still take
 CACHE_SHARE = 0.4  # of the memory for neurons, where more than that is left on disk: measured in benchmarks/LOG.md
 HEADROOM, MARGIN = 1.5, 64  # neurons in transit: times what is expected, and more
 READ_EQUALS = 32 << 10  # bytes that a disk reads in sequence in the time that one more read takes

@@ -7,10 +7,8 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import cycle
-from mmap import mmap
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +19,8 @@ BUFFER_BYTES = 256 << 20  # beyond every cache
 ROW_BYTES = (1024, 2304, 4608, 9216, 18432)
 STRIDE_ROWS = 10  # one row in ten: a typical active share
 FILE_BYTES = 128 << 20
-READ_BYTES = (4096, 16384, 65536, 1 << 20)
-IN_FLIGHT = 16  # reads
+READ_BYTES = (4096, 8192, 16384, 65536, 1 << 20)
+READS, LANDING_BYTES = 256, 16 << 20  # that one layer asks for, and where they arrive
 SECONDS = 0.3  # of each disk measurement
 
 
@@ -111,67 +109,30 @@ def _measure_disk(folder: Path, notes: list[str]) -> Tier | None:
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
-        fd = _open_past_cache(file.name, notes)
-        try:
-            sequential = _read_speed(fd, 1 << 20, 4, shuffled=False)
-            rows = tuple((size, _read_speed(fd, size, IN_FLIGHT)) for size in READ_BYTES)
-            latency = statistics.median(_read_times(fd, 4096, 200))
-        finally:
-            os.close(fd)
-    notes.append("disk: the file was written just before; a cache of the host or the drive may flatter it")
-    return Tier(n_bytes, sequential, rows, latency)
+        if not _reads_past_cache(file.name):
+            notes.append("disk: its file system offers no reads past the page cache; measured is the cache")
+        notes.append("disk: the file was written just before; a cache of the host or the drive may flatter it")
+        return replace(measure_file(Path(file.name)), n_bytes=n_bytes)
+
+
+def _reads_past_cache(name: str) -> bool:
+    try:
+        os.close(os.open(name, os.O_RDONLY | getattr(os, "O_DIRECT", 0)))
+    except OSError:
+        return False
+    return hasattr(os, "O_DIRECT")
 
 
 def measure_file(path: Path) -> Tier:
-    """The disk as it reads this file, past the page cache."""
+    """The disk as the engine reads neurons from this file."""
+    from powerinfer_tools.engine.native import measure_file as measure
+
     n_bytes = path.stat().st_size
-    fd = _open_past_cache(str(path), [])
-    try:
-        sizes = [size for size in READ_BYTES if size <= n_bytes // 2] or [4096]
-        rows = tuple((size, _read_speed(fd, size, IN_FLIGHT, n_bytes=n_bytes)) for size in sizes)
-        return Tier(n_bytes, rows[-1][1], rows, statistics.median(_read_times(fd, 4096, 200, n_bytes)))
-    finally:
-        os.close(fd)
-
-
-def _open_past_cache(name: str, notes: list[str]) -> int:
-    try:
-        return os.open(name, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-    except OSError:
-        notes.append("disk: its file system offers no reads past the page cache; measured is the cache")
-        return os.open(name, os.O_RDONLY)
-
-
-def _read_speed(fd: int, size: int, in_flight: int, shuffled: bool = True, n_bytes: int = FILE_BYTES) -> float:
-    """Bytes per second of reads of `size` bytes, by `in_flight` threads, each with its own share of the places."""
-    places = np.arange(0, max(n_bytes - size, 0) + 1, size)
-    if shuffled:
-        places = np.random.default_rng(size).permutation(places)
-    shares = [places[i::in_flight].tolist() for i in range(in_flight)]
-    with ThreadPoolExecutor(in_flight) as pool:
-        start = time.perf_counter()
-        n_reads = sum(pool.map(lambda share: _read_until(fd, size, share, start + SECONDS), shares))
-        return n_reads * size / (time.perf_counter() - start)
-
-
-def _read_until(fd: int, size: int, places: Sequence[int], end: float) -> int:
-    with mmap(-1, size) as buffer:  # page-aligned, as reads past the cache ask
-        for done, place in enumerate(cycle(places), 1):
-            os.preadv(fd, [buffer], place)
-            if time.perf_counter() >= end:
-                return done
-    return 0
-
-
-def _read_times(fd: int, size: int, n: int, n_bytes: int = FILE_BYTES) -> list[float]:
-    places = np.random.default_rng(1).integers(0, max(n_bytes // size, 1), n) * size
-    times = []
-    with mmap(-1, size) as buffer:
-        for place in places.tolist():
-            start = time.perf_counter()
-            os.preadv(fd, [buffer], place)
-            times.append(time.perf_counter() - start)
-    return times
+    sizes = [size for size in READ_BYTES if size <= n_bytes // 2] or [4096]
+    with path.open("rb") as file:
+        rows = tuple((size, measure(file.fileno(), size, min(READS, LANDING_BYTES // size), SECONDS)) for size in sizes)
+        latency = 4096 / measure(file.fileno(), 4096, 1, SECONDS)
+    return Tier(n_bytes, rows[-1][1], rows, latency)
 
 
 def _measure_vram(notes: list[str]) -> Tier | None:

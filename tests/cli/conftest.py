@@ -39,6 +39,7 @@ class FakeEngine:
     closed: bool = False
     _ids: list[int] = field(default_factory=list)
     _say: list[int] = field(default_factory=list)
+    _prefilled: int = 0
 
     info = SimpleNamespace(weight_bytes=1 << 20)
 
@@ -53,6 +54,7 @@ class FakeEngine:
         del self._ids[n:]
 
     def prefill(self, tokens: Sequence[int]) -> None:
+        self._prefilled += len(tokens)
         self._ids += tokens
         self.prompts.append("".join(self.tokenizer.text(i) for i in self._ids).replace("Ċ", "\n").replace("Ġ", " "))
         answer = self.answers.pop(0)
@@ -68,10 +70,10 @@ class FakeEngine:
         return self._say.pop(0)
 
     def reset_stats(self) -> None:
-        pass
+        self._prefilled = 0
 
     def stats(self) -> Any:
-        return SimpleNamespace(active_ratio=0.25)
+        return SimpleNamespace(active_ratio=0.25, n_prefill=self._prefilled)
 
     def memory(self) -> tuple[int, int]:
         return 1024, 2048

@@ -1,6 +1,7 @@
 """`powerinfer chat`: whole transcripts."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -212,3 +213,12 @@ def test_plain_lines_end_at_the_other_sides_turn(powerinfer: Program, model: Mod
     engine = model(" Hello.\nUser: what", template=None)
     assert powerinfer("chat", "m.gguf", stdin="Hi\n").out == " Hello.\n"
     assert engine.prompts == ["User: Hi\nAssistant:"]
+
+
+def test_timings_are_of_the_whole_conversation(powerinfer: Program, model: Model) -> None:
+    engine = model("Hello!", "Salut !")
+    result = powerinfer("chat", "m.gguf", "--timings", stdin="Hi\nIn French?\n")
+    assert result.out == "Hello!\nSalut !\n"
+    said = sum(len(engine.tokenizer.encode(t, add_bos=False, parse_special=False)) for t in ("Hello!", "Salut !"))
+    found = [int(n) for n in re.findall(r"ms / +(\d+) ", result.err)]
+    assert found == [said + 2, engine.position - said, said]  # what the context holds is not run again

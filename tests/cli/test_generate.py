@@ -1,6 +1,7 @@
 """`powerinfer generate`: where prompts come from, what is printed, batches."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -234,3 +235,35 @@ def test_the_model_may_come_from_the_environment(
     monkeypatch.setenv("POWERINFER_MODEL", "m.gguf")
     model("fine")
     assert powerinfer("generate", "-p", "Hi").out == "fine\n"
+
+
+def test_timings_are_llama_cpps_lines(powerinfer: Program, model: Model) -> None:
+    engine = model("fine")
+    result = powerinfer("generate", "m.gguf", "-p", "Hi", "--timings", "-q")
+    assert result.out == "fine\n"
+    said = len(engine.tokenizer.encode("fine", add_bos=False, parse_special=False))
+    ms, each = r"[ \d]{7}\.\d\d ms", r"\([ \d]{5,}\.\d\d ms per token, [ \d]{5,}\.\d\d tokens per second\)"
+    assert re.fullmatch(
+        "\n"
+        rf"llama_print_timings:        load time = {ms}\n"
+        rf"llama_print_timings:      sample time = {ms} / {said + 1:5} runs   {each}\n"
+        rf"llama_print_timings: prompt eval time = {ms} / {engine.position - said:5} tokens {each}\n"
+        rf"llama_print_timings:        eval time = {ms} / {said:5} runs   {each}\n"
+        rf"llama_print_timings:       total time = {ms}\n",
+        result.err,
+    )
+
+
+def test_timings_come_after_an_interruption_too(powerinfer: Program, model: Model) -> None:
+    model(f"one{INTERRUPT}two")
+    result = powerinfer("generate", "m.gguf", "-p", "Hi", "--timings")
+    assert result.code == 130
+    assert result.err.count("llama_print_timings: ") == 5
+
+
+def test_timings_of_a_batch_are_of_all_requests(powerinfer: Program, model: Model) -> None:
+    model("one", "two")
+    requests = '{"prompt": "a", "max_tokens": 1}\n{"prompt": "b", "max_tokens": 1}\n'
+    result = powerinfer("generate", "m.gguf", "--batch", "-", "--timings", stdin=requests)
+    assert re.search(r"sample time = .* ms /     2 runs", result.err)
+    assert re.search(r" eval time = .* ms /     0 runs   \(    0.00 ms per token,     0.00 tokens", result.err)

@@ -115,22 +115,6 @@ def test_a_mistyped_command_is_suggested(powerinfer: Program) -> None:
     assert "Did you mean 'generate'?" in result.err
 
 
-@pytest.mark.parametrize(
-    ("args", "answer"),
-    [
-        (("-ngl", "99"), "--vram SIZE"),
-        (("--n-gpu-layers=99",), "--vram SIZE"),
-        (("-m", "x.gguf"), "without a flag"),
-        (("-r", "User:"), "--stop TEXT"),
-    ],
-)
-def test_flags_of_other_programs_are_answered(powerinfer: Program, args: tuple[str, ...], answer: str) -> None:
-    result = powerinfer("generate", "x.gguf", *args)
-    assert result.code == 2
-    assert answer in result.err
-    assert result.err.count("\n") == 1
-
-
 def test_errors_as_json(powerinfer: Program) -> None:
     import json
 
@@ -211,6 +195,6 @@ def test_starting_imports_nothing_heavy() -> None:
 
 def test_the_file_of_a_command_has_one_command() -> None:
     folder = Path(import_module("powerinfer_tools.cli").__path__[0])
-    modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "main", "options", "console"}
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "main", "options", "console", "habits"}
     assert modules == set(COMMANDS)
     assert app.registered_commands == []

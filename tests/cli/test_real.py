@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -37,6 +38,19 @@ def test_same_seed_same_tokens_whatever_the_threads(artifact: str) -> None:
     first = generate(artifact, "--seed", "7", "-t", "1")
     assert first["tokens"] == generate(artifact, "--seed", "7", "-t", "2")["tokens"]
     assert 0 < float(str(first["active_ratio"])) < 1
+
+
+def test_timings_add_up(artifact: str) -> None:
+    done = program("generate", artifact, "-p", "The quick brown", "--json", "-n", "16", "--timings")
+    document = json.loads(done.stdout)
+    counts = [int(n) for n in re.findall(r"ms / +(\d+) ", done.stderr)]
+    assert counts == [16, len(document["prompt_tokens"]), 15]
+    *parts, total = (float(ms) for ms in re.findall(r"time = +([\d.]+) ms", done.stderr))
+    assert len(parts) == 4
+    assert min(parts) > 0
+    assert sum(parts) <= total + 0.05  # each is rounded
+    seconds = document["timings"]["prefill_s"] + document["timings"]["decode_s"]
+    assert sum(parts[1:]) == pytest.approx(1000 * seconds, abs=0.05)
 
 
 def test_running_imports_no_torch(artifact: str) -> None:

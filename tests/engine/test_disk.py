@@ -15,7 +15,9 @@ from tests.tiny import make_llama, make_opt
 
 QUANTS = ("f32", "f16", "q8_0", "q4_0")
 MODES = ("auto", "gate", "dense", "predictor")
-COUNTED = "neurons_prefix neurons_cache neurons_disk disk_reads disk_bytes stream_bytes".split()
+COUNTED = (
+    "neurons_prefix neurons_cache neurons_disk disk_reads disk_bytes stream_bytes neurons_ahead neurons_ahead_asked"
+).split()
 PROMPT, TOKENS = [5, 17, 200, 3, 99, 41], [7, 7, 120, 250, 33, 7, 120, 8, 9, 7]
 
 
@@ -99,6 +101,29 @@ def test_a_prompt_leaves_a_full_cache(models: Path) -> None:
         stats = engine.stats()
     assert stats.neurons_disk == 0
     assert stats.neurons_cache > 0
+
+
+@pytest.mark.parametrize("reader", ["io_uring", "threads"])
+def test_the_next_layer_is_asked_while_one_waits(models: Path, reader: str) -> None:
+    path = models / "llama-predictor-q4_0.gguf"
+    with Engine(Model(path, DiskLimits((352, 0, 0), 0, 352, reader)), ctx_size=64) as engine:
+        for token in TOKENS:
+            engine.decode(token)
+        stats = engine.stats()
+    steps = (
+        len(TOKENS) - 1
+    )  # of one layer, the last: none before it waits for the other, and the first token foresees none
+    assert 0 < stats.neurons_ahead <= steps * 64
+    assert stats.neurons_ahead / 2 < stats.neurons_ahead_asked <= stats.neurons_ahead
+    assert stats.neurons_ahead_asked <= stats.neurons_disk
+
+
+def test_where_little_is_read_nothing_is_foreseen(models: Path) -> None:
+    path = models / "llama-predictor-q4_0.gguf"
+    with Engine(Model(path, DiskLimits((300, 300, 300), 0, 352)), ctx_size=64) as engine:
+        for token in TOKENS:
+            engine.decode(token)
+        assert (engine.stats().neurons_ahead, engine.stats().neurons_disk > 0) == (0, True)
 
 
 def test_engines_of_one_model_share_its_cache(models: Path) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from powerinfer_tools.checkpoint import open_checkpoint
+from powerinfer_tools.errors import PowerinferError
+from tests.checkpoint.test_huggingface import edit
 from tests.families.test_nemotron import assert_same_model
 from tests.reference.test_transformers import assert_equal
 from tests.tiny_gguf import make_gguf
@@ -27,6 +29,13 @@ def test_computes_what_transformers_computes(tmp_path: Path, name: str) -> None:
 def test_config(tmp_path: Path) -> None:
     config = open_checkpoint(make_arcee(tmp_path)).config
     assert (config.arch, config.activation, config.gated, config.norm) == ("arcee", "relu2", False, "rms")
+
+
+def test_refuses_what_takes_a_gate(tmp_path: Path) -> None:
+    folder = make_arcee(tmp_path)
+    edit(folder / "config.json", hidden_act="drelu")
+    with pytest.raises(PowerinferError, match=r"hidden_act: expected one of relu, .*found 'drelu'"):
+        open_checkpoint(folder)
 
 
 def test_gguf_is_the_same_model(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A budget of memory: counted to the byte, kept, and refused where it cannot do."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +10,14 @@ from powerinfer_tools.artifact import Artifact
 from powerinfer_tools.bench import bench
 from powerinfer_tools.engine import Engine, Model
 from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.placement import place
 from powerinfer_tools.placement.costs import artifact_costs
 from powerinfer_tools.placement.limits import SLACK, disk_costs, expected_reads, fit, process_bytes
+from powerinfer_tools.placement.machine import Tier
+from powerinfer_tools.placement.problem import Plan, Problem
 from powerinfer_tools.progress import silent
 from tests.artifacts import make_artifact
+from tests.placement import worlds
 from tests.tiny import make_llama
 
 HOW = {"ctx_size": 64, "threads": 2, "process": 1 << 20}
@@ -70,6 +75,27 @@ def test_the_neurons_that_fire_most_stay(artifact: Artifact) -> None:
     left = max(artifact.frequency(i)[k] for i, k in enumerate(limits.resident))
     assert kept >= left
     assert 0 < expected_reads(artifact, limits.resident) < expected_reads(artifact, np.zeros(16, int))
+
+
+def test_what_stays_is_what_place_would_choose(artifact: Artifact) -> None:
+    """Where reads decide and no cache is kept, hottest first is as fast as the plan of `place` with as much memory."""
+    config, threads = artifact.config, 2
+    slow_disk = Tier(1 << 40, 1e9, tuple((size, size / (12e-6 + size / 1e9)) for size in (512, 1024, 4096, 65536)))
+    machine = replace(worlds.machine(disk_latency_s=0.0), threads=threads, vram=None, disk=slow_disk)
+    firing = worlds.Firing(np.stack([artifact.frequency(i) for i in range(config.n_layer)]).astype(np.float64))
+    biases = frozenset(name for name in artifact.file.tensors if name.endswith(".bias"))
+    how = {"quant": artifact.quant, "biases": biases, "ctx_size": 64}
+    problem = Problem(artifact_costs(config, artifact.plans, threads=threads, **how), firing, machine)
+    for missing in (1 << 20, 2 << 20, 4 << 20):
+        limits = fit(artifact, whole(artifact) - missing, cache_share=0.0, **HOW).limits
+        assert limits is not None
+        n = config.n_layer
+        plan = Plan(np.zeros(n, bool), False, np.zeros(n, np.int64), np.array(limits.resident))
+        assert 0 < sum(limits.resident) < n * config.n_ff
+        ram = int(problem.bytes(plan)[1])
+        placed = place(config, firing, artifact.plans, machine=machine, ram=ram, **how)
+        best = placed.expected_ms * 1e-3
+        assert problem.seconds(plan) <= 1.0001 * best < problem.seconds(replace(plan, ram=plan.ram[::-1]))
 
 
 def test_where_little_is_left_on_disk_the_cache_is_small(artifact: Artifact) -> None:
