@@ -13,13 +13,14 @@ from powerinfer_tools.checkpoint.sources import ReadRows, Rows, Source, stored
 from powerinfer_tools.checkpoint.tensors import FFN, Shapes
 
 GGUF_KEYS = "expert_count", "expert_used_count"
+MOST = 1 << 15  # experts of all layers: each has tensors of its own, whose names are listed
 
 Blocks = Sequence[tuple[str, int]]  # of each expert: their tensor, and where in it the expert's rows begin
 
 
 def with_experts(config: Config, fields: Fields, keys: tuple[str, str], gating: str, routed_by: str) -> Config:
     """The config, whose n_ff is one expert's, of a model of experts. keys: how many there are, how many are chosen."""
-    n = fields.integer(keys[0], high=min(MAX_EXPERTS, LARGEST // config.n_ff))
+    n = fields.integer(keys[0], high=min(MAX_EXPERTS, MOST // config.n_layer, LARGEST // config.n_ff))
     n_used = fields.integer(keys[1], high=n)
     return replace(config, n_ff=n * config.n_ff, experts=Experts(n, n_used, gating, routed_by))
 
