@@ -1,6 +1,7 @@
 """`powerinfer build`: the whole pipeline in one command."""
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -13,14 +14,38 @@ if TYPE_CHECKING:
 
 def build(
     model: options.Checkpoint,
-    corpus: options.Corpus,
     output: options.Output,
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option("--corpus", metavar="FILE", help="Text to read; may be given more than once."),
+    ] = None,
+    counts: Annotated[
+        Path | None,
+        typer.Option(
+            "--counts",
+            metavar="FOLDER",
+            rich_help_panel=options.BUILD,
+            help="activation_N.pt of the first PowerInfer instead of a corpus; for its model files, the folder "
+            "activation beside them is taken by itself.",
+        ),
+    ] = None,
+    pretrained: Annotated[
+        Path | None,
+        typer.Option(
+            "--pretrained",
+            metavar="PATH",
+            rich_help_panel=options.BUILD,
+            help="Take over predictors of the first PowerInfer instead of training: a folder of model_N.pt, or a model "
+            "file of it; for such a file its own are taken by themselves.",
+        ),
+    ] = None,
     quant: Annotated[
         Literal["auto", "f32", "f16", "q8_0", "q4_0"],
         typer.Option(
             "--quant",
             rich_help_panel=options.BUILD,
-            help="Type of the artifact's matrices; auto: q8_0 below 10^9 parameters, else q4_0.",
+            help="Type of the artifact's matrices; auto: q8_0 below 10^9 parameters, else q4_0; a model file of the "
+            "first PowerInfer keeps its own.",
         ),
     ] = "auto",
     sparsity: options.Sparsity = None,
@@ -65,6 +90,8 @@ def build(
     powerinfer build model.gguf --patch sparse.patch.safetensors --corpus text.txt -o sparse.gguf
 
     powerinfer build model/ --corpus text.txt --keep -o model.gguf && ls model.*
+
+    powerinfer build relu-llama.powerinfer.gguf -o model.gguf     (a model file of the first PowerInfer)
     """
     from powerinfer_tools import build as library
     from powerinfer_tools.placement import read_machine
@@ -81,8 +108,11 @@ def build(
     with console.progress() as progress:
         artifact = library.build(
             model,
-            corpus,
+            corpus or [],
             output,
+            counts=counts,
+            pretrained=pretrained,
+            note=lambda text: console.say(f"note: {text}"),
             activation=activation,
             patch=patch,
             quant=quant,

@@ -74,6 +74,7 @@ def place(
         profile,
         plans,
         quant=quant,
+        head=checkpoint.head_type(quant),
         biases=checkpoint.biases,
         ctx_size=ctx_size or checkpoint.config.n_ctx,
         machine=_machine(machine, output, threads),

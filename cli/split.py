@@ -1,6 +1,14 @@
 """`powerinfer split`: checkpoint, activations and predictors → the artifact."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
 from powerinfer_tools.cli import console, options
+
+if TYPE_CHECKING:
+    from powerinfer_tools.checkpoint import Checkpoint
 
 
 def split(
@@ -10,6 +18,15 @@ def split(
     predictors: options.Predictors = None,
     placement: options.Placement = None,
     quant: options.Quant = options.QUANT,
+    format: Annotated[
+        Literal["artifact", "powerinfer"],
+        typer.Option(
+            "--format",
+            rich_help_panel=options.BUILD,
+            help="powerinfer: what the first PowerInfer runs (llama with ReLU, bamboo; F16 or Q4_0; predictors that "
+            "were made for it), and its counts in the folder activation beside it.",
+        ),
+    ] = "artifact",
     activation: options.Activation = None,
     patch: options.Patch = None,
     force: options.Force = False,
@@ -21,6 +38,8 @@ def split(
     powerinfer split model/ --activations m.activations --predictors m.predictors -o model-Q4_0.gguf
 
     powerinfer split model/ --activations m.activations --quant q8_0 -o model-Q8_0.gguf --json
+
+    powerinfer split model/ --activations A --predictors P --format powerinfer --quant f16 -o m.powerinfer.gguf
     """
     from powerinfer_tools.activations import read_activations
     from powerinfer_tools.artifact import split as split_checkpoint
@@ -29,6 +48,9 @@ def split(
     from powerinfer_tools.placement import read_placement
     from powerinfer_tools.predictors import read_predictors
 
+    if format == "powerinfer":
+        _for_first_powerinfer(open_checkpoint(model, activation, patch), activations, predictors, output, quant, force)
+        return
     checkpoint = open_checkpoint(model, activation, patch)
     with console.progress() as progress:
         artifact = split_checkpoint(
@@ -56,3 +78,19 @@ def split(
         inputs = artifact.provenance["inputs"]
         document = {"path": str(output), "bytes": artifact.n_bytes, "quant": quant, "modes": modes, "inputs": inputs}
         console.print_json(document | {"data_sha256": artifact.data_sha256})
+
+
+def _for_first_powerinfer(
+    checkpoint: "Checkpoint", activations: Path, predictors: Path | None, output: Path, quant: str, force: bool
+) -> None:
+    from powerinfer_tools.activations import read_activations
+    from powerinfer_tools.artifact.pwri_writer import write_pwri
+    from powerinfer_tools.errors import PowerinferError
+    from powerinfer_tools.predictors import read_predictors
+
+    if predictors is None:
+        raise PowerinferError("--format powerinfer: expected --predictors FILE, found none", "usage")
+    profile, trained = read_activations(activations), read_predictors(predictors)
+    with console.progress() as progress:
+        write_pwri(checkpoint, profile, trained, output, quant=quant, force=force, progress=progress)
+    console.wrote(output, f'./main -m {output} -p "Once upon a time"')

@@ -242,7 +242,13 @@ def predicted_seconds(artifact: Artifact, machine: Machine, ctx_size: int, limit
     biases = frozenset(name for name in artifact.file.tensors if name.endswith(".bias"))
     plans, config = artifact.plans, artifact.config
     costs = artifact_costs(
-        config, plans, quant=artifact.quant, biases=biases, ctx_size=ctx_size, threads=machine.threads
+        config,
+        plans,
+        quant=artifact.quant,
+        head=artifact.head,
+        biases=biases,
+        ctx_size=ctx_size,
+        threads=machine.threads,
     )
     problem = Problem(costs, _StoredFiring(artifact), machine)
     none = np.zeros(config.n_layer, np.int64)

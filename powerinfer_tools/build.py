@@ -8,10 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from powerinfer_tools.activations import Activations, apply, profile, read_activations
+from powerinfer_tools.activations import (
+    Activations,
+    apply,
+    counts_digest,
+    profile,
+    read_activations,
+    take_counts,
+)
 from powerinfer_tools.artifact import Artifact, open_artifact, split
 from powerinfer_tools.artifact.layout import MODE_GATE, MODE_PREDICTOR, LayerPlan, tensor_table
 from powerinfer_tools.checkpoint import Checkpoint, Config, open_checkpoint
+from powerinfer_tools.checkpoint.pwri_checkpoint import PwriCheckpoint
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.files import check_writable, locked, sha256_file
 from powerinfer_tools.placement import (
@@ -23,7 +31,7 @@ from powerinfer_tools.placement import (
     read_placement,
     write_placement,
 )
-from powerinfer_tools.predictors import Predictors, read_predictors, train
+from powerinfer_tools.predictors import Predictors, open_pretrained, read_predictors, take_predictors, train
 from powerinfer_tools.progress import Progress
 
 SMALL_MODEL = 10**9  # parameters below which q4_0 costs more quality than its bytes are worth
@@ -42,6 +50,18 @@ class Stage:
     seconds: float
     up_to_date: bool
     summary: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a build is made from. counts: a folder of firing counts, instead of a corpus; pretrained: predictors to be
+    taken over, instead of trained ones; both are the first PowerInfer's.
+    """
+
+    checkpoint: Checkpoint
+    corpus: list[Path]
+    counts: Path | None
+    pretrained: Path | None
 
 
 @dataclass(frozen=True)
@@ -67,6 +87,8 @@ def build(
     *,
     activation: str | None = None,
     patch: Path | None = None,
+    counts: Path | None = None,
+    pretrained: Path | None = None,
     quant: str = "auto",
     sparsity: float | None = None,
     n_tokens: int = 32768,
@@ -82,25 +104,32 @@ def build(
     force: bool = False,
     progress: Progress | None = None,
     report: Callable[[Stage], None] = lambda stage: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Artifact:
     """Makes the artifact `output` from the checkpoint `model`, with what `patch` changes of it, and returns it.
 
     A killed build goes on where it stopped; an artifact of the same recipe is left as it is. The files between the
     stages lie in a hidden folder until the artifact is done; with `keep`, beside it, as output.activations, .predictors
-    and .placement. quant auto: q8_0 below 10^9 parameters, else q4_0. report is called after each stage.
+    and .placement. quant auto: q8_0 below 10^9 parameters, else q4_0. report is called after each stage,
+    note with what a user should know of the checkpoint.
+    counts, instead of a corpus, and pretrained predictors are the first PowerInfer's: a PWRI file's own are taken where
+    none are named, and quant auto keeps its type.
     Errors: those of the stages; `output`, or with `keep` a file of a stage, is of another recipe and not `force`.
     """
     checkpoint = open_checkpoint(model, activation, patch)
+    for text in checkpoint.notes:
+        note(text)
+    source = _source(checkpoint, corpus, counts, pretrained)
     if quant == "auto":
-        quant = default_quant(checkpoint.config)
+        quant = kept_quant(checkpoint) or default_quant(checkpoint.config)
     ctx_size = min(ctx_size or CTX_SIZE, checkpoint.config.n_ctx)
     recipe = Recipe(quant, sparsity, n_tokens, recall, error, top1, perplexity, ram, ctx_size, seed)
-    arguments = _arguments(recipe, corpus)
+    arguments = _arguments(recipe, source)
     if output.exists() and not force:
         return _built_before(checkpoint, output, arguments, report)
     check_writable(output, force)
     with locked(output), _stage_files(output, keep) as base:
-        stages = _Stages(checkpoint, corpus, output, recipe, base, force or not keep, progress, report)
+        stages = _Stages(source, output, recipe, base, force or not keep, progress, report)
         return stages.split(arguments, force, machine)
 
 
@@ -109,17 +138,44 @@ def default_quant(config: Config) -> str:
     return "q8_0" if n_parameters(config) < SMALL_MODEL else "q4_0"
 
 
+def kept_quant(checkpoint: Checkpoint) -> str | None:
+    """The type of a PWRI file's neurons, where an artifact can have it, too."""
+    return checkpoint.quant if isinstance(checkpoint, PwriCheckpoint) else None
+
+
 def n_parameters(config: Config) -> int:
     """The model's weights, biases left out."""
     table = tensor_table(config, [LayerPlan(MODE_GATE)] * config.n_layer, "f32", frozenset())
     return sum(plan.n_bytes // 4 for plan in table if len(plan.shape) > 1)
 
 
-def _arguments(recipe: Recipe, corpus: list[Path]) -> dict[str, Any]:
+def _source(checkpoint: Checkpoint, corpus: list[Path], counts: Path | None, pretrained: Path | None) -> Source:
+    """What is to be used, a PWRI file's own predictors and the counts beside it included. Errors: nothing counts."""
     for path in corpus:
         if not path.is_file():
             raise PowerinferError(f"{path}: no such file", "usage")
-    return {**vars(recipe), "corpus": [sha256_file(path) for path in corpus]}
+    published = isinstance(checkpoint, PwriCheckpoint)
+    beside = checkpoint.path.parent / "activation"
+    if published and not corpus and counts is None and beside.is_dir():
+        counts = beside
+    if bool(corpus) == (counts is not None):
+        found = "both" if corpus else f"neither, and no folder {beside}" if published else "neither"
+        raise PowerinferError(
+            f"{checkpoint.path}: expected --corpus FILE, a text to count firing neurons on, or --counts FOLDER, counts "
+            f"of the first PowerInfer; found {found}",
+            "usage",
+        )
+    return Source(checkpoint, corpus, counts, pretrained or (checkpoint.path if published else None))
+
+
+def _arguments(recipe: Recipe, source: Source) -> dict[str, Any]:
+    config, counts, pretrained = source.checkpoint.config, source.counts, source.pretrained
+    return {
+        **vars(recipe),
+        "corpus": [sha256_file(path) for path in source.corpus],
+        "counts": counts_digest(counts, config.n_layer) if counts is not None else None,
+        "pretrained": open_pretrained(pretrained, config).digest if pretrained is not None else None,
+    }
 
 
 def _built_before(
@@ -155,8 +211,7 @@ def _stage_files(output: Path, keep: bool) -> Iterator[Path]:
 class _Stages:
     """The stages of one build, each asking for the one before."""
 
-    checkpoint: Checkpoint
-    corpus: list[Path]
+    source: Source
     output: Path
     recipe: Recipe
     base: Path
@@ -164,9 +219,13 @@ class _Stages:
     progress: Progress | None
     report: Callable[[Stage], None]
 
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.source.checkpoint
+
     def split(self, arguments: dict[str, Any], force: bool, machine: Machine | None) -> Artifact:
         """Runs all stages."""
-        activations = self.profile()
+        activations = self.profile() if self.source.counts is None else self.count(self.source.counts)
         apply(activations, self.checkpoint)
         predictors = self.train(activations)
         placement = self.place(activations, predictors, machine)
@@ -192,8 +251,8 @@ class _Stages:
         window = min(WINDOW, config.n_ctx)
         wanted = {
             "inputs": {"checkpoint": self.checkpoint.digest()},
-            "corpus": [sha256_file(path) for path in self.corpus],
-            "n_tokens": calibration_windows(self.checkpoint, self.corpus, recipe.n_tokens, window).size,
+            "corpus": [sha256_file(path) for path in self.source.corpus],
+            "n_tokens": calibration_windows(self.checkpoint, self.source.corpus, recipe.n_tokens, window).size,
             "window": window,
             "sparsity": recipe.sparsity,
             "seed": recipe.seed,
@@ -205,7 +264,7 @@ class _Stages:
         def make(path: Path) -> Activations:
             return profile(
                 self.checkpoint,
-                self.corpus,
+                self.source.corpus,
                 path,
                 n_tokens=recipe.n_tokens,
                 sparsity=recipe.sparsity,
@@ -217,9 +276,24 @@ class _Stages:
 
         return self.stage("profile", ".activations", read_activations, wanted, found, make, _describe_activations)
 
+    def count(self, folder: Path) -> Activations:
+        digest = counts_digest(folder, self.checkpoint.config.n_layer)
+        wanted = {"inputs": {"checkpoint": self.checkpoint.digest(), "counts": digest}}
+
+        def found(activations: Activations) -> dict[str, Any]:
+            return activations.header
+
+        def make(path: Path) -> Activations:
+            return take_counts(self.checkpoint, folder, path, self.replace)
+
+        return self.stage("counts", ".activations", read_activations, wanted, found, make, _describe_counts)
+
     def train(self, activations: Activations) -> Predictors | None:
-        """None for a model that is never exactly sparse: all its layers run in mode gate."""
-        if not self.checkpoint.config.exactly_sparse:
+        """None for a model that is never exactly sparse: all its layers run in mode gate; and for one that is known by
+        its counts alone, if it comes without predictors."""
+        if self.source.pretrained is not None:
+            return self.take_over(activations, self.source.pretrained)
+        if not self.checkpoint.config.exactly_sparse or self.source.counts is not None:
             return None
         recipe = self.recipe
         options = {key: getattr(recipe, key) for key in ("recall", "error", "top1", "perplexity", "quant", "seed")}
@@ -233,6 +307,20 @@ class _Stages:
 
         wanted = {"inputs": inputs, **options}
         return self.stage("train", ".predictors", read_predictors, wanted, found, make, _describe_predictors)
+
+    def take_over(self, activations: Activations, pretrained: Path) -> Predictors:
+        quant, digest = self.recipe.quant, open_pretrained(pretrained, self.checkpoint.config).digest
+        inputs = {"checkpoint": activations.checkpoint_digest, "activations": activations.digest, "pretrained": digest}
+
+        def make(path: Path) -> Predictors:
+            options: dict[str, Any] = {"quant": quant, "force": self.replace, "progress": self.progress}
+            return take_predictors(self.checkpoint, activations, pretrained, path, **options)
+
+        def found(predictors: Predictors) -> dict[str, Any]:
+            return predictors.header
+
+        wanted = {"inputs": inputs, "quant": quant}
+        return self.stage("predictors", ".predictors", read_predictors, wanted, found, make, _describe_predictors)
 
     def place(self, activations: Activations, predictors: Predictors | None, machine: Machine | None) -> Placement:
         recipe, config = self.recipe, self.checkpoint.config
@@ -257,6 +345,7 @@ class _Stages:
                 activations,
                 predictors.plans if predictors is not None else [LayerPlan(MODE_GATE)] * config.n_layer,
                 quant=recipe.quant,
+                head=self.checkpoint.head_type(recipe.quant),
                 biases=self.checkpoint.biases,
                 ctx_size=recipe.ctx_size,
                 machine=machine or cached_machine(self.output.resolve().parent),
@@ -299,6 +388,10 @@ class _Stages:
 def _describe_activations(activations: Activations) -> str:
     share = sum(float(activations.frequency(i).mean()) for i in range(activations.n_layer)) / activations.n_layer
     return f"{share:.1%} of the neurons fire for a token, over {activations.n_tokens} tokens"
+
+
+def _describe_counts(activations: Activations) -> str:
+    return f"taken over, of {activations.n_tokens} tokens if the most frequent neuron fires for each"
 
 
 def _describe_predictors(predictors: Predictors) -> str:

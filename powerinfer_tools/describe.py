@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from powerinfer_tools.checkpoint.gguf_file import GGUF, PWRI, read_gguf
 from powerinfer_tools.errors import PowerinferError
 
 Description = dict[str, Any]
@@ -29,9 +30,10 @@ def kind_of(path: Path) -> str:
             start = file.read(9)
     except OSError as error:
         raise PowerinferError(f"{path}: {error.strerror}", "usage") from error
-    if start[:4] == b"GGUF":
+    if start[: len(PWRI)] == PWRI:
+        return "checkpoint"
+    if start[: len(GGUF)] == GGUF:
         from powerinfer_tools.artifact.layout import KEY_VERSION
-        from powerinfer_tools.checkpoint.gguf_file import read_gguf
 
         return "artifact" if KEY_VERSION in read_gguf(path, strict=False).metadata else "checkpoint"
     kind = _table_kind(path) if start[8:] == b"{" else _json_kind(path)
@@ -123,9 +125,15 @@ def _part_bytes(tensors: dict[str, int]) -> dict[str, int]:
 
 def _checkpoint(path: Path, check: bool) -> Description:
     from powerinfer_tools.checkpoint import open_checkpoint
+    from powerinfer_tools.checkpoint.pwri_checkpoint import PwriCheckpoint
 
     checkpoint = open_checkpoint(path)
-    return {
+    old: Description = {}
+    if isinstance(checkpoint, PwriCheckpoint):
+        old["convert"] = f"a model of the first PowerInfer: powerinfer build {path} -o NEW.gguf"
+        old["predictor_ranks"] = f"{min(checkpoint.ranks)} to {max(checkpoint.ranks)}"
+        old["predictor_threshold"] = checkpoint.threshold
+    return old | {
         **_config(checkpoint.config),
         **checkpoint.metadata,
         "tensors": len(checkpoint.names()),

@@ -47,6 +47,7 @@ class DrawnPredictors:
     digest: str = "b" * 64
     path: Path = Path("drawn.predictors")
     relu: bool = False
+    input: str = "ffn_input"
     figures: list[dict[str, Any]] = field(default_factory=list)
 
     def weights(self, i: int) -> tuple[npt.NDArray[np.float32], ...]:
@@ -78,12 +79,13 @@ def write_artifact(
     rank: int = 128,
     always: int = 3,
     slack: float = 0.0,
+    input: str = "ffn_input",
     thresholds: tuple[float, ...] | None = None,
 ) -> Artifact:
-    """All layers in mode gate, or all in mode predictor."""
+    """All layers in mode gate, or all in mode predictor. input: what the predictors read."""
     config = checkpoint.config
     thresholds = thresholds if thresholds is not None else config.thresholds
     activations = DrawnActivations(checkpoint.digest(), config.n_layer, config.n_ff, thresholds)
     plan = LayerPlan(MODE_PREDICTOR, rank, always) if predictor else LayerPlan(MODE_GATE)
-    predictors = DrawnPredictors(checkpoint, [plan] * config.n_layer, slack, quant) if predictor else None
+    predictors = DrawnPredictors(checkpoint, [plan] * config.n_layer, slack, quant, input=input) if predictor else None
     return split(checkpoint, activations, output, predictors=predictors, quant=quant, force=True, progress=silent)  # type: ignore[arg-type]

@@ -43,8 +43,8 @@ def ternary(matrix: np.ndarray) -> tuple[np.ndarray, np.float32]:
 
 
 def pack(numbers: np.ndarray) -> np.ndarray:
-    """Two bits a number, its value + 1: row r of n at bits 2 * (r // (n / 4)) of row r % (n / 4)."""
-    quarters = np.split((numbers + 1).astype(np.uint8), 4)
+    """Two bits a number, its value + 1: the rows' four quarters over one another, the last one filled up."""
+    quarters = np.split(np.pad((numbers + 1).astype(np.uint8), ((0, -len(numbers) % 4), (0, 0))), 4)
     return np.bitwise_or.reduce([quarter << 2 * i for i, quarter in enumerate(quarters)])
 
 

@@ -57,13 +57,11 @@ void Session::forward_batch(const int32_t* tokens, size_t n, bool selective, pi_
         normalise_batch(layer.attn_norm, b_hidden_.data(), n);
         if (c.parallel) std::copy_n(b_hidden_.data(), n * c.n_embd, b_entry_.data());
         attention_batch(layer, il, n);
-        normalise_batch(layer.ffn_norm, c.parallel ? b_entry_.data() : b_hidden_.data(), n);
-        if (c.experts.routed_by == RoutedBy::FfnInput) route_batch(layer, b_x_.data(), n);
         if (model.disk) {
             model.disk->start_stream(il);
             model.disk->end_stream();
         }
-        ffn_batch(layer, n, selective, scores ? scores + il : nullptr);
+        ffn_batch(layer, c.parallel ? b_entry_.data() : b_hidden_.data(), n, selective, scores ? scores + il : nullptr);
         if (model.disk) stream_on(il);
     }
     if (model.disk) collect_disk_counts();
@@ -173,8 +171,20 @@ void Session::mix_queries(size_t il, uint32_t head, size_t first, size_t n, Work
     }
 }
 
-void Session::ffn_batch(const Layer& layer, size_t n, bool selective, pi_layer_score* score) {
-    if (selective && asks(layer)) predict_batch(layer, n);
+// hidden[t] += ffn(normalised stream[t]);   stream: (n, n_embd)
+void Session::ffn_batch(const Layer& layer, const float* stream, size_t n, bool selective, pi_layer_score* score) {
+    bool asked = selective && asks(layer), on_stream = model.config.predictor_on_stream;
+    size_t n_embd = model.config.n_embd;
+    if (asked && on_stream) {
+        quantise_batch(stream, n, n_embd);
+        predict_batch(layer, stream, n);
+    }
+    normalise_batch(layer.ffn_norm, stream, n);
+    if (asked && !on_stream) {
+        predict_batch(layer, b_x_.data(), n);
+        quantise_batch(b_x_.data(), n, n_embd);
+    }
+    if (model.config.experts.routed_by == RoutedBy::FfnInput) route_batch(layer, b_x_.data(), n);
     for (Worker& w : workers_) w.counted = {};
     if (layer.expert)
         experts_batch(layer, n, selective);
@@ -229,18 +239,18 @@ void Session::activate_token(const Group& group, size_t k, pi_layer_score* score
     if (in_blocks(group.down)) quantise_token(h, n, k);
 }
 
-// b_asked_[t][i] < 0 where the predictor holds neuron always + i of token t back; b_q8_ holds x again in the end
-void Session::predict_batch(const Layer& layer, size_t n) {
+// b_asked_[t][i] < 0 where the predictor holds neuron always + i of token t back; x: (n, n_embd), b_q8_ its blocks,
+// which are others in the end
+void Session::predict_batch(const Layer& layer, const float* x, size_t n) {
     const Predictor& p = *layer.predictor;
     size_t rank = p.in.n_rows;
-    gemm(p.in, nullptr, b_x_.data(), n, b_rank_.data(), false);
+    gemm(p.in, nullptr, x, n, b_rank_.data(), false);
     pool_.run(n, [&](size_t t, uint32_t) {
         float* r = &b_rank_[t * rank];
         for (size_t i = 0; model.config.predictor_relu && i < rank; i++) r[i] = r[i] <= 0 ? 0 : r[i];
         quantise_token(r, rank, t);
     });
     gemm(p.out, p.bias, b_rank_.data(), n, b_asked_.data(), false);
-    quantise_batch(b_x_.data(), n, model.config.n_embd);
 }
 
 // out[t] (+)= rows . x[t] + bias;   x: (n, rows.n), b_q8_ its blocks; out: (n, rows.n_rows)

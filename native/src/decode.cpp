@@ -32,16 +32,14 @@ void Session::decode(int32_t token, float* logits_out) {
     embed(&token, 1, hidden_.data());
     set_angles(position, 1);
     bool parallel_blocks = model.config.parallel;
-    RoutedBy routed_by = model.config.experts.routed_by;
+    bool routed_early = model.config.experts.routed_by == RoutedBy::LayerInput;
     for (size_t il = 0; il < model.weights.layers.size(); il++) {
         const Layer& layer = model.weights.layers[il];
-        if (routed_by == RoutedBy::LayerInput) route(layer, hidden_.data());
+        if (routed_early) route(layer, hidden_.data());
         normalise(layer.attn_norm, hidden_.data(), x_.f.data());
         if (parallel_blocks) std::copy_n(hidden_.data(), model.config.n_embd, entry_.data());
         attention(layer, il);
-        normalise(layer.ffn_norm, parallel_blocks ? entry_.data() : hidden_.data(), x_.f.data());
-        if (routed_by == RoutedBy::FfnInput) route(layer, x_.f.data());
-        ffn(layer, il);
+        ffn(layer, il, parallel_blocks ? entry_.data() : hidden_.data());
     }
     if (model.disk) collect_disk_counts();
     position++;
@@ -147,11 +145,19 @@ void Session::attention(const Layer& layer, size_t il) {
     stats.bytes_attention += 2 * sizeof(uint16_t) * c.kv_dim() * (position + 1);
 }
 
-// hidden += ffn(x), x in x_
-void Session::ffn(const Layer& layer, size_t il) {
-    Vector x = quantised(x_, model.config.n_embd), rank{};
+// hidden += ffn(normalised stream)
+void Session::ffn(const Layer& layer, size_t il, const float* stream) {
+    const Config& c = model.config;
+    Vector rank{};
+    if (asks(layer) && c.predictor_on_stream) {
+        std::copy_n(stream, c.n_embd, x_.f.data());
+        rank = predictor_rank(*layer.predictor, quantised(x_, c.n_embd));
+    }
+    normalise(layer.ffn_norm, stream, x_.f.data());
+    if (c.experts.routed_by == RoutedBy::FfnInput) route(layer, x_.f.data());
+    Vector x = quantised(x_, c.n_embd);
+    if (asks(layer) && !c.predictor_on_stream) rank = predictor_rank(*layer.predictor, x);
     if (asks(layer)) {
-        rank = predictor_rank(*layer.predictor, x);
         const Rows& in = layer.predictor->in;
         stats.bytes_predictor += in.n_rows * in.row_size();
     }
@@ -368,7 +374,10 @@ void Session::look_ahead(size_t il) {
     if (il == model.config.n_layer || !asks(model.weights.layers[il]) || !disk.pays_ahead(il)) return;
     const Layer& layer = model.weights.layers[il];
     if (layer.expert) return;  // whose turn it will be is not known yet
-    normalise(layer.ffn_norm, hidden_.data(), ahead_x_.f.data());
+    if (model.config.predictor_on_stream)
+        std::copy_n(hidden_.data(), model.config.n_embd, ahead_x_.f.data());
+    else
+        normalise(layer.ffn_norm, hidden_.data(), ahead_x_.f.data());
     const Predictor& p = *layer.predictor;
     Vector rank = predictor_rank(p, quantised(ahead_x_, model.config.n_embd));
     uint32_t first = std::max(disk.first_cold(il), layer.always), n_ff = model.config.n_ff;

@@ -65,6 +65,13 @@ NormKind parse_norm(std::string_view name) {
     throw Error(PI_ERROR_UNSUPPORTED, "powerinfer.norm: expected rms or layer, found " + std::string(name));
 }
 
+bool reads_stream(std::string_view input) {
+    if (input == "stream") return true;
+    if (input == "ffn_input") return false;
+    throw Error(PI_ERROR_UNSUPPORTED,
+                "powerinfer.predictor_input: expected ffn_input or stream, found " + std::string(input));
+}
+
 const std::vector<double>& per_layer(const Gguf& gguf, const std::string& key, uint32_t n_layer) {
     const auto& values = gguf.numbers(key);
     if (values.size() != n_layer)
@@ -156,6 +163,7 @@ void Model::read_config() {
     c.gated = gguf_.b("powerinfer.gated");
     c.tied = gguf_.b("powerinfer.tied");
     c.predictor_relu = gguf_.b("powerinfer.predictor_relu");
+    c.predictor_on_stream = reads_stream(gguf_.s("powerinfer.predictor_input"));
     if (gguf_.has("powerinfer.experts.n")) read_experts();
     if (c.activation == Activation::DRelu && !c.gated)
         throw Error(PI_ERROR_MALFORMED, "powerinfer.activation: drelu needs a gated FFN");

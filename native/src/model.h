@@ -40,7 +40,9 @@ struct Config {
     bool qk_norm;            // each head's query and key are RMS-normalised after rotation
     bool sub_norms;          // attention's heads are, before the output matrix, and the neurons before down
     Activation activation;
-    bool gated, tied, predictor_relu;
+    bool gated, tied;
+    bool predictor_relu;       // between a predictor's two matrices
+    bool predictor_on_stream;  // predictors read what the FFN's norm reads; else what it gives
     Experts experts;
     uint32_t q_dim() const { return n_head * head_dim; }
     uint32_t kv_dim() const { return n_head_kv * head_dim; }

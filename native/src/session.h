@@ -133,7 +133,7 @@ class Session {
     Vector quantised(Activations& x, size_t n);
     void project(Part part, std::initializer_list<Job> jobs, Vector x);
     void attention(const Layer& layer, size_t il);
-    void ffn(const Layer& layer, size_t il);
+    void ffn(const Layer& layer, size_t il, const float* stream);
     Vector predictor_rank(const Predictor& predictor, Vector x);
     void ffn_chunks(const Layer& layer, Vector x, Vector rank);
     void ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w);
@@ -184,10 +184,10 @@ class Session {
     void attend_queries(size_t il, uint32_t head, size_t first, size_t n, Worker& w);
     void score_queries(size_t il, uint32_t head, size_t first, size_t n, Worker& w);
     void mix_queries(size_t il, uint32_t head, size_t first, size_t n, Worker& w);
-    void ffn_batch(const Layer& layer, size_t n, bool selective, pi_layer_score* score);
+    void ffn_batch(const Layer& layer, const float* stream, size_t n, bool selective, pi_layer_score* score);
     void meet(const Group& group, const float* x, size_t n, bool selective);
     void activate_token(const Group& group, size_t k, pi_layer_score* score);
-    void predict_batch(const Layer& layer, size_t n);
+    void predict_batch(const Layer& layer, const float* x, size_t n);
     void gemm(const Rows& rows, const float* bias, const float* x, size_t n, float* out, bool add);
     void tile_of_rows(const Rows& rows, size_t begin, size_t m, const float* x, size_t n, Worker& w);
     void tile_of_rows8(const Rows& rows, size_t begin, size_t m, size_t n, Worker& w);

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_tools.artifact.layout import ALIGNMENT, KEY_DATA_SHA256, TYPE_ID, TensorPlan
+from powerinfer_tools.checkpoint.gguf_file import GGUF
 from powerinfer_tools.errors import PowerinferError
 
 Array = npt.NDArray[Any]
@@ -29,6 +30,7 @@ def write_gguf(
     metadata: Mapping[str, Value],
     tensors: Sequence[TensorPlan],
     blocks: Iterable[Iterator[Array]],
+    magic: bytes = GGUF,
 ) -> str:
     """Writes header and tensors; `blocks` yields, tensor by tensor, the arrays whose bytes follow each other.
 
@@ -36,7 +38,7 @@ def write_gguf(
     """
     values = pack_values({**metadata, KEY_DATA_SHA256: "0" * _DIGEST_LENGTH})
     n_values = len(metadata) + 1
-    header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), n_values) + values
+    header = magic + struct.pack("<IQQ", 3, len(tensors), n_values) + values
     digest_at = len(header) - _DIGEST_LENGTH
     header += pack_tensors(tensors)
     file.write(header + bytes(padding(len(header))))

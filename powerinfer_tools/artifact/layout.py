@@ -7,7 +7,7 @@ firing frequency; shapes below are GGUF's (fastest dimension first), so a row of
     position_embd.weight           [n_embd, n_ctx]               where positions are learned; row p is position p
     rope_inv_freq.weight           [rotary_dim / 2]       F32    where a layer rotates; scaling applied
     output_norm.weight .bias       [n_embd]               F32
-    output.weight                  [n_embd, n_vocab]             absent where tied to token_embd
+    output.weight                  [n_embd, n_vocab]             absent where tied to token_embd; of any type
     blk.N.attn_norm.weight .bias   [n_embd]               F32
     blk.N.attn_q.weight            [n_embd, n_head * head_dim]        half-split rotary layout, .bias F32
     blk.N.attn_k|v.weight          [n_embd, n_head_kv * head_dim]     .bias F32
@@ -30,7 +30,8 @@ The row that decides whether a neuron fires is the gate row of a gated FFN and t
 bundle has the others (rows = 2: up, down; or 1: down).
 
 logits of the predictor: W_out . relu(W_in . x) + bias where `powerinfer.predictor_relu` is true, else
-W_out . (W_in . x) + bias; x is the normalised FFN input.
+W_out . (W_in . x) + bias; x is what `powerinfer.predictor_input` says: `ffn_input`, normalised, or `stream`, what the
+FFN's norm takes.
 """
 
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ KEY_ROTARY = "powerinfer.rotary"  # int32 [n_layer]: 1 where the layer rotates; 
 KEY_MODES = "powerinfer.ffn_mode"  # int32 [n_layer]: 1 gate, 2 predictor
 KEY_ALWAYS = "powerinfer.always"  # int32 [n_layer]: stored neurons [0, always) are computed unasked
 KEY_PREDICTOR_RELU = "powerinfer.predictor_relu"  # bool
+KEY_PREDICTOR_INPUT = "powerinfer.predictor_input"  # string, one of PREDICTOR_INPUTS
 KEY_ROPE_SCALE = "powerinfer.rope_scale"  # float32; where there is a rope
 KEY_TIED = "powerinfer.tied"  # bool
 KEY_QUANT = "powerinfer.quant"  # string, what was asked for
@@ -76,6 +78,8 @@ KEY_ROUTED_BY = "powerinfer.experts.routed_by"  # string, one of config.ROUTER_I
 
 MODE_GATE, MODE_PREDICTOR = 1, 2
 MODE_NAMES = {MODE_GATE: "gate", MODE_PREDICTOR: "predictor"}
+
+INPUT_FFN, INPUT_STREAM = PREDICTOR_INPUTS = ("ffn_input", "stream")
 
 BLOCK = {"f32": (1, 4), "f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18), "i32": (1, 4)}
 """type: (elements of a block, bytes of a block)."""
@@ -120,14 +124,18 @@ def matrix_type(quant: str, row: int) -> str:
     return quant if row % BLOCK[quant][0] == 0 else "f16"
 
 
-def tensor_table(config: Config, layers: list[LayerPlan], quant: str, biases: frozenset[str]) -> list[TensorPlan]:
-    """Every tensor of the artifact, in file order. `biases`: the checkpoint's bias tensors, by their names here."""
+def tensor_table(
+    config: Config, layers: list[LayerPlan], quant: str, biases: frozenset[str], head: str | None = None
+) -> list[TensorPlan]:
+    """Every tensor of the artifact, in file order. `biases`: the checkpoint's bias tensors, by their names here; head:
+    the type of output.weight, where it is not `quant`.
+    """
     d, kv = config.n_embd, config.n_head_kv * config.head_dim
     q = config.n_head * config.head_dim
     table: list[TensorPlan] = []
 
-    def matrix(name: str, row: int, *dims: int) -> None:
-        table.append(TensorPlan(f"{name}.weight", matrix_type(quant, row), (row, *dims)))
+    def matrix(name: str, row: int, *dims: int, type: str = quant) -> None:
+        table.append(TensorPlan(f"{name}.weight", matrix_type(type, row), (row, *dims)))
 
     def vector(name: str, n: int, type: str = "f32") -> None:
         table.append(TensorPlan(name, type, (n,)))
@@ -173,5 +181,5 @@ def tensor_table(config: Config, layers: list[LayerPlan], quant: str, biases: fr
             vector(f"{b}.predictor_out.bias", asked)
     norm("output_norm")
     if not config.tied:
-        matrix("output", d, config.n_vocab)
+        matrix("output", d, config.n_vocab, type=head or quant)
     return table

@@ -1,7 +1,7 @@
 """The artifact's keys and values: the standard ones that any GGUF tool lists, and ours."""
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,6 +10,9 @@ from powerinfer_tools.artifact.gguf_writer import Value
 from powerinfer_tools.checkpoint.config import Config, Experts
 from powerinfer_tools.checkpoint.source import Checkpoint
 from powerinfer_tools.files import canonical_json
+
+if TYPE_CHECKING:
+    from powerinfer_tools.predictors import Predictors
 
 _FILE_TYPE = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7}  # llama.cpp's numbers of "mostly ..."
 _DESCRIPTIVE = ("author", "organization", "description", "version", "license", "url")
@@ -21,7 +24,7 @@ def artifact_metadata(
     checkpoint: Checkpoint,
     plans: list[layout.LayerPlan],
     quant: str,
-    predictor_relu: bool,
+    predictors: "Predictors | None",
     placement: tuple[list[int], list[int]] | None,
     provenance: dict[str, Any],
 ) -> dict[str, Value]:
@@ -31,7 +34,8 @@ def artifact_metadata(
         layout.KEY_VERSION: layout.FORMAT_VERSION,
         layout.KEY_MODES: np.array([plan.mode for plan in plans], np.int32),
         layout.KEY_ALWAYS: np.array([plan.always for plan in plans], np.int32),
-        layout.KEY_PREDICTOR_RELU: predictor_relu,
+        layout.KEY_PREDICTOR_RELU: predictors.relu if predictors is not None else False,
+        layout.KEY_PREDICTOR_INPUT: predictors.input if predictors is not None else layout.INPUT_FFN,
         layout.KEY_QUANT: quant,
         layout.KEY_PROVENANCE: canonical_json(provenance),
     }

@@ -46,6 +46,7 @@ class Artifact:
     quant: str
     plans: list[LayerPlan]
     predictor_relu: bool
+    predictor_input: str
     placement: tuple[list[int], list[int]] | None
     tokenizer_json: str
     chat_template: str | None
@@ -63,6 +64,12 @@ class Artifact:
     def n_bytes(self) -> int:
         """The file's size."""
         return self.file.n_bytes
+
+    @property
+    def head(self) -> str | None:
+        """The type of output.weight, where there is one."""
+        head = self.file.tensors.get("output.weight")
+        return None if head is None else next(name for name, number in layout.TYPE_ID.items() if number == head.type)
 
     @property
     def modes(self) -> list[int]:
@@ -117,6 +124,7 @@ def open_artifact(path: Path) -> Artifact:
         quant=keys.choice(layout.KEY_QUANT, layout.QUANTS),
         plans=_plans(file, keys, config),
         predictor_relu=keys.of(layout.KEY_PREDICTOR_RELU, bool),
+        predictor_input=keys.choice(layout.KEY_PREDICTOR_INPUT, layout.PREDICTOR_INPUTS),
         placement=_placement(keys, config),
         tokenizer_json=keys.of(layout.KEY_TOKENIZER, str),
         chat_template=keys.of(layout.KEY_TEMPLATE, str) if layout.KEY_TEMPLATE in file.metadata else None,
@@ -326,7 +334,7 @@ def _special(keys: _Keys, config: Config) -> dict[str, Any]:
 def _check_tensors(artifact: Artifact) -> None:
     """Exactly the tensors that layout.tensor_table demands, in its order."""
     file, config = artifact.file, artifact.config
-    table = tensor_table(config, artifact.plans, artifact.quant, _biases(file, config))
+    table = tensor_table(config, artifact.plans, artifact.quant, _biases(file, config), artifact.head)
     for plan in table:
         _check_tensor(file, plan)
     expected = {plan.name for plan in table}

@@ -50,12 +50,12 @@ def split(
     check_inputs(activations, predictors, placement, quant)
     config = checkpoint.config
     plans = predictors.plans if predictors is not None else [LayerPlan(MODE_GATE)] * config.n_layer
-    table = tensor_table(config, plans, quant, checkpoint.biases)
+    table = tensor_table(config, plans, quant, checkpoint.biases, checkpoint.head_type(quant))
     metadata = artifact_metadata(
         checkpoint,
         plans,
         quant,
-        predictors.relu if predictors is not None else False,
+        predictors,
         (placement.vram, placement.ram) if placement is not None else None,
         describe(checkpoint, activations, predictors, placement, plans, {"quant": quant, **(arguments or {})}),
     )

@@ -75,10 +75,17 @@ class Weights:
             yield quantise(plan, self._read(plan, plan.name))
             return
         for rows in row_slices(plan.shape[1], plan.shape[0]):
-            yield quantise(plan, self._read(plan, plan.name, rows))
+            yield self._bytes(plan, plan.name, rows)
+
+    def _bytes(self, plan: TensorPlan, name: str, rows: slice) -> Array:
+        """Rows of the checkpoint's matrix as plan.type's bytes: those that it has, where it has that type."""
+        stored = self.checkpoint.stored(name, plan.type, rows)
+        if stored is not None and is_finite(plan.type, stored):
+            return stored
+        return quantise(plan, self._read(plan, name, rows))
 
     def _bundles(self, i: int, parts: tuple[str, ...], plan: TensorPlan) -> Array:
-        """The rows of all neurons in stored order, quantised: uint8 [n_ff, len(parts), bytes of a row].
+        """The rows of all neurons in stored order: uint8 [n_ff, len(parts), bytes of a row].
 
         Quantised before they are sorted: the float32 form of only one matrix is held at a time.
         """
@@ -89,18 +96,23 @@ class Weights:
         bundles = np.empty((len(order), len(parts), plan.shape[0] // elements * size), np.uint8)
         for r, part in enumerate(parts):
             for neurons, rows in self._neuron_rows(plan, f"blk.{i}.{part}.weight"):
-                bundles[stored_at[neurons], r] = quantise(plan, rows)
+                bundles[stored_at[neurons], r] = rows
         return bundles
 
-    def _neuron_rows(self, plan: TensorPlan, name: str) -> Iterator[tuple[slice, FloatArray]]:
-        """One row a neuron, in the checkpoint's order: rows of gate and up, columns of down."""
+    def _neuron_rows(self, plan: TensorPlan, name: str) -> Iterator[tuple[slice, Array]]:
+        """Bytes of a row a neuron, in the checkpoint's order: rows of gate and up, columns of down."""
         config = self.checkpoint.config
-        down = self._read(plan, name) if name.endswith("ffn_down.weight") else None
+        columns = None
         for neurons in row_slices(config.n_ff, config.n_embd):
-            if down is None:
-                yield neurons, self._read(plan, name, neurons)
-            else:
-                yield neurons, np.ascontiguousarray(down[:, neurons].T)
+            if not name.endswith("ffn_down.weight"):
+                yield neurons, self._bytes(plan, name, neurons)
+                continue
+            stored = self.checkpoint.stored(name.replace("ffn_down", "ffn_down_t"), plan.type, neurons)
+            if stored is not None and is_finite(plan.type, stored):
+                yield neurons, stored
+                continue
+            columns = self._read(plan, name) if columns is None else columns
+            yield neurons, quantise(plan, np.ascontiguousarray(columns[:, neurons].T))
 
     def _predictor(self, i: int, part: str, plan: TensorPlan) -> Iterator[Array]:
         assert self.predictors is not None
@@ -137,6 +149,13 @@ def quantise(plan: TensorPlan, rows: FloatArray) -> Array:
 
     rows = np.ascontiguousarray(rows, np.float32)
     return quantize(rows, GGMLQuantizationType(TYPE_ID[plan.type])).view(np.uint8)
+
+
+def is_finite(type: str, rows: Array) -> bool:
+    """Whether bytes of `type` stand for finite numbers: of quantised blocks, the scales that they begin with."""
+    size = BLOCK[type][1]
+    kind = np.float32 if type == "f32" else np.float16
+    return bool(np.isfinite(rows.reshape(len(rows), -1, size)[..., : np.dtype(kind).itemsize].copy().view(kind)).all())
 
 
 def check_range(plan: TensorPlan, name: str, numbers: FloatArray, first_row: int = 0) -> None:

@@ -1,6 +1,7 @@
 """A GGUF file as llama.cpp writes it: any type that the gguf package dequantises."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from powerinfer_tools.checkpoint.gguf_file import GgufFile, raw_rows, read_gguf
 from powerinfer_tools.checkpoint.gguf_tokenizer import read_special, rebuild_tokenizer
 from powerinfer_tools.checkpoint.huggingface_tokenizer import TEMPLATE_LIMIT
 from powerinfer_tools.checkpoint.source import Checkpoint, FloatArray, check_rows
-from powerinfer_tools.checkpoint.sources import Rows, check_stored
+from powerinfer_tools.checkpoint.sources import Reading, Rows, check_stored
 from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.families.family import Reader
 from powerinfer_tools.families.registry import by_architecture
 
 CHUNK = 1 << 22  # elements dequantised at once
@@ -26,11 +28,11 @@ class GgufCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, activation: str | None = None) -> None:
         self.path, self.notes = path, []
-        self._file = read_gguf(path, strict=False)
-        header = _read_header(self._file, activation, self.notes)
+        self._file = self._open()
+        readers = self._readers()
+        header = _read_header(self._file, readers, activation, self.notes)
         fields = header.fields
-        architecture = fields.text("general.architecture")
-        reading = by_architecture()[architecture].gguf[architecture](header)
+        reading = self._reading(header, readers[fields.text("general.architecture")])
         self.config, self._sources = reading.config, reading.sources
         self._activation = activation or self.config.activation
         self._shapes = {name: source.shape for name, source in reading.sources.items()}
@@ -44,6 +46,16 @@ class GgufCheckpoint(Checkpoint):
         self.metadata["name"] = self.config.name
         if not self.special["eos"]:
             self.notes.append("no end-of-text token is recorded: answers end at the token limit")
+
+    def _open(self) -> GgufFile:
+        return read_gguf(self.path, strict=False)
+
+    def _readers(self) -> dict[str, Reader]:
+        """What reads such a file, by its architecture."""
+        return by_architecture()
+
+    def _reading(self, header: Header, reader: Reader) -> Reading:
+        return reader(header)
 
     def names(self) -> frozenset[str]:
         return frozenset(self._shapes)
@@ -85,13 +97,13 @@ class GgufCheckpoint(Checkpoint):
         return floats
 
 
-def _read_header(file: GgufFile, activation: str | None, notes: list[str]) -> Header:
+def _read_header(file: GgufFile, known: Iterable[str], activation: str | None, notes: list[str]) -> Header:
     """Errors: an artifact of ours; an architecture that no family reads, named with those that are."""
     metadata = file.metadata
     fields = Fields(str(file.path), metadata)
     if KEY_VERSION in fields:
         raise PowerinferError(f"{file.path}: expected a checkpoint, found a powerinfer artifact", "mismatch")
-    prefix = fields.choice("general.architecture", by_architecture()) + "."
+    prefix = fields.choice("general.architecture", known) + "."
     sizes = {key: _one(value) for key, value in metadata.items() if key.startswith(prefix)}
     return Header(file, fields, Fields(str(file.path), sizes, prefix), activation, notes)
 

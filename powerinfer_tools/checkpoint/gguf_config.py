@@ -187,8 +187,8 @@ def _asked(header: Header) -> tuple[str, float | None]:
         threshold = float(number)
     except ValueError:
         threshold = -1.0
-    if name != "fatrelu" or not 0 <= threshold < 1e6:
-        expected = "a threshold with fatrelu alone, such as fatrelu:0.03"
+    if name != "fatrelu" or not 0 <= threshold < 1e6 or KEY_THRESHOLDS in header.fields:
+        expected = "a threshold with fatrelu alone, such as fatrelu:0.03, and none that the file records"
         raise PowerinferError(f"{header.fields.where}: expected {expected}, found {header.activation}", "usage")
     return name, threshold
 

@@ -30,6 +30,8 @@ MAX_DIMS = 4
 MAX_ELEMENTS = (1 << 40) - 1  # of a tensor
 MIN_ALIGNMENT, MAX_ALIGNMENT, DEFAULT_ALIGNMENT = 8, 4096, 32
 
+GGUF, PWRI = b"GGUF", b"PWRI"  # what files begin with: those of the first PowerInfer say so
+
 UINT32, BOOL, STRING, ARRAY, UINT64 = 4, 7, 8, 9, 10
 _CODES = {
     0: "B",
@@ -78,8 +80,8 @@ class GgufFile:
     n_bytes: int
 
 
-def read_gguf(path: Path, strict: bool) -> GgufFile:
-    """The header of the GGUF file at `path`.
+def read_gguf(path: Path, strict: bool, magic: bytes = GGUF) -> GgufFile:
+    """The header of the GGUF file at `path`, which begins with `magic`.
 
     Errors, by kind. truncated: it ends too early; malformed: it breaks a rule of the format or a limit;
     unsupported: a version or tensor type that is not read; io: it cannot be read. Each names field or tensor, what
@@ -93,9 +95,15 @@ def read_gguf(path: Path, strict: bool) -> GgufFile:
             if n_bytes == 0:  # cannot be mapped
                 raise PowerinferError(f"{path}: expected a GGUF file, found the end at byte 0", "truncated")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Reader(path, data, strict).read()
+                return _Reader(path, data, strict, magic).read()
     except OSError as error:
         raise PowerinferError(f"{path}: cannot be read: {error.strerror or error}", "io") from error
+
+
+def is_pwri(path: Path) -> bool:
+    """Whether the file is a model of the first PowerInfer, by its first bytes."""
+    with path.open("rb") as file:
+        return file.read(len(PWRI)) == PWRI
 
 
 def raw_rows(file: GgufFile, name: str, rows: slice | None = None) -> npt.NDArray[np.uint8]:
@@ -114,8 +122,8 @@ def raw_rows(file: GgufFile, name: str, rows: slice | None = None) -> npt.NDArra
 class _Reader:
     """Walks a mapped header once; never steps past the end of the file or past MAX_HEADER."""
 
-    def __init__(self, path: Path, data: mmap.mmap, strict: bool) -> None:
-        self.path, self.data, self.strict = path, data, strict
+    def __init__(self, path: Path, data: mmap.mmap, strict: bool, magic: bytes) -> None:
+        self.path, self.data, self.strict, self.magic = path, data, strict, magic
         self.n_bytes = len(data)
         self.position = 0
         self.alignment = DEFAULT_ALIGNMENT
@@ -143,8 +151,12 @@ class _Reader:
 
     def check_version(self) -> None:
         self.require(4, "magic")
-        if (magic := self.data[:4]) != b"GGUF":
-            self.fail(f"expected a GGUF file, found one that begins with {magic!r}")
+        found = self.data[:4]
+        if found == PWRI != self.magic:
+            found_is = "expected an artifact, found a model of the first PowerInfer"
+            self.fail(f"{found_is}; convert it with: powerinfer build {self.path} -o NEW.gguf")
+        if found != self.magic:
+            self.fail(f"expected a {self.magic.decode()} file, found one that begins with {found!r}")
         self.position = 4
         version = self.number(UINT32, "version")
         if version not in ((3,) if self.strict else (2, 3)):

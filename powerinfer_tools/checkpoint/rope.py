@@ -61,6 +61,14 @@ def yarn_scale(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
+def plain_theta(rope: Rope, head_dim: int) -> float | None:
+    """The base of plain rotary frequencies of whole heads, found in them; None where they are scaled or partial."""
+    n = head_dim
+    theta = float(f"{float(rope.inv_freq[-1]) ** (-n / (n - 2)):.6g}") if n > 2 else 10000.0
+    plain = np.array_equal(frequencies(theta, n).astype(np.float32), rope.inv_freq)
+    return theta if plain and rope.scale == 1 else None
+
+
 def finish(freq: Frequencies, scale: float = 1.0) -> Rope:
     """The Rope that engines use."""
     return Rope(freq.astype(np.float32), scale)

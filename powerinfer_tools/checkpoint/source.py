@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_tools.checkpoint.config import Config
+from powerinfer_tools.checkpoint.gguf_file import is_pwri
 from powerinfer_tools.errors import PowerinferError
 
 FloatArray = npt.NDArray[np.float32]
@@ -37,6 +38,16 @@ class Checkpoint(ABC):
     @abstractmethod
     def read(self, name: str, rows: slice | None = None) -> FloatArray:
         """One tensor as float32, or only some of its rows. Errors: no such tensor, wrong shape, unreadable type."""
+
+    def stored(self, name: str, type: str, rows: slice) -> npt.NDArray[np.uint8] | None:
+        """Rows of a matrix as the files have them, uint8 [rows, bytes of a row], where they have them in `type`, a key
+        of artifact.layout.BLOCK; else None: they are to be read. blk.N.ffn_down_t.weight is ffn_down, a row a neuron.
+        """
+        return None
+
+    def head_type(self, quant: str) -> str | None:
+        """The type that output.weight keeps in an artifact of type `quant`; None: that one."""
+        return None
 
     @abstractmethod
     def digest(self) -> str:
@@ -74,7 +85,7 @@ def check_finite(name: str, array: FloatArray, first_row: int = 0) -> None:
 
 
 def open_checkpoint(path: Path, activation: str | None = None, patch: Path | None = None) -> Checkpoint:
-    """Opens a Hugging Face folder or a GGUF file, with what `patch` changes of it.
+    """Opens a Hugging Face folder, a GGUF file or one of the first PowerInfer, with what `patch` changes of it.
 
     `activation` answers for files that do not record it (GGUF).
     """
@@ -88,6 +99,7 @@ def open_checkpoint(path: Path, activation: str | None = None, patch: Path | Non
         return HuggingFaceCheckpoint(path, activation)
     if path.is_file():
         from powerinfer_tools.checkpoint.gguf_checkpoint import GgufCheckpoint
+        from powerinfer_tools.checkpoint.pwri_checkpoint import PwriCheckpoint
 
-        return GgufCheckpoint(path, activation)
+        return (PwriCheckpoint if is_pwri(path) else GgufCheckpoint)(path, activation)
     raise PowerinferError(f"{path}: expected a checkpoint folder or a GGUF file, found nothing there", "usage")

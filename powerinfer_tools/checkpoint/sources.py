@@ -19,13 +19,15 @@ ReadRows = Callable[[str, Rows], FloatArray]  # these rows of their tensor, elem
 @dataclass(frozen=True)
 class Source:
     """One of our tensors. needs: their tensors that it is made of, each with its shape there; read: some of our rows,
-    made of theirs; stored_as: their name, where their tensor is ours as it is.
+    made of theirs; stored_as: their name, where their tensor is ours as it is; index: the places of our rows in theirs,
+    where each is one of them in another order.
     """
 
     shape: tuple[int, ...]
     needs: Shapes
     read: Callable[[ReadRows, Rows], FloatArray]
     stored_as: str | None = None
+    index: Callable[[Rows], Rows] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def stored(name: str, shape: tuple[int, ...]) -> Source:
 
 def picked(name: str, shape: tuple[int, ...], n: int, index: Callable[[Rows], Rows]) -> Source:
     """n rows of their tensor of this shape: ours at i is theirs at index(i)."""
-    return Source((n, *shape[1:]), {name: shape}, lambda read, rows: read(name, index(rows)))
+    return Source((n, *shape[1:]), {name: shape}, lambda read, rows: read(name, index(rows)), index=index)
 
 
 def folded(source: Source, fold: Callable[[FloatArray], FloatArray]) -> Source:

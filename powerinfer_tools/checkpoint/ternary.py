@@ -10,8 +10,10 @@ SMALLEST = 1e-5  # scale
 
 
 def packed(name: str, shape: tuple[int, ...]) -> Source:
-    """Row r lies in row r % (n / 4) of `name`, U8 [n / 4, in]: two bits, its number + 1; times `name`_scale [1]."""
-    n, scale = shape[0] // 4, f"{name}_scale"
+    """Row r lies in row r % n of `name`, U8 [n, in], n a quarter of our rows, rounded up: bits 2 (r // n) and the next
+    are the number + 1. All are times `name`_scale [1].
+    """
+    n, scale = -(-shape[0] // 4), f"{name}_scale"
 
     def read(read: ReadRows, rows: Rows) -> FloatArray:
         shifts = (2 * (rows // n)).astype(np.uint8)[:, None]

@@ -41,6 +41,7 @@ FAMILY = Family(
     models={"bamboo": "BambooForCausalLM"},
     folder=_folder,
     gguf={"bamboo": _gguf},
+    pwri=(_gguf, "drelu"),
     activations=("drelu",),
     example="PowerInfer/Bamboo-base-v0_1, TurboSparse-Mistral-Instruct (without its predictors)",
     checked="its published code, written anew in the test",

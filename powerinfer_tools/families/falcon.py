@@ -156,6 +156,7 @@ FAMILY = Family(
     models={"falcon": "FalconForCausalLM"},
     folder=_folder,
     gguf={"falcon": _gguf},
+    pwri=(_gguf, "relu"),
     activations=("relu",),
     example="SparseLLM/ReluFalcon-40B",
     checked="transformers: 7B, 40B, 11B, parallel or not",

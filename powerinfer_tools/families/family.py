@@ -7,12 +7,15 @@ from powerinfer_tools.checkpoint.fields import Fields
 from powerinfer_tools.checkpoint.gguf_config import Header
 from powerinfer_tools.checkpoint.sources import Reading
 
+Reader = Callable[[Header], Reading]
+
 
 @dataclass(frozen=True)
 class Family:
     """name: Config.arch; models: config.json's model_type, each with the class that `architectures` names;
     folder: reads (config.json, the model's name, notes for the user); gguf: what reads a GGUF file, by its
-    general.architecture; quantised: folder understands quantization_config.
+    general.architecture; pwri: what reads a model file of the first PowerInfer, whose general.architecture is `name`,
+    and the activation that its engine computes; quantised: folder understands quantization_config.
 
     For README: activations that its models have; example of one; checked: what logits were compared with.
     """
@@ -23,5 +26,6 @@ class Family:
     activations: tuple[str, ...]
     example: str
     checked: str
-    gguf: Mapping[str, Callable[[Header], Reading]] = field(default_factory=dict)
+    gguf: Mapping[str, Reader] = field(default_factory=dict)
+    pwri: tuple[Reader, str] | None = None
     quantised: bool = False

@@ -71,6 +71,7 @@ FAMILY = Family(
     models={"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"},
     folder=_folder,
     gguf={"llama": _llama_gguf, "qwen2": _qwen2_gguf},
+    pwri=(_llama_gguf, "relu"),
     activations=("silu", "relu", "relu2", "fatrelu", "drelu"),
     example="SparseLLM/ReluLLaMA-7B, SparseLLM/prosparse-llama-2-7b",
     checked="transformers: llama, mistral, qwen2",

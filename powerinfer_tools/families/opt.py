@@ -1,7 +1,10 @@
 """OPT: LayerNorm, learned positions, a plain FFN with ReLU."""
 
+from dataclasses import replace
+
 from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.checkpoint.fields import Fields
+from powerinfer_tools.checkpoint.gguf_config import Header, gguf_sources, read_gguf_config
 from powerinfer_tools.checkpoint.huggingface_config import MAX_LAYERS, name_sources, their_name
 from powerinfer_tools.checkpoint.sources import Reading, picked
 from powerinfer_tools.checkpoint.tensors import ATTENTION, FFN
@@ -76,10 +79,21 @@ def _check_variant(fields: Fields, n_embd: int) -> None:
         raise fields.unsupported("activation_function", "relu")
 
 
+def _pwri(header: Header) -> Reading:
+    """The first PowerInfer counts the rows before position 0 as context; llama.cpp has no OPT."""
+    plain = read_gguf_config(header, "opt", "relu", gated=False, norm="layer")
+    n_rows = plain.n_ctx
+    config = replace(plain, n_ctx=n_rows - OFFSET, rope=None, learned_positions=True)
+    sources, ours = gguf_sources(header, config), "position_embd.weight"
+    sources[ours] = picked(ours, (n_rows, config.n_embd), config.n_ctx, lambda rows: rows + OFFSET)
+    return Reading(config, sources)
+
+
 FAMILY = Family(
     name="opt",
     models={"opt": "OPTForCausalLM"},
     folder=_folder,
+    pwri=(_pwri, "relu"),
     activations=("relu",),
     example="facebook/opt-6.7b",
     checked="transformers",

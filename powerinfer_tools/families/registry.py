@@ -5,7 +5,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from powerinfer_tools import families
-from powerinfer_tools.families.family import Family
+from powerinfer_tools.families.family import Family, Reader
 
 
 @cache
@@ -20,6 +20,11 @@ def by_model_type() -> dict[str, Family]:
     return {kind: family for family in all_families() for kind in family.models}
 
 
-def by_architecture() -> dict[str, Family]:
-    """general.architecture of a GGUF file -> its family."""
-    return {name: family for family in all_families() for name in family.gguf}
+def by_architecture() -> dict[str, Reader]:
+    """general.architecture of a GGUF file -> what reads it."""
+    return {name: reader for family in all_families() for name, reader in family.gguf.items()}
+
+
+def by_pwri_architecture() -> dict[str, tuple[Reader, str]]:
+    """general.architecture of a model file of the first PowerInfer -> what reads it, and its activation."""
+    return {family.name: family.pwri for family in all_families() if family.pwri is not None}

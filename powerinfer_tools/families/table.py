@@ -25,7 +25,8 @@ def with_table(page: str) -> str:
 def _line(family: Family) -> str:
     kin = sorted(family.models.keys() - {family.name})
     name = f"{family.name} (also {', '.join(kin)})" if kin else family.name
-    checkpoint = "folder, GGUF" if family.gguf else "folder"
+    kinds = {"folder": True, "GGUF": family.gguf, "PWRI": family.pwri}
+    checkpoint = ", ".join(kind for kind, reads in kinds.items() if reads)
     return f"| {name} | {checkpoint} | {', '.join(family.activations)} | {family.example} | {family.checked} |\n"
 
 

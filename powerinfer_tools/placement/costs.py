@@ -95,26 +95,37 @@ class Costs:
 
 
 def artifact_costs(
-    config: Config, plans: Sequence[LayerPlan], *, quant: str, biases: frozenset[str], ctx_size: int, threads: int = 1
+    config: Config,
+    plans: Sequence[LayerPlan],
+    *,
+    quant: str,
+    biases: frozenset[str],
+    ctx_size: int,
+    threads: int = 1,
+    head: str | None = None,
 ) -> Costs:
-    """The bytes of the artifact that `split` makes of these choices, run with `ctx_size` positions and `threads`."""
+    """The bytes of the artifact that `split` makes of these choices, run with `ctx_size` positions and `threads`.
+
+    head: the type of output.weight, where it is not `quant`.
+    """
     if len(plans) != config.n_layer:
         raise PowerinferError(f"expected one plan a layer ({config.n_layer}), found {len(plans)}", "mismatch")
     if not 1 <= ctx_size <= config.n_ctx:
         raise PowerinferError(f"--ctx-size: expected 1 to {config.n_ctx}, found {ctx_size}", "usage")
     parts: list[dict[str, TensorPlan]] = [{} for _ in plans]
-    head = host = 0
-    for tensor in tensor_table(config, list(plans), quant, biases):
+    output = host = 0
+    for tensor in tensor_table(config, list(plans), quant, biases, head):
         if tensor.name.startswith("blk."):
             _, number, name = tensor.name.split(".", 2)
             parts[int(number)][name] = tensor
         elif tensor.name.startswith("output") or (config.tied and tensor.name == "token_embd.weight"):
-            head += tensor.n_bytes
+            output += tensor.n_bytes
         else:
             host += tensor.n_bytes
     kv = kv_bytes(config, 1, ctx_size)
     layers = tuple(_layer_costs(config, plan, part, kv) for plan, part in zip(plans, parts, strict=True))
-    return Costs(layers, head, host, scratch_bytes(config, plans, ctx_size, threads), config.taking_part)
+    scratch = scratch_bytes(config, plans, ctx_size, threads)
+    return Costs(layers, output, host, scratch, config.taking_part)
 
 
 def _layer_costs(config: Config, plan: LayerPlan, tensors: dict[str, TensorPlan], kv: int) -> LayerCosts:

@@ -82,7 +82,13 @@ def fit(
     config = artifact.config
     biases = frozenset(name for name in artifact.file.tensors if name.endswith(".bias"))
     costs = artifact_costs(
-        config, artifact.plans, quant=artifact.quant, biases=biases, ctx_size=ctx_size, threads=threads
+        config,
+        artifact.plans,
+        quant=artifact.quant,
+        head=artifact.head,
+        biases=biases,
+        ctx_size=ctx_size,
+        threads=threads,
     )
     one = costs.kv + costs.scratch
     process = process_bytes() if process is None else process

@@ -64,13 +64,15 @@ def place(
     ram: int | None = None,
     objective: str = "time",
     let_through: Sequence[float] | None = None,
+    head: str | None = None,
     inputs: dict[str, str] | None = None,
 ) -> Placement:
     """The best placement of an artifact on a machine; with more vram or ram it is never worse in its objective.
 
     vram, ram: budgets in bytes; ram None: what the machine has. let_through: neurons let through per firing one, a
-    layer. inputs: digests to record beside those of activations and machine. Errors: a budget that cannot do names the
-    smallest that would; vram on a machine without a card.
+    layer. head: the type of output.weight, where it is not `quant`. inputs: digests to record beside those of
+    activations and machine. Errors: a budget that cannot do names the smallest that would; vram on a machine without a
+    card.
     """
     if objective not in OBJECTIVES:
         raise PowerinferError(f"--objective: expected {' or '.join(OBJECTIVES)}, found {objective!r}", "usage")
@@ -79,7 +81,9 @@ def place(
         raise PowerinferError(
             f"activations: expected {config.n_layer} layers of {config.n_ff}, found {found}", "mismatch"
         )
-    costs = artifact_costs(config, plans, quant=quant, biases=biases, ctx_size=ctx_size, threads=machine.threads)
+    costs = artifact_costs(
+        config, plans, quant=quant, head=head, biases=biases, ctx_size=ctx_size, threads=machine.threads
+    )
     ratio = None if let_through is None else np.asarray(let_through, np.float64)
     problem = Problem(costs, activations, machine, ratio)
     limits = _limits(problem, vram, ram)
@@ -89,9 +93,9 @@ def place(
 
 
 def let_through(plans: Sequence[LayerPlan], figures: Sequence[dict[str, Any]]) -> list[float]:
-    """Neurons that each layer's predictor lets through for one that fires, from what training measured."""
+    """Neurons that each layer's predictor lets through for one that fires, as training measured it; else 1."""
     return [
-        figure["predicted"] / figure["active"] if plan.mode == MODE_PREDICTOR and figure["active"] > 0 else 1.0
+        figure["predicted"] / figure["active"] if plan.mode == MODE_PREDICTOR and figure.get("active", 0) > 0 else 1.0
         for plan, figure in zip(plans, figures, strict=True)
     ]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_tools.artifact.layout import MODE_PREDICTOR, LayerPlan
+from powerinfer_tools.artifact.layout import INPUT_FFN, MODE_PREDICTOR, LayerPlan
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.files import Table, read_table
 
@@ -19,10 +19,11 @@ FloatArray = npt.NDArray[np.float32]
 class Predictors:
     """One plan a layer, and for layers in mode predictor its weights.
 
-    relu: logits = w_out . relu(w_in . x) + bias, else w_out . (w_in . x) + bias; quant: the type that the weights are
-    rounded to; figures: what was measured of each layer on held-out samples, as `train` describes it; loss: what they
-    change in the whole model on held-out windows: tokens, top1 (share that keeps its likeliest next token), perplexity
-    (relative rise), dropped (layers that changed too much and were put in gate mode).
+    relu: logits = w_out . relu(w_in . x) + bias, else w_out . (w_in . x) + bias; input: what x is, one of
+    layout.PREDICTOR_INPUTS; quant: the type that the weights are rounded to; figures: what was measured of each layer
+    on held-out samples, as `train` describes it; loss: what they change in the whole model on held-out windows: tokens,
+    top1 (share that keeps its likeliest next token), perplexity (relative rise), dropped (layers that changed too much
+    and were put in gate mode).
     """
 
     path: Path
@@ -30,6 +31,7 @@ class Predictors:
     checkpoint_digest: str
     activations_digest: str
     relu: bool
+    input: str
     quant: str
     plans: list[LayerPlan]
     figures: list[dict[str, Any]]
@@ -59,6 +61,7 @@ def read_predictors(path: Path) -> Predictors:
         checkpoint_digest=header["inputs"]["checkpoint"],
         activations_digest=header["inputs"]["activations"],
         relu=header["relu"],
+        input=header.get("input", INPUT_FFN),  # older files do not say
         quant=header["quant"],
         plans=[LayerPlan(**plan) for plan in header["plans"]],
         figures=header["figures"],

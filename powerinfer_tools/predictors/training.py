@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from powerinfer_tools.activations.file import Activations, apply
-from powerinfer_tools.artifact.layout import MODE_GATE, MODE_NAMES, MODE_PREDICTOR, QUANTS, LayerPlan
+from powerinfer_tools.artifact.layout import INPUT_FFN, MODE_GATE, MODE_NAMES, MODE_PREDICTOR, QUANTS, LayerPlan
 from powerinfer_tools.checkpoint.source import Checkpoint
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.files import Array, Table, read_table, write_table
@@ -74,6 +74,7 @@ def train(
             "inputs": {"checkpoint": activations.checkpoint_digest, "activations": activations.digest},
             **{key: fingerprint[key] for key in ("recall", "error", "top1", "perplexity", "quant", "seed")},
             "relu": relu,
+            "input": INPUT_FFN,
             "plans": [layer.header["plan"] for layer in layers],
             "figures": [layer.header["figures"] for layer in layers],
             "loss": loss,
@@ -92,6 +93,12 @@ def _check(
     quant: str,
 ) -> None:
     apply(activations, checkpoint)
+    if activations.n_samples == 0:
+        raise PowerinferError(
+            f"{activations.path}: holds counts alone, no samples to train with; make others with: "
+            f"powerinfer profile {checkpoint.path} --corpus FILE",
+            "mismatch",
+        )
     if not checkpoint.config.exactly_sparse:
         raise PowerinferError(
             f"{checkpoint.path}: {checkpoint.config.activation} is never exactly zero, so there is nothing to predict; "

@@ -6,13 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.checkpoint.fields import read_json
 from powerinfer_tools.checkpoint.huggingface import CONFIG_LIMIT, HuggingFaceCheckpoint, text_files
 from powerinfer_tools.checkpoint.huggingface_config import THRESHOLDS, name_sources
-from powerinfer_tools.checkpoint.rope import frequencies
+from powerinfer_tools.checkpoint.rope import plain_theta
 from powerinfer_tools.checkpoint.safetensors_files import SINGLE
 from powerinfer_tools.checkpoint.source import Checkpoint
 from powerinfer_tools.errors import PowerinferError
@@ -90,11 +88,9 @@ _FOLDER = "give the Hugging Face folder that it was made from"
 
 
 def _rope_theta(base: Checkpoint) -> float:
-    """The base of plain rotary frequencies, found in them."""
-    rope, n = base.config.rope, base.config.head_dim
-    assert rope is not None
-    theta = float(f"{float(rope.inv_freq[-1]) ** (-n / (n - 2)):.6g}") if n > 2 else 10000.0
-    if rope.scale != 1 or not np.array_equal(frequencies(theta, n).astype(np.float32), rope.inv_freq):
+    assert base.config.rope is not None
+    theta = plain_theta(base.config.rope, base.config.head_dim)
+    if theta is None:
         raise PowerinferError(
             f"{base.path}: expected plain rotary positions in a GGUF file, found scaled ones: {_FOLDER}", "unsupported"
         )

@@ -161,7 +161,7 @@ def test_a_long_token_takes_no_more_memory_than_itself(read: Read, file: Callabl
 
 BROKEN: dict[str, tuple[bytes, str, str]] = {
     # header
-    "magic": (gguf(magic=b"PWRI"), "malformed", "expected a GGUF file, found one that begins with .*PWRI"),
+    "magic": (gguf(magic=b"GGML"), "malformed", "expected a GGUF file, found one that begins with .*GGML"),
     "magic of control characters": (gguf(magic=b"\x1b[2J"), "malformed", "expected a GGUF file"),
     "version 2": (gguf(version=2), "unsupported", "version: expected 3, found 2"),
     "version 4": (gguf(version=4), "unsupported", "version: expected 3, found 4"),

@@ -33,6 +33,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             make_artifact(
                 folder / name, folder / f"{name}-predictor-{quant}.gguf", quant=quant, predictor=True, slack=0.02
             )
+    stream = {"quant": "q8_0", "predictor": True, "input": "stream"}
+    make_artifact(folder / "llama", folder / "llama-stream-q8_0.gguf", **stream)
     return folder
 
 
@@ -73,6 +75,14 @@ def test_a_model_on_disk_gives_the_same_bits(models: Path, kind: str, quant: str
     picks = kind.endswith("gate") if mode == "gate" else mode != "dense"
     assert (stats.neurons_disk > 0, stats.neurons_prefix > 0) == (picks, picks)
     assert stats.stream_bytes > 0
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_predictors_of_the_stream_choose_the_same_on_disk(models: Path, threads: int) -> None:
+    path = models / "llama-stream-q8_0.gguf"
+    found = run(path, DiskLimits((0, 40, 200), 24, 400), threads=threads)
+    same(found, run(path, None, threads=1))
+    assert found[-1].neurons_disk > 0
 
 
 def test_where_more_is_asked_than_there_is_room_for_the_layer_is_read_whole(models: Path) -> None:

@@ -18,6 +18,7 @@ from powerinfer_tools.engine import Engine, Sampling, native
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement import artifact_costs
 from tests.artifacts import make_artifact, write_artifact
+from tests.drawn import DrawnCheckpoint, drawn_config
 from tests.tiny import make_llama, make_opt
 
 FloatArray = npt.NDArray[np.float32]
@@ -237,6 +238,33 @@ def test_predictor_lets_through_what_its_numbers_say(tmp_path: Path) -> None:
     assert abs(score.n_predicted - int(asked.sum())) <= close
     assert abs(score.n_hit - int((asked & fires).sum())) <= close
     assert abs(score.n_true - int(fires.sum())) <= close
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_predictor_reads_the_stream_where_it_is_said_to(tmp_path: Path, parallel: bool) -> None:
+    """What the FFN's norm reads: the stream behind attention, or the layer's input where the two run side by side."""
+    checkpoint, tokens, slack, always = DrawnCheckpoint(drawn_config(n_layer=1, parallel=parallel)), ids(32), 1.0, 5
+    checkpoint.tensors["token_embd.weight"] *= 4  # so that the norm changes what passes
+    write_artifact(checkpoint, tmp_path / "a.gguf", predictor=True, slack=slack, always=always, input="stream")
+    with Engine(tmp_path / "a.gguf") as engine:
+        score = engine.score(tokens)[1][0]
+    with Engine(tmp_path / "a.gguf") as engine:
+        for token in tokens:
+            engine.decode(token)
+        decoded = engine.stats().neurons_computed
+    with torch.no_grad():
+        entry = reference.embed(checkpoint, torch.tensor([tokens]))
+        layer = reference.load_layer(checkpoint, 0)
+        stream = (entry if parallel else layer.attention(entry)[0])[0]
+        logits = [(layer.ffn.select(x) + slack).numpy() for x in (stream, layer.ffn_norm(stream))]
+    order = open_artifact(tmp_path / "a.gguf").order(0)
+    asked, behind_norm = (logit[:, order] >= 0 for logit in logits)
+    asked[:, :always] = True
+    behind_norm[:, :always] = True
+    close = int((np.abs(logits[0]) < 1e-3).sum())
+    assert abs(score.n_predicted - int(asked.sum())) <= close
+    assert abs(decoded - int(asked.sum())) <= close
+    assert abs(int(behind_norm.sum()) - int(asked.sum())) > 10 * close
 
 
 def test_cut_silu_skips_and_uncut_does_not(tmp_path: Path) -> None:

@@ -54,19 +54,23 @@ def test_sub_norms_are_folded_into_columns(tmp_path: Path) -> None:
 
 
 def assert_as_transformers(master: np.ndarray, numbers: np.ndarray, scale: np.float32) -> None:
-    """Both ways in which transformers has ternary weights: made of master weights, and packed."""
-    from transformers.integrations.bitnet import WeightQuant, pack_weights
+    """Both ways in which transformers has ternary weights: made of master weights, and packed, with a scale."""
+    from transformers.integrations.bitnet import AutoBitLinear, WeightQuant, pack_weights
 
-    with torch.compiler.set_stance("force_eager"):
+    linear = AutoBitLinear(*master.shape[::-1], bias=False)
+    linear.weight.data, linear.weight_scale = torch.from_numpy(numbers), torch.tensor([scale])
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
         made = WeightQuant.apply(torch.from_numpy(master)).numpy()
+        used = linear(torch.eye(master.shape[1])).T.numpy()  # rounding to 8 bits keeps 0 and 1
     np.testing.assert_allclose(numbers * scale, made, rtol=1e-6)
+    np.testing.assert_allclose(numbers * scale, used, rtol=1e-6)
     np.testing.assert_array_equal(pack(numbers), pack_weights(torch.from_numpy(numbers.copy())).numpy())
 
 
 @pytest.mark.parametrize("weights", ["master", "packed"])
 def test_ternary_weights(tmp_path: Path, weights: str) -> None:
     """Either release is the float model of its ternary weights; rounding of activations to 8 bits is left out."""
-    plain = make_bitnet(tmp_path / "float", n_layer=12)
+    plain = make_bitnet(tmp_path / "float", n_layer=12, n_ff=162)
     tensors = load_file(plain / "model.safetensors")
     for name in [n for n in tensors if n.removesuffix(".weight").endswith(MATRICES)]:
         numbers, scale = ternary(tensors[name])
@@ -75,7 +79,7 @@ def test_ternary_weights(tmp_path: Path, weights: str) -> None:
     rewrite(plain, read_config(plain), tensors)
     assert_equal(plain)
     found, expected = (
-        open_checkpoint(make_bitnet(tmp_path / weights, weights=weights, n_layer=12)),
+        open_checkpoint(make_bitnet(tmp_path / weights, weights=weights, n_layer=12, n_ff=162)),
         open_checkpoint(plain),
     )
     assert found.names() == expected.names()

@@ -89,9 +89,18 @@ def test_gguf_needs_the_threshold(tmp_path: Path, asked: str) -> None:
     keys = {f"minicpm.{key}": 1.0 for key in ("embedding_scale", "residual_scale", "logit_scale")}
     path = make_gguf(tmp_path / "m.gguf", make_minicpm(tmp_path / "hf"), arch="minicpm", keys=keys)
     with pytest.raises(
-        PowerinferError, match=r"such as fatrelu:0\.03, found|expected 2 numbers, .* or --activation fatrelu:NUMBER"
+        PowerinferError, match=r"such as fatrelu:0\.03, .*found|expected 2 numbers, .* or --activation fatrelu:NUMBER"
     ):
         open_checkpoint(path, asked)
+
+
+def test_gguf_with_a_threshold_takes_no_other(tmp_path: Path) -> None:
+    scales = {f"minicpm.{key}": 1.0 for key in ("embedding_scale", "residual_scale", "logit_scale")}
+    own = {"powerinfer.activation": "fatrelu", "powerinfer.activation_threshold": [0.1, 0.2]}
+    path = make_gguf(tmp_path / "m.gguf", make_minicpm(tmp_path / "hf"), arch="minicpm", keys=scales | own)
+    assert open_checkpoint(path, "fatrelu").config.thresholds == pytest.approx((0.1, 0.2))
+    with pytest.raises(PowerinferError, match=r"none that the file records, found fatrelu:0\.3"):
+        open_checkpoint(path, "fatrelu:0.3")
 
 
 def test_says_what_it_does_not_know(tmp_path: Path) -> None:

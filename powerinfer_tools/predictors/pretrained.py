@@ -1,0 +1,148 @@
+"""Predictors that were trained for the first PowerInfer: fc1 and fc2 of each layer, in its model file or as model_N.pt.
+
+logits = fc2 . relu(fc1 . x), x = what the FFN's norm takes; a neuron is let through where its logit reaches the
+threshold, one for all layers.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from powerinfer_tools.activations.file import Activations, apply
+from powerinfer_tools.artifact.layout import INPUT_STREAM, MODE_NAMES, MODE_PREDICTOR, LayerPlan
+from powerinfer_tools.checkpoint import Checkpoint, Config, open_checkpoint
+from powerinfer_tools.checkpoint.fields import Fields, read_json
+from powerinfer_tools.checkpoint.pwri_checkpoint import PwriCheckpoint
+from powerinfer_tools.checkpoint.torch_file import array_of, read_torch
+from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.files import Array, sha256_bytes, sha256_file, write_table
+from powerinfer_tools.predictors.file import KIND, FloatArray, Predictors, read_predictors
+from powerinfer_tools.progress import Progress, default_progress
+
+CONFIG_LIMIT = 1 << 20
+MAX_RANK = 1 << 14
+
+Layer = tuple[FloatArray, FloatArray]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """digest: of the files; layer: fc1 [rank, n_embd] and fc2 [n_ff, rank] of one layer."""
+
+    digest: str
+    threshold: float
+    layer: Callable[[int], Layer]
+
+
+def open_pretrained(source: Path, config: Config) -> Pretrained:
+    """The predictors of `source`, a PWRI file or a folder of model_N.pt. Errors: a layer's is missing; other sizes."""
+    if source.is_dir():
+        return _open_folder(source, config)
+    found = open_checkpoint(source)
+    if not isinstance(found, PwriCheckpoint):
+        expected = "expected a model file of the first PowerInfer or a folder of model_N.pt"
+        raise PowerinferError(f"{source}: {expected}, found another checkpoint", "mismatch")
+    sizes, others = ((c.n_layer, c.n_embd, c.n_ff) for c in (config, found.config))
+    if sizes != others:
+        raise PowerinferError(f"{source}: expected layers, n_embd and n_ff {sizes}, found {others}", "mismatch")
+    return Pretrained(found.digest(), found.threshold, found.predictor)
+
+
+def take_predictors(
+    checkpoint: Checkpoint,
+    activations: Activations,
+    source: Path,
+    output: Path,
+    *,
+    quant: str = "q4_0",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Predictors:
+    """Writes the predictors of `source` as they are, for the model of `checkpoint`; `activations` order its neurons.
+
+    Every layer is in mode predictor and nothing is measured: `powerinfer eval` tells what they find and cost.
+    """
+    apply(activations, checkpoint)
+    config = checkpoint.config
+    pretrained = open_pretrained(source, config)
+    plans = []
+    with default_progress(progress) as show:
+        for i in range(config.n_layer):
+            plans.append(LayerPlan(MODE_PREDICTOR, len(pretrained.layer(i)[0])))
+            show("train, layers taken over", i + 1, config.n_layer)
+    header = {
+        "inputs": {
+            "checkpoint": activations.checkpoint_digest,
+            "activations": activations.digest,
+            "pretrained": pretrained.digest,
+        },
+        "quant": quant,
+        "relu": True,
+        "input": INPUT_STREAM,
+        "plans": [asdict(plan) for plan in plans],
+        "figures": [_figures(i, plan, pretrained.threshold) for i, plan in enumerate(plans)],
+        "loss": {"dropped": []},
+    }
+    write_table(output, KIND, header, _Arrays(pretrained, config), force)
+    return read_predictors(output)
+
+
+def _figures(i: int, plan: LayerPlan, threshold: float) -> dict[str, int | float | str]:
+    mode = MODE_NAMES[plan.mode]
+    return {"layer": i, "mode": mode, "rank": plan.rank, "always": plan.always, "threshold": threshold}
+
+
+def _open_folder(folder: Path, config: Config) -> Pretrained:
+    """Layer i is in model_<i>.pt; config.json may give the threshold."""
+    paths = [folder / f"model_{i}.pt" for i in range(config.n_layer)]
+    for i, path in enumerate(paths):
+        if not path.is_file():
+            raise PowerinferError(f"{path}: expected the predictor of layer {i}, found no such file", "mismatch")
+    if (beyond := folder / f"model_{config.n_layer}.pt").exists():
+        raise PowerinferError(f"{beyond}: expected predictors of {config.n_layer} layers, found more", "mismatch")
+    digests = [sha256_file(path) for path in paths]
+    settings = folder / "config.json"
+    threshold = 0.0
+    if settings.is_file():
+        fields = Fields(str(settings), read_json(settings, CONFIG_LIMIT))
+        threshold = fields.number("sparse_threshold", 0.0, low=-1e12)
+
+    @lru_cache(maxsize=1)
+    def layer(i: int) -> Layer:
+        return _read_layer(paths[i], config)
+
+    return Pretrained(sha256_bytes(f"{threshold} {digests}".encode()), threshold, layer)
+
+
+def _read_layer(path: Path, config: Config) -> Layer:
+    state = read_torch(path, 4 * MAX_RANK * (config.n_embd + config.n_ff))
+    if not isinstance(state, dict) or set(state) != {"fc1.weight", "fc2.weight"}:
+        found = ", ".join(map(str, list(state)[:4])) if isinstance(state, dict) else type(state).__name__
+        raise PowerinferError(f"{path}: expected fc1.weight and fc2.weight, found {found}", "mismatch")
+    shape: tuple[int, ...] = tuple(getattr(state["fc1.weight"], "shape", ()))
+    rank = shape[0] if len(shape) == 2 else 1
+    fc1 = array_of(path, "fc1.weight", state["fc1.weight"], (rank, config.n_embd))
+    fc2 = array_of(path, "fc2.weight", state["fc2.weight"], (config.n_ff, rank))
+    return fc1.astype(np.float32), fc2.astype(np.float32)
+
+
+class _Arrays(Mapping[str, Array]):
+    """in, out and bias of all layers, read one at a time."""
+
+    def __init__(self, pretrained: Pretrained, config: Config) -> None:
+        self._pretrained, self._n_layer, self._n_ff = pretrained, config.n_layer, config.n_ff
+
+    def __getitem__(self, name: str) -> Array:
+        what, i = name.split(".")
+        if what == "bias":
+            return np.full(self._n_ff, -self._pretrained.threshold, np.float32)
+        return self._pretrained.layer(int(i))[("in", "out").index(what)]
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{what}.{i}" for i in range(self._n_layer) for what in ("in", "out", "bias"))
+
+    def __len__(self) -> int:
+        return 3 * self._n_layer
