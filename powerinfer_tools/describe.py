@@ -99,12 +99,14 @@ def _artifact(path: Path, check: bool) -> Description:
 
 def _config(config: Any) -> Description:
     names = ("name", "arch", "activation", "n_layer", "n_embd", "n_ff", "n_head", "n_head_kv", "n_vocab", "n_ctx")
-    return {name: getattr(config, name) for name in names}
+    experts = {} if config.experts is None else {"experts": f"{config.experts.n_used} of {config.experts.n}"}
+    return {name: getattr(config, name) for name in names} | experts
 
 
 _PARTS = {
     "ffn_neurons": "neurons",
     "ffn_select": "selecting rows",
+    "ffn_router": "routers",
     "predictor_": "predictors",
     "attn_": "attention",
     "token_embd": "embedding and output",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_tools.checkpoint import Checkpoint, Config, Rope
+from powerinfer_tools.checkpoint import Checkpoint, Config, Experts, Rope
 from powerinfer_tools.checkpoint.source import check_rows
 from powerinfer_tools.checkpoint.tensors import bias_shapes, required_shapes
 from tests.tiny import make_tokenizer
@@ -61,6 +61,22 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "backwards": {"rope": rope_of(16, backwards=True)},
     "some layers rotate": {"n_layer": 12, "rotary": tuple(i % 4 != 3 for i in range(12))},
     "none rotates": {"rope": None},
+    "experts": {"experts": Experts(5, 2, "softmax", "ffn_input"), "activation": "drelu"},
+    "routed early": {"n_layer": 12, "experts": Experts(8, 3, "sigmoid", "layer_input")},
+    "plain experts": {"gated": False, "experts": Experts(4, 1, "sigmoid", "ffn_input")},
+    "all but sub norms": {
+        "n_layer": 12,
+        "n_embd": 72,
+        "n_ff": 3 * 277,
+        "n_head": 6,
+        "head_dim": 20,
+        "norm": "layer",
+        "parallel": True,
+        "qk_norm": True,
+        "softcap": 20.0,
+        "rotary": tuple(i != 5 for i in range(12)),
+        "experts": Experts(3, 2, "softmax", "layer_input"),
+    },
     "all": {
         "n_layer": 12,
         "n_embd": 72,

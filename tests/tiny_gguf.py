@@ -57,7 +57,7 @@ def write_gguf(
         if value is not None:
             _add(writer, key, value)
     for name, array in tensors.items():
-        kind = quant if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+        kind = quant if array.ndim > 1 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(name, quantize(array, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

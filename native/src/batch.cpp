@@ -53,6 +53,7 @@ void Session::forward_batch(const int32_t* tokens, size_t n, bool selective, pi_
     set_angles(position, n);
     for (size_t il = 0; il < c.n_layer; il++) {
         const Layer& layer = model.weights.layers[il];
+        if (c.experts.routed_by == RoutedBy::LayerInput) route_batch(layer, b_hidden_.data(), n);
         normalise_batch(layer.attn_norm, b_hidden_.data(), n);
         if (c.parallel) std::copy_n(b_hidden_.data(), n * c.n_embd, b_entry_.data());
         attention_batch(layer, il, n);
@@ -183,45 +184,59 @@ void Session::ffn_batch(const Layer& layer, const float* stream, size_t n, bool 
         predict_batch(layer, b_x_.data(), n);
         quantise_batch(b_x_.data(), n, n_embd);
     }
-    gemm(layer.select, layer.select_bias, b_x_.data(), n, b_select_.data(), false);
-    if (layer.up.data) gemm(layer.up, layer.up_bias, b_x_.data(), n, b_up_.data(), false);
+    if (model.config.experts.routed_by == RoutedBy::FfnInput) route_batch(layer, b_x_.data(), n);
     for (Worker& w : workers_) w.counted = {};
-    pool_.run(n, [&](size_t t, uint32_t thread) {
-        activate_token(layer, t, asked, selective ? &workers_[thread].counted : nullptr);
-    });
+    if (layer.expert)
+        experts_batch(layer, n, selective);
+    else
+        meet({layer, layer.select, layer.up, layer.down, layer.select_bias, layer.up_bias, layer.down_bias},
+             b_x_.data(), n, selective);
+    if (!score) return;
+    score->n_tokens += n;
     for (const Worker& w : workers_) {
-        if (!score) break;
-        score->n_tokens += w.counted.n_tokens;
         score->n_true += w.counted.n_true;
         score->n_predicted += w.counted.n_predicted;
         score->n_hit += w.counted.n_hit;
     }
-    gemm_down(layer, layer.up.data ? b_up_.data() : b_select_.data(), n);
 }
 
-// What token t's neurons hand on: 0 where they do not fire, or where the predictor was asked and holds them back.
-void Session::activate_token(const Layer& layer, size_t t, bool asked, pi_layer_score* score) {
-    size_t n_ff = model.config.n_ff;
-    float *a = &b_select_[t * n_ff], *h = a;
-    activate(layer, n_ff, a);
-    if (layer.up.data) {
-        h = &b_up_[t * n_ff];
-        apply_up(n_ff, a, h);
+// hidden of the group's tokens += what its neurons add;   x: (n, n_embd), b_q8_ its blocks
+void Session::meet(const Group& group, const float* x, size_t n, bool selective) {
+    gemm(group.select, group.select_bias, x, n, b_select_.data(), false);
+    if (group.up.data) gemm(group.up, group.up_bias, x, n, b_up_.data(), false);
+    pool_.run(n, [&](size_t k, uint32_t thread) {
+        activate_token(group, k, selective ? &workers_[thread].counted : nullptr);
+    });
+    gemm_down(group, group.up.data ? b_up_.data() : b_select_.data(), n);
+}
+
+// What the neurons of the group's token k hand on: 0 where they do not fire, or where the predictor was asked and holds
+// them back. score: NULL, or what to count.
+void Session::activate_token(const Group& group, size_t k, pi_layer_score* score) {
+    const Layer& layer = group.layer;
+    size_t n = group.select.n_rows, token = group.token(k);
+    float *a = &b_select_[k * n], *h = a;
+    activate(layer, n, a);
+    float weight = layer.expert ? b_routes_[token * model.config.experts.n + group.expert] : 1;
+    for (size_t i = 0; layer.expert && i < n; i++) a[i] *= weight;
+    if (group.up.data) {
+        h = &b_up_[k * n];
+        apply_up(n, a, h);
     }
     if (score) {
-        const float* forecast = asked ? &b_asked_[t * (n_ff - layer.always)] : nullptr;
-        score->n_tokens++;
-        for (size_t i = 0; i < n_ff; i++) {
+        const float* forecast = asks(layer) ? &b_asked_[token * (model.config.n_ff - layer.always)] : nullptr;
+        for (size_t i = 0; i < n; i++) {
+            size_t neuron = group.neuron(i);
             bool fires = h[i] != 0;
-            bool predicted = asked ? i < layer.always || !(forecast[i - layer.always] < 0) : a[i] != 0;
+            bool predicted = forecast ? neuron < layer.always || !(forecast[neuron - layer.always] < 0) : a[i] != 0;
             score->n_true += fires;
             score->n_predicted += predicted;
             score->n_hit += fires && predicted;
-            if (asked && !predicted) h[i] = 0;
+            if (forecast && !predicted) h[i] = 0;
         }
     }
-    if (model.config.sub_norms) unit_rms(n_ff, h);
-    if (in_blocks(layer.down)) quantise_token(h, n_ff, t);
+    if (model.config.sub_norms) unit_rms(n, h);
+    if (in_blocks(group.down)) quantise_token(h, n, k);
 }
 
 // b_asked_[t][i] < 0 where the predictor holds neuron always + i of token t back; x: (n, n_embd), b_q8_ its blocks,
@@ -275,9 +290,9 @@ void Session::tile_of_rows8(const Rows& rows, size_t begin, size_t m, size_t n, 
     }
 }
 
-// hidden[t] += sum over neurons i of h[t][i] * down_i + bias;   h: (n, n_ff), b_q8_ its blocks
-void Session::gemm_down(const Layer& layer, const float* h, size_t n) {
-    const Rows& down = layer.down;
+// hidden of token k += sum over the group's neurons i of h[k][i] * down_i + bias;   h: (n, n neurons), b_q8_ its blocks
+void Session::gemm_down(const Group& group, const float* h, size_t n) {
+    const Rows& down = group.down;
     size_t width = in_blocks(down) ? TILE8_ROWS : DOWN_COLUMNS;
     pool_.run(ceil_div(down.n, width), [&](size_t item, uint32_t thread) {
         Worker& w = workers_[thread];
@@ -286,10 +301,10 @@ void Session::gemm_down(const Layer& layer, const float* h, size_t n) {
             tile_of_columns8(down, begin, n, w);
         else
             tile_of_columns(down, begin, m, h, down.n_rows, n, w);
-        for (size_t t = 0; t < n; t++)
+        for (size_t k = 0; k < n; k++)
             for (size_t j = 0; j < m; j++)
-                b_hidden_[t * down.n + begin + j] +=
-                    w.tile[t * width + j] + (layer.down_bias ? layer.down_bias[begin + j] : 0.0f);
+                b_hidden_[group.token(k) * down.n + begin + j] +=
+                    w.tile[k * width + j] + (group.down_bias ? group.down_bias[begin + j] : 0.0f);
     });
 }
 

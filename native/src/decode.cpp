@@ -32,8 +32,10 @@ void Session::decode(int32_t token, float* logits_out) {
     embed(&token, 1, hidden_.data());
     set_angles(position, 1);
     bool parallel_blocks = model.config.parallel;
+    bool routed_early = model.config.experts.routed_by == RoutedBy::LayerInput;
     for (size_t il = 0; il < model.weights.layers.size(); il++) {
         const Layer& layer = model.weights.layers[il];
+        if (routed_early) route(layer, hidden_.data());
         normalise(layer.attn_norm, hidden_.data(), x_.f.data());
         if (parallel_blocks) std::copy_n(hidden_.data(), model.config.n_embd, entry_.data());
         attention(layer, il);
@@ -152,11 +154,12 @@ void Session::ffn(const Layer& layer, size_t il, const float* stream) {
         rank = predictor_rank(*layer.predictor, quantised(x_, c.n_embd));
     }
     normalise(layer.ffn_norm, stream, x_.f.data());
+    if (c.experts.routed_by == RoutedBy::FfnInput) route(layer, x_.f.data());
     Vector x = quantised(x_, c.n_embd);
     if (asks(layer) && !c.predictor_on_stream) rank = predictor_rank(*layer.predictor, x);
     if (asks(layer)) {
-        const auto& [in, out, bias] = *layer.predictor;
-        stats.bytes_predictor += in.n_rows * in.row_size() + out.n_rows * (out.row_size() + sizeof(float));
+        const Rows& in = layer.predictor->in;
+        stats.bytes_predictor += in.n_rows * in.row_size();
     }
     if (model.disk && model.disk->holds(il))
         ffn_from_disk(layer, il, x, rank);
@@ -185,20 +188,31 @@ void Session::ffn_chunks(const Layer& layer, Vector x, Vector rank) {
     });
 }
 
-// Neurons of [lo, hi) whose deciding row is computed, ascending, in w.asked. A forecast that is no number (damaged
-// weights) lets through: it may cost time, never the answer.
+// Of the candidates in [lo, hi) those whose deciding row is computed, ascending, in w.asked. A forecast that is no
+// number (damaged weights) lets through: it may cost time, never the answer.
 size_t Session::ask(const Layer& layer, uint32_t lo, uint32_t hi, Vector rank, Worker& w) {
     const Predictor& p = *layer.predictor;
-    size_t n = 0;
-    for (; lo < std::min(hi, layer.always); lo++) w.asked[n++] = lo;
-    if (lo == hi) return n;
-    uint32_t first = lo - layer.always;
-    ops.matvec(p.out.type, p.out.n, p.out.row(first), p.out.stride, hi - lo, rank, w.logit.data());
-    for (uint32_t i = lo; i < hi; i++) {
-        w.asked[n] = i;
-        n += !(w.logit[i - lo] + p.bias[i - layer.always] < 0);
+    size_t n_candidates = candidates(layer, lo, hi, w), n = 0;
+    while (n < n_candidates && w.asked[n] < layer.always) n++;
+    size_t n_asked = n_candidates - n;
+    uint32_t* rows = w.active.data();
+    for (size_t k = 0; k < n_asked; k++) rows[k] = w.asked[n + k] - layer.always;
+    matvec_at(p.out, rows, n_asked, !layer.expert, rank, w.logit.data());
+    for (size_t k = 0; k < n_asked; k++) {
+        w.asked[n] = rows[k] + layer.always;
+        n += !(w.logit[k] + p.bias[rows[k]] < 0);
     }
+    w.n_asked += n_asked;
     return n;
+}
+
+// out[k] = row ids[k] . x; in_order: the ids follow one another
+void Session::matvec_at(const Rows& rows, const uint32_t* ids, size_t n, bool in_order, Vector x, float* out) const {
+    if (n == 0) return;
+    if (in_order)
+        ops.matvec(rows.type, rows.n, rows.row(ids[0]), rows.stride, n, x, out);
+    else
+        ops.matvec_picked(rows.type, rows.n, rows.data, rows.stride, ids, n, nullptr, x, out);
 }
 
 // partial_[chunk] = sum over the chunk's neurons of activation(select . x) * (up . x) * down
@@ -214,13 +228,13 @@ void Session::ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank,
         w.spent[PREDICTOR] += ticks() - begin;
         decide(layer, w.asked.data(), n, x, w);
         n_active = add_neurons(layer, w.asked.data(), w.pre.data(), n, x, sum, w);
-    } else if (mode_ == PI_MODE_DENSE && !layer.apart) {
+    } else if (mode_ == PI_MODE_DENSE && !layer.apart && !layer.expert) {
         for (uint32_t i = lo; i < hi; i += block) n_active += add_bundles(layer, i, std::min(block, hi - i), x, sum, w);
     } else {
-        for (uint32_t i = lo; i < hi; i++) w.asked[i - lo] = i;
-        decide(layer, w.asked.data(), hi - lo, x, w);
-        for (uint32_t i = 0; i < hi - lo; i += block)
-            n_active += add_neurons(layer, &w.asked[i], &w.pre[i], std::min(block, hi - lo - i), x, sum, w);
+        size_t n = candidates(layer, lo, hi, w);
+        decide(layer, w.asked.data(), n, x, w);
+        for (size_t i = 0; i < n; i += block)
+            n_active += add_neurons(layer, &w.asked[i], &w.pre[i], std::min<size_t>(block, n - i), x, sum, w);
     }
     finish_chunk(chunk, n_active, w);
 }
@@ -234,8 +248,8 @@ void Session::finish_chunk(size_t chunk, size_t n_active, Worker& w) {
 void Session::decide(const Layer& layer, const uint32_t* ids, size_t n, Vector x, Worker& w) {
     uint64_t begin = ticks();
     const Rows& select = layer.select;
-    if (layer.apart) {  // no predictor: the ids follow one another
-        ops.matvec(select.type, select.n, select.row(ids[0]), select.stride, n, x, w.pre.data());
+    if (layer.apart) {  // no predictor: these are all candidates
+        matvec_at(select, ids, n, !layer.expert, x, w.pre.data());
     } else {
         const uint8_t* then = layer.up.data ? layer.up.data : layer.down.data;
         const uint32_t* at = places(ids, n, w);
@@ -249,6 +263,7 @@ void Session::finish_deciding(const Layer& layer, const uint32_t* ids, size_t n,
     if (layer.select_bias)
         for (size_t i = 0; i < n; i++) w.pre[i] += layer.select_bias[ids[i]];
     activate(layer, n, w.pre.data());
+    for (size_t i = 0; layer.expert && i < n; i++) w.pre[i] *= routes_[layer.expert[ids[i]]];
     w.n_computed += n;
 }
 
@@ -309,7 +324,7 @@ void Session::add_down(const Layer& layer, size_t n, const uint8_t* next, float*
 // The same as ffn_chunks. Where every neuron is needed, or more than there is room for, the layer is read whole.
 void Session::ffn_from_disk(const Layer& layer, size_t il, Vector x, Vector rank) {
     DiskTier& disk = *model.disk;
-    bool picks = asks(layer) || (layer.apart && mode_ != PI_MODE_DENSE);
+    bool picks = asks(layer) || layer.expert || (layer.apart && mode_ != PI_MODE_DENSE);
     if (picks && fetch(layer, il, x, rank)) return;
     lap(OTHER);
     disk.start_stream(il);
@@ -330,7 +345,7 @@ bool Session::fetch(const Layer& layer, size_t il, Vector x, Vector rank) {
     bool fits = disk.request(il, {chosen.data(), n_chunks});
     lap(DISK);
     if (!fits) {
-        for (Worker& w : workers_) w.n_computed = 0;  // counted again when all is there
+        for (Worker& w : workers_) w.n_asked = w.n_computed = 0;  // counted again when all is there
         return false;
     }
     places_ = disk.places(il);
@@ -358,6 +373,7 @@ void Session::look_ahead(size_t il) {
     DiskTier& disk = *model.disk;
     if (il == model.config.n_layer || !asks(model.weights.layers[il]) || !disk.pays_ahead(il)) return;
     const Layer& layer = model.weights.layers[il];
+    if (layer.expert) return;  // whose turn it will be is not known yet
     if (model.config.predictor_on_stream)
         std::copy_n(hidden_.data(), model.config.n_embd, ahead_x_.f.data());
     else
@@ -382,25 +398,19 @@ void Session::look_ahead(size_t il) {
     disk.request_ahead(il, {&ahead_[0], most});
 }
 
-// chosen_ of a chunk: what the predictor lets through, or what fires where a matrix apart says so
+// chosen_ of a chunk: what the predictor lets through, what fires where a matrix apart says so, or all candidates
 void Session::choose(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w) {
     uint32_t lo = layer.chunks[chunk], hi = layer.chunks[chunk + 1];
     if (lo == hi) {
         n_chosen_[chunk] = 0;
         return;
     }
-    if (!layer.apart) {
-        n_chosen_[chunk] = ask(layer, lo, hi, rank, w);
-        std::copy_n(w.asked.data(), n_chosen_[chunk], &chosen_[lo]);
-        return;
-    }
-    for (uint32_t i = lo; i < hi; i++) w.asked[i - lo] = i;
-    decide(layer, w.asked.data(), hi - lo, x, w);
-    size_t n = 0;
-    for (uint32_t i = lo; i < hi; i++) {
-        chosen_[lo + n] = i;
-        chosen_pre_[lo + n] = w.pre[i - lo];
-        n += w.pre[i - lo] != 0;
+    size_t n_asked = asks(layer) ? ask(layer, lo, hi, rank, w) : candidates(layer, lo, hi, w), n = 0;
+    if (layer.apart) decide(layer, w.asked.data(), n_asked, x, w);
+    for (size_t k = 0; k < n_asked; k++) {
+        chosen_[lo + n] = w.asked[k];
+        chosen_pre_[lo + n] = w.pre[k];
+        n += !layer.apart || w.pre[k] != 0 || mode_ == PI_MODE_DENSE;
     }
     n_chosen_[chunk] = n;
 }
@@ -466,12 +476,14 @@ void Session::sum_chunks(const Layer& layer) {
 
 void Session::collect_counts(const Layer& layer) {
     uint64_t up = layer.up.data ? layer.up.row_size() : 0;
+    uint64_t asked = layer.predictor ? layer.predictor->out.row_size() + sizeof(float) : 0;
     for (Worker& w : workers_) {
+        stats.bytes_predictor += w.n_asked * asked;
         stats.neurons_computed += w.n_computed;
         stats.neurons_active += w.n_fired;
         stats.bytes_gate += w.n_computed * layer.select.row_size();
         stats.bytes_updown += w.n_active * up + w.n_fired * layer.down.row_size();  // add_rows skips what is 0
-        w.n_computed = w.n_active = w.n_fired = 0;
+        w.n_asked = w.n_computed = w.n_active = w.n_fired = 0;
     }
     stats.neurons_total += model.config.n_ff;
 }

@@ -80,6 +80,15 @@ const std::vector<double>& per_layer(const Gguf& gguf, const std::string& key, u
     return values;
 }
 
+// Whether the key says the first of two.
+bool one_of(const Gguf& gguf, const std::string& key, const char* first, const char* second) {
+    std::string_view found = gguf.s(key);
+    if (found != first && found != second)
+        throw Error(PI_ERROR_UNSUPPORTED,
+                    key + ": expected " + first + " or " + second + ", found " + std::string(found));
+    return found == first;
+}
+
 Activation parse_activation(std::string_view name) {
     if (name == "relu") return Activation::Relu;
     if (name == "relu2") return Activation::Relu2;
@@ -90,13 +99,14 @@ Activation parse_activation(std::string_view name) {
                 "powerinfer.activation: expected relu, relu2, fatrelu, drelu or silu, found " + std::string(name));
 }
 
-// Ranges of neurons of about equal expected work: one for the deciding row, more where the neuron fires.
-std::vector<uint32_t> chunk_bounds(const float* frequency, uint32_t n_ff) {
+// Ranges of neurons of about equal expected work: one for the deciding row, more where the neuron fires. decided: the
+// share of neurons that take part.
+std::vector<uint32_t> chunk_bounds(const float* frequency, uint32_t n_ff, double decided) {
     uint32_t n = std::min(MAX_CHUNKS, n_ff);
     std::vector<double> work(n_ff + 1, 0.0);
     for (uint32_t i = 0; i < n_ff; i++) {
         double share = frequency[i] >= 0 && frequency[i] <= 1 ? frequency[i] : 1.0;
-        work[i + 1] = work[i] + 1.0 + 4.0 * share;
+        work[i + 1] = work[i] + decided + 4.0 * share;
     }
     std::vector<uint32_t> bounds(n + 1, 0);
     for (uint32_t c = 1; c < n; c++) {
@@ -154,6 +164,7 @@ void Model::read_config() {
     c.tied = gguf_.b("powerinfer.tied");
     c.predictor_relu = gguf_.b("powerinfer.predictor_relu");
     c.predictor_on_stream = reads_stream(gguf_.s("powerinfer.predictor_input"));
+    if (gguf_.has("powerinfer.experts.n")) read_experts();
     if (c.activation == Activation::DRelu && !c.gated)
         throw Error(PI_ERROR_MALFORMED, "powerinfer.activation: drelu needs a gated FFN");
     read_rope(arch);
@@ -173,6 +184,21 @@ void Model::read_config() {
             throw Error(PI_ERROR_MALFORMED, "powerinfer.activation_threshold: expected a finite number of at least 0");
         thresholds_.push_back(static_cast<float>(t));
     }
+}
+
+void Model::read_experts() {
+    const std::string b = "powerinfer.experts.";
+    Experts& experts = config.experts;
+    experts.n = size_of(gguf_, b + "n", MAX_EXPERTS);
+    experts.n_used = size_of(gguf_, b + "n_used", experts.n);
+    if (config.n_ff % experts.n != 0)
+        throw Error(PI_ERROR_MALFORMED, b + "n: expected a divisor of " + std::to_string(config.n_ff) + ", found " +
+                                            std::to_string(experts.n));
+    if (config.sub_norms)
+        throw Error(PI_ERROR_UNSUPPORTED, "powerinfer.sub_norms: expected false beside experts, found true");
+    experts.softmax = one_of(gguf_, b + "gating", "softmax", "sigmoid");
+    bool early = one_of(gguf_, b + "routed_by", "layer_input", "ffn_input");
+    experts.routed_by = early ? RoutedBy::LayerInput : RoutedBy::FfnInput;
 }
 
 void Model::read_structure() {
@@ -217,8 +243,8 @@ const Tensor& Model::expect(const std::string& name, std::initializer_list<uint6
     return *t;
 }
 
-Rows Model::matrix(const std::string& name, const uint8_t* base, uint64_t n, uint64_t n_rows) const {
-    const Tensor& t = expect(name + ".weight", {n, n_rows}, "F32, F16, Q8_0 or Q4_0");
+Rows Model::matrix(const std::string& name, const uint8_t* base, uint64_t n, uint64_t n_rows, const char* types) const {
+    const Tensor& t = expect(name + ".weight", {n, n_rows}, types);
     Rows rows{t.type, n, n_rows, row_bytes(t.type, n), nullptr};
     if (base) rows.data = base + (t.offset - gguf_.data_offset);
     return rows;
@@ -289,7 +315,14 @@ void Model::bind_layer(uint32_t i, const uint8_t* base) {
 
     expect(b + "ffn_order.weight", {c.n_ff}, "I32");
     const float* frequency = vector(b + "ffn_frequency.weight", base, c.n_ff, true);
-    if (frequency) layer.chunks = chunk_bounds(frequency, c.n_ff);
+    const Experts& experts = c.experts;
+    if (experts.n > 0) {
+        layer.router = matrix(b + "ffn_router", base, c.n_embd, experts.n, "F32");
+        const Tensor& expert = expect(b + "ffn_expert.weight", {c.n_ff}, "I32");
+        if (base) layer.expert = reinterpret_cast<const int32_t*>(base + (expert.offset - gguf_.data_offset));
+    }
+    double decided = experts.n > 0 ? static_cast<double>(experts.n_used) / experts.n : 1.0;
+    if (frequency) layer.chunks = chunk_bounds(frequency, c.n_ff, decided);
     if (apart) return;
     const Tensor* in = gguf_.find(b + "predictor_in.weight");
     uint64_t rank = in && in->n_dims == 2 ? in->ne[1] : 0;
@@ -319,6 +352,25 @@ void Model::check_orders(const uint8_t* base) const {
     }
 }
 
+// The expert of every stored neuron must be the one that the checkpoint has it in.
+void Model::check_experts(const uint8_t* base) const {
+    uint32_t each = config.n_ff / config.experts.n;
+    for (uint32_t i = 0; i < config.n_layer; i++) {
+        std::string b = "blk." + std::to_string(i) + ".ffn_", name = b + "expert.weight";
+        auto at = [&](const std::string& tensor, uint32_t j) {
+            int32_t value;
+            std::memcpy(&value, base + (gguf_.find(tensor)->offset - gguf_.data_offset) + 4ull * j, 4);
+            return value;
+        };
+        for (uint32_t j = 0; j < config.n_ff; j++) {
+            auto expected = static_cast<int32_t>(static_cast<uint32_t>(at(b + "order.weight", j)) / each);
+            if (int32_t found = at(name, j); found != expected)
+                throw Error(PI_ERROR_MALFORMED, name + ": expected expert " + std::to_string(expected) + ", found " +
+                                                    std::to_string(found) + " at " + std::to_string(j));
+        }
+    }
+}
+
 void Model::load(const pi_disk_params* limits) {
     if (limits)
         open_disk(*limits);
@@ -329,6 +381,7 @@ void Model::load(const pi_disk_params* limits) {
     for (const Tensor& t : gguf_.tensors) weight_bytes += t.n_bytes;
     const uint8_t* base = disk ? disk->data() : arena_;
     check_orders(base);
+    if (config.experts.n > 0) check_experts(base);
     bind(base);
     for (uint32_t i = 0; i < config.rotary_dim / 2; i++)
         if (!std::isfinite(weights.rope_inv_freq[i]))

@@ -13,9 +13,20 @@ namespace pi {
 
 // Ranges of neurons with a partial sum of their own, at most. Fixed: the order of sums must not depend on threads.
 constexpr uint32_t MAX_CHUNKS = 24;
+constexpr uint32_t MAX_EXPERTS = 512;
 
 enum class NormKind { Rms, Layer };
 enum class Activation { Relu, Relu2, FatRelu, DRelu, Silu };
+
+// What the router sees: the stream before attention, or the normalised FFN input.
+enum class RoutedBy { Nothing, LayerInput, FfnInput };
+
+// Each neuron belongs to one of n experts, and n_used of these take part; n = 0: there are none.
+struct Experts {
+    uint32_t n = 0, n_used = 0;
+    bool softmax = false;  // over the chosen ones' logits; else their sigmoids, made to sum to 1
+    RoutedBy routed_by = RoutedBy::Nothing;
+};
 
 struct Config {
     uint32_t n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim, n_vocab, n_ctx;
@@ -32,6 +43,7 @@ struct Config {
     bool gated, tied;
     bool predictor_relu;       // between a predictor's two matrices
     bool predictor_on_stream;  // predictors read what the FFN's norm reads; else what it gives
+    Experts experts;
     uint32_t q_dim() const { return n_head * head_dim; }
     uint32_t kv_dim() const { return n_head_kv * head_dim; }
     uint32_t n_rows() const { return gated ? 3 : 2; }  // rows of one neuron
@@ -75,6 +87,8 @@ struct Layer {
     const float* up_bias = nullptr;      // (n_ff,), gated only
     const float* down_bias = nullptr;    // (n_embd,)
     float threshold = 0;                 // of the activation
+    Rows router;                         // (n_experts, n_embd)
+    const int32_t* expert = nullptr;     // (n_ff,) each neuron's; NULL: there are none
     uint32_t always = 0;                 // neurons [0, always) are computed unasked
     std::optional<Predictor> predictor;
     std::vector<uint32_t> chunks;  // (n_chunks + 1): bounds of the ranges of neurons that are summed on their own
@@ -111,13 +125,16 @@ class Model {
     void read_config();
     void read_structure();
     void read_rope(const std::string& arch);
+    void read_experts();
     void bind(const uint8_t* base);  // base: where the data section lies, or NULL to check shapes only
     void bind_layer(uint32_t i, const uint8_t* base);
     void read_all();
     void open_disk(const pi_disk_params& limits);
     void check_orders(const uint8_t* base) const;
+    void check_experts(const uint8_t* base) const;
 
-    Rows matrix(const std::string& name, const uint8_t* base, uint64_t n, uint64_t n_rows) const;
+    Rows matrix(const std::string& name, const uint8_t* base, uint64_t n, uint64_t n_rows,
+                const char* types = "F32, F16, Q8_0 or Q4_0") const;
     const float* vector(const std::string& name, const uint8_t* base, uint64_t n, bool required) const;
     Norm norm(const std::string& name, const uint8_t* base) const;
     Linear linear(const std::string& name, const uint8_t* base, uint64_t n, uint64_t n_rows) const;

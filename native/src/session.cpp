@@ -66,6 +66,7 @@ Session::Session(const Model& model, const pi_session_params& params)
     }
     allocate_vector(x_, std::max(c.n_embd, c.q_dim()));
     allocate_vector(rank_, rank);
+    allocate(routes_, c.experts.n);
     allocate(q_, c.q_dim());
     allocate(k_, c.kv_dim());
     allocate(v_, c.kv_dim());
@@ -84,11 +85,20 @@ Session::Session(const Model& model, const pi_session_params& params)
     allocate(b_q_, batch * c.q_dim());
     allocate(b_k_, batch * c.kv_dim());
     allocate(b_v_, batch * c.kv_dim());
-    allocate(b_select_, batch * size_t{c.n_ff});
-    allocate(b_up_, batch * size_t{c.n_ff});
+    size_t together = c.experts.n > 0 ? PIECE : c.n_ff;  // neurons
+    allocate(b_select_, batch * together);
+    allocate(b_up_, batch * together);
     allocate(b_rank_, batch * rank);
+    if (c.experts.n > 0) {
+        allocate(b_routes_, batch * size_t{c.experts.n});
+        allocate(members_, c.n_ff);
+        allocate(takers_, batch);
+        allocate(b_taken_, batch * c.n_embd);
+        allocate(piece_rows_, size_t{3} * PIECE * c.n_embd * sizeof(float));
+        allocate(piece_bias_, 2 * PIECE);
+    }
     allocate(b_asked_, batch * size_t{c.n_ff});
-    size_t longest = std::max<size_t>({c.n_embd, c.q_dim(), c.n_ff, rank});
+    size_t longest = std::max<size_t>({c.n_embd, c.q_dim(), together, rank});
     allocate(b_q8_, batch * ((longest + QK - 1) / QK));
     sampler.seed(0);
 }

@@ -24,6 +24,7 @@ static_assert(BATCH <= TABLE_ROWS);
 constexpr size_t DOWN_COLUMNS = 64;     // columns of the down projection that one item of a batch computes
 constexpr size_t PACKED_FLOATS = 8192;  // a packed tile: 512 elements of 16 rows, or 128 rows of 64 columns
 constexpr size_t PACKED_BLOCKS = 16;    // the same in 8 bits: 512 elements of 32 rows or columns
+constexpr size_t PIECE = 256;           // neurons of an expert that a batch computes together
 constexpr size_t QUERIES = 32;          // tokens of a batch whose attention is computed together
 
 // A buffer whose start is aligned to a cache line, a large one's to a huge page.
@@ -40,6 +41,7 @@ class Buffer {
     T* data() { return memory_.get(); }
     const T* data() const { return memory_.get(); }
     T& operator[](size_t i) { return memory_.get()[i]; }
+    const T& operator[](size_t i) const { return memory_.get()[i]; }
     size_t bytes() const { return n_ * sizeof(T); }
 
    private:
@@ -64,19 +66,31 @@ struct Activations {
 // Where the time of a token goes. OTHER is what one thread does alone; SYNC is waiting for other threads.
 enum Part { ATTENTION, PREDICTOR, GATE, UPDOWN, HEAD, DISK, OTHER, SYNC, N_PARTS };
 
+// Neurons and tokens of a batch that are computed together: all of a layer's and of the batch's, or a piece of an
+// expert and the tokens that chose it. Rows and biases: of these neurons, in order.
+struct Group {
+    const Layer& layer;
+    Rows select, up, down;
+    const float *select_bias, *up_bias, *down_bias;
+    uint32_t expert = 0;
+    const uint32_t *neurons = nullptr, *tokens = nullptr;  // NULL: all
+    size_t neuron(size_t i) const { return neurons ? neurons[i] : i; }
+    size_t token(size_t k) const { return tokens ? tokens[k] : k; }
+};
+
 // One thread's scratch.
 struct Worker {
-    Buffer<uint32_t> asked, active;                      // (n_ff,) indices of neurons
-    Buffer<uint32_t> places;                             // (n_ff,) where these lie, with a disk tier
-    Buffer<float> logit, pre, a, up;                     // (n_ff,)
-    Buffer<float> scores;                                // (QUERIES, n_ctx, rounded up to whole tiles) attention
-    Buffer<float> packed;                                // (PACKED_FLOATS,)
-    Buffer<Packed8> packed8;                             // (PACKED_BLOCKS,)
-    Buffer<float> tile;                                  // (BATCH, DOWN_COLUMNS)
-    pi_layer_score counted;                              // of one layer and batch
-    double squares = 0;                                  // of the present chunk's h, where these are normalised
-    uint64_t n_computed = 0, n_active = 0, n_fired = 0;  // neurons since the last collect_counts
-    uint64_t spent[N_PARTS] = {};                        // ticks, likewise
+    Buffer<uint32_t> asked, active;   // (n_ff,) indices of neurons
+    Buffer<uint32_t> places;          // (n_ff,) where these lie, with a disk tier
+    Buffer<float> logit, pre, a, up;  // (n_ff,)
+    Buffer<float> scores;             // (QUERIES, n_ctx, rounded up to whole tiles) attention
+    Buffer<float> packed;             // (PACKED_FLOATS,)
+    Buffer<Packed8> packed8;          // (PACKED_BLOCKS,)
+    Buffer<float> tile;               // (BATCH, DOWN_COLUMNS)
+    pi_layer_score counted;           // of one layer and batch
+    double squares = 0;               // of the present chunk's h, where these are normalised
+    uint64_t n_asked = 0, n_computed = 0, n_active = 0, n_fired = 0;  // neurons since the last collect_counts
+    uint64_t spent[N_PARTS] = {};                                     // ticks, likewise
 };
 
 class Session {
@@ -142,12 +156,23 @@ class Session {
     void parallel(Part part, size_t n_items, Task&& task);
     void lap(Part part);
     size_t ask(const Layer& layer, uint32_t lo, uint32_t hi, Vector rank, Worker& w);
+    void matvec_at(const Rows& rows, const uint32_t* ids, size_t n, bool in_order, Vector x, float* out) const;
     void sum_chunks(const Layer& layer);
     void collect_counts(const Layer& layer);
     void collect_seconds(double seconds);
     void output_head(float* hidden);
     void cap(float* logits, size_t n);
     bool asks(const Layer& layer) const { return layer.predictor && mode_ != PI_MODE_DENSE && mode_ != PI_MODE_GATE; }
+
+    // experts.cpp
+    void route(const Layer& layer, const float* x);
+    void route_batch(const Layer& layer, const float* x, size_t n);
+    size_t candidates(const Layer& layer, uint32_t lo, uint32_t hi, Worker& w) const;
+    void experts_batch(const Layer& layer, size_t n, bool selective);
+    void sort_members(const Layer& layer);
+    size_t gather_tokens(uint32_t expert, size_t n);
+    Rows gather(const Rows& rows, size_t part, const uint32_t* ids, size_t n);
+    const float* gather(const float* bias, size_t part, const uint32_t* ids, size_t n);
 
     // batch.cpp
     void forward_batch(const int32_t* tokens, size_t n, bool selective, pi_layer_score* scores);
@@ -160,12 +185,13 @@ class Session {
     void score_queries(size_t il, uint32_t head, size_t first, size_t n, Worker& w);
     void mix_queries(size_t il, uint32_t head, size_t first, size_t n, Worker& w);
     void ffn_batch(const Layer& layer, const float* stream, size_t n, bool selective, pi_layer_score* score);
-    void activate_token(const Layer& layer, size_t t, bool asked, pi_layer_score* score);
+    void meet(const Group& group, const float* x, size_t n, bool selective);
+    void activate_token(const Group& group, size_t k, pi_layer_score* score);
     void predict_batch(const Layer& layer, const float* x, size_t n);
     void gemm(const Rows& rows, const float* bias, const float* x, size_t n, float* out, bool add);
     void tile_of_rows(const Rows& rows, size_t begin, size_t m, const float* x, size_t n, Worker& w);
     void tile_of_rows8(const Rows& rows, size_t begin, size_t m, size_t n, Worker& w);
-    void gemm_down(const Layer& layer, const float* h, size_t n);
+    void gemm_down(const Group& group, const float* h, size_t n);
     void tile_of_columns(const Rows& rows, size_t begin, size_t m, const float* x, size_t ldx, size_t n, Worker& w);
     void tile_of_columns8(const Rows& rows, size_t begin, size_t n, Worker& w);
 
@@ -186,6 +212,7 @@ class Session {
     Buffer<float> entry_;             // (n_embd,) what it was before attention, where the FFN reads that
     Activations x_;                   // (max(n_embd, q_dim),) a normalised input, or what attention gave
     Activations rank_;                // (max rank,) the predictor's hidden layer
+    Buffer<float> routes_;            // (n_experts,) the weight of each, 0: not chosen
     Buffer<float> q_, k_, v_;         // (q_dim,) (kv_dim,) (kv_dim,)
     Buffer<float> partial_;           // (n_chunks, n_embd) each chunk's share of the FFN
     bool chunk_fired_[MAX_CHUNKS] = {};
@@ -200,7 +227,12 @@ class Session {
     Buffer<uint32_t> ahead_;            // (n_ff,) those that may be worth a read
     const uint32_t* places_ = nullptr;  // of the present layer's neurons; NULL: each lies in its own
     // batch.cpp: (min(BATCH, n_ctx), .) each
-    Buffer<float> b_hidden_, b_entry_, b_x_, b_q_, b_k_, b_v_, b_select_, b_up_, b_rank_, b_asked_;
+    Buffer<float> b_hidden_, b_entry_, b_x_, b_q_, b_k_, b_v_, b_select_, b_up_, b_rank_, b_asked_, b_routes_;
+    // with experts: a layer's neurons by expert, (n_ff,); those that chose the present one, (batch,), and their inputs,
+    // (batch, n_embd); the rows of a piece of it, (3, PIECE) of at most n_embd floats, and their biases, (2, PIECE)
+    Buffer<uint32_t> members_, takers_;
+    Buffer<float> b_taken_, piece_bias_;
+    Buffer<uint8_t> piece_rows_;
     Buffer<BatchX8> b_q8_;  // what a quantised matrix is multiplied with, in blocks: the last one filled up with zeros
     uint64_t scratch_bytes_ = 0;
     uint64_t spent_[N_PARTS] = {}, mark_ = 0;  // ticks of the present token, by part; when they were last counted

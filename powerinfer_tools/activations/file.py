@@ -64,6 +64,10 @@ class Activations:
         packed = self._table.arrays[f"active.{layer}"]
         return np.unpackbits(packed, axis=1, count=self.n_ff).astype(np.bool_)
 
+    def routes(self, layer: int) -> npt.NDArray[np.float32]:
+        """The experts' weights for each sampled token, 0 for those not chosen: float32 [n_samples, n_experts]."""
+        return self._table.arrays[f"routes.{layer}"]
+
 
 def read_activations(path: Path) -> Activations:
     """The profile at `path`. Errors: not a file of this kind, or of a newer format."""

@@ -38,7 +38,8 @@ def profile_layer(
 ) -> tuple[float, dict[str, Array]]:
     """Sends all hidden states of `states[0]` through layer i into `states[1]`; returns its threshold and record.
 
-    The record: counts int64 [n_ff], inputs float16 [n_samples, n_embd], active uint8 [n_samples, n_ff / 8] packed.
+    The record: counts int64 [n_ff], inputs float16 [n_samples, n_embd], active uint8 [n_samples, n_ff / 8] packed,
+    of models of experts routes float32 [n_samples, n_experts].
     """
     config = checkpoint.config
     layer = reference.load_layer(checkpoint, i, device)
@@ -47,19 +48,25 @@ def profile_layer(
         if sparsity is not None:
             layer.ffn.threshold = _threshold(layer, hidden, shape, config.n_ff, sparsity)
         counts = torch.zeros(config.n_ff, dtype=torch.int64, device=device)
-        inputs, active = [], []
+        inputs, active, routed = [], [], []
         with atomic_write(states[1], force=True) as file:
             for part in _batches(shape, config.n_ff, BATCH_VALUES):
-                after_attention, x = layer.attention(hidden[part])
-                neurons = layer.ffn.neurons(x)
+                before = hidden[part]
+                after_attention, x = layer.attention(before)
+                routes = layer.routes(before, x)
+                neurons = layer.ffn.neurons(x, routes)
                 fired = (neurons != 0).flatten(0, 1)
                 counts += fired.sum(0)
                 inside = _inside(positions, part, shape[1])
                 inputs.append(x.flatten(0, 1)[inside].clamp(-F16_MAX, F16_MAX).half().cpu().numpy())
                 active.append(np.packbits(fired[inside].cpu().numpy(), axis=1))
+                if routes is not None:
+                    routed.append(routes.flatten(0, 1)[inside].cpu().numpy())
                 after = after_attention + layer.ffn.output(neurons)
                 file.write(after.cpu().contiguous().numpy().data)
     record = {"counts": counts.cpu().numpy(), "inputs": np.concatenate(inputs), "active": np.concatenate(active)}
+    if routed:
+        record["routes"] = np.concatenate(routed)
     return float(layer.ffn.threshold), record
 
 
@@ -69,8 +76,11 @@ def _threshold(layer: "reference.Layer", hidden: "_Hidden", shape: Shape, n_ff: 
     chosen = np.unique(np.arange(min(wanted, shape[0])) * shape[0] // min(wanted, shape[0]))
     values = []
     for w in chosen.tolist():
-        _, x = layer.attention(hidden[slice(w, w + 1)])
-        values.append(activate(layer.ffn.select(x), layer.ffn.activation).abs().flatten())
+        before = hidden[slice(w, w + 1)]
+        _, x = layer.attention(before)
+        a = activate(layer.ffn.select(x), layer.ffn.activation).abs()
+        routes = layer.routes(before, x)
+        values.append(a.flatten() if routes is None else a[layer.ffn.each(routes) > 0])
     magnitudes = torch.cat(values)
     return float(magnitudes.kthvalue(max(1, round(sparsity * len(magnitudes)))).values)
 

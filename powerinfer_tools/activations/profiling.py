@@ -130,10 +130,10 @@ class _Arrays(Mapping[str, Array]):
     def __iter__(self) -> Iterator[str]:
         yield from self._whole
         for i in range(len(self._layers)):
-            yield from (f"counts.{i}", f"inputs.{i}", f"active.{i}")
+            yield from (f"{what}.{i}" for what in self._layers[i].arrays)
 
     def __len__(self) -> int:
-        return len(self._whole) + 3 * len(self._layers)
+        return sum(1 for _ in self)
 
 
 def _header(

@@ -19,6 +19,8 @@ firing frequency; shapes below are GGUF's (fastest dimension first), so a row of
     blk.N.ffn_down.bias            [n_embd]               F32
     blk.N.ffn_order.weight         [n_ff]                 I32    the checkpoint's index of each stored neuron
     blk.N.ffn_frequency.weight     [n_ff]                 F32    share of calibration tokens that fired it, falling
+    blk.N.ffn_router.weight        [n_embd, n_expert]     F32    models of experts
+    blk.N.ffn_expert.weight        [n_ff]                 I32    likewise: the expert of each stored neuron
     blk.N.predictor_in.weight      [n_embd, rank]                layers in mode predictor
     blk.N.predictor_out.weight     [rank, n_ff - always]         stored neurons [always, n_ff)
     blk.N.predictor_out.bias       [n_ff - always]        F32    the threshold is already taken off: let through if >= 0
@@ -67,6 +69,12 @@ KEY_TEMPLATE = "tokenizer.chat_template"  # string
 KEY_SPECIAL = "powerinfer.special"  # string, JSON: the checkpoint's special tokens (bos, eos, add_bos, ...)
 KEY_PLACEMENT_VRAM = "powerinfer.placement.vram"  # int32 [n_layer]: k1
 KEY_PLACEMENT_RAM = "powerinfer.placement.ram"  # int32 [n_layer]: k2
+
+# models of experts only
+KEY_EXPERTS = "powerinfer.experts.n"  # uint32
+KEY_EXPERTS_USED = "powerinfer.experts.n_used"  # uint32
+KEY_GATING = "powerinfer.experts.gating"  # string, one of config.GATINGS
+KEY_ROUTED_BY = "powerinfer.experts.routed_by"  # string, one of config.ROUTER_INPUTS
 
 MODE_GATE, MODE_PREDICTOR = 1, 2
 MODE_NAMES = {MODE_GATE: "gate", MODE_PREDICTOR: "predictor"}
@@ -163,6 +171,9 @@ def tensor_table(
         bias(f"{b}.ffn_down", d)
         vector(f"{b}.ffn_order.weight", config.n_ff, "i32")
         vector(f"{b}.ffn_frequency.weight", config.n_ff)
+        if config.experts is not None:
+            table.append(TensorPlan(f"{b}.ffn_router.weight", "f32", (d, config.experts.n)))
+            vector(f"{b}.ffn_expert.weight", config.n_ff, "i32")
         if layer.mode == MODE_PREDICTOR:
             asked = config.n_ff - layer.always
             matrix(f"{b}.predictor_in", d, layer.rank)

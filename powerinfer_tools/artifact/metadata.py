@@ -7,7 +7,7 @@ import numpy as np
 
 from powerinfer_tools.artifact import layout
 from powerinfer_tools.artifact.gguf_writer import Value
-from powerinfer_tools.checkpoint.config import Config
+from powerinfer_tools.checkpoint.config import Config, Experts
 from powerinfer_tools.checkpoint.source import Checkpoint
 from powerinfer_tools.files import canonical_json
 
@@ -83,6 +83,8 @@ def model_keys(config: Config) -> dict[str, Value]:
         values[layout.KEY_ROPE_SCALE] = float(config.rope.scale)
         rotates = [config.rope_of(i) is not None for i in range(config.n_layer)]
         values[layout.KEY_ROTARY] = np.array(rotates, np.int32)
+    if config.experts is not None:
+        values |= expert_keys(config.experts)
     return values | {
         layout.KEY_ACTIVATION: config.activation,
         layout.KEY_GATED: config.gated,
@@ -94,6 +96,16 @@ def model_keys(config: Config) -> dict[str, Value]:
         layout.KEY_QK_NORM: config.qk_norm,
         layout.KEY_SUB_NORMS: config.sub_norms,
         layout.KEY_SOFTCAP: float(config.softcap),
+    }
+
+
+def expert_keys(experts: Experts) -> dict[str, Value]:
+    """How experts are chosen."""
+    return {
+        layout.KEY_EXPERTS: experts.n,
+        layout.KEY_EXPERTS_USED: experts.n_used,
+        layout.KEY_GATING: experts.gating,
+        layout.KEY_ROUTED_BY: experts.routed_by,
     }
 
 

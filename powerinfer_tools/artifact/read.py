@@ -13,7 +13,16 @@ import numpy.typing as npt
 
 from powerinfer_tools.artifact import layout
 from powerinfer_tools.artifact.layout import MODE_GATE, MODE_PREDICTOR, LayerPlan, TensorPlan, tensor_table
-from powerinfer_tools.checkpoint.config import ACTIVATIONS, NORMS, Config, Rope
+from powerinfer_tools.checkpoint.config import (
+    ACTIVATIONS,
+    GATINGS,
+    MAX_EXPERTS,
+    NORMS,
+    ROUTER_INPUTS,
+    Config,
+    Experts,
+    Rope,
+)
 from powerinfer_tools.checkpoint.gguf_file import GgufFile, read_gguf
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.files import sha256_file
@@ -127,6 +136,7 @@ def open_artifact(path: Path) -> Artifact:
     _check_tensors(artifact)
     for i in range(config.n_layer):
         _check_order(artifact, i)
+        _check_experts(artifact, i)
     return artifact
 
 
@@ -247,10 +257,25 @@ def _config(file: GgufFile, keys: _Keys) -> Config:
         sub_norms=keys.of(layout.KEY_SUB_NORMS, bool),
         softcap=keys.not_negative(layout.KEY_SOFTCAP),
         rotary=rotary,
+        experts=_experts(keys) if layout.KEY_EXPERTS in file.metadata else None,
     )
     if config.n_head % config.n_head_kv:
         raise keys.fail(f"{arch}.attention.head_count_kv", f"a divisor of {config.n_head}", config.n_head_kv)
+    if config.experts is not None and config.n_ff % config.experts.n:
+        raise keys.fail(layout.KEY_EXPERTS, f"a divisor of {config.n_ff}", config.experts.n)
+    if config.experts is not None and config.sub_norms:
+        raise keys.fail(layout.KEY_SUB_NORMS, "false beside experts", config.sub_norms, "unsupported")
     return config
+
+
+def _experts(keys: _Keys) -> Experts:
+    n = keys.integer(layout.KEY_EXPERTS, 1, MAX_EXPERTS)
+    return Experts(
+        n=n,
+        n_used=keys.integer(layout.KEY_EXPERTS_USED, 1, n),
+        gating=keys.choice(layout.KEY_GATING, GATINGS),
+        routed_by=keys.choice(layout.KEY_ROUTED_BY, ROUTER_INPUTS),
+    )
 
 
 def _rope(file: GgufFile, keys: _Keys, arch: str, n_layer: int) -> tuple[Rope | None, tuple[bool, ...]]:
@@ -354,6 +379,21 @@ def _check_order(artifact: Artifact, i: int) -> None:
         name = f"blk.{i}.ffn_frequency.weight"
         raise PowerinferError(
             f"{artifact.path}: {name}: expected shares that fall from 1 to 0, found others", "malformed"
+        )
+
+
+def _check_experts(artifact: Artifact, i: int) -> None:
+    """Each stored neuron's expert is the one that the checkpoint has it in."""
+    config = artifact.config
+    if config.experts is None:
+        return
+    name = f"blk.{i}.ffn_expert.weight"
+    found, expected = _vector(artifact.file, name, np.int32), artifact.order(i) // (config.n_ff // config.experts.n)
+    wrong = np.flatnonzero(found != expected)
+    if len(wrong):
+        at = int(wrong[0])
+        raise PowerinferError(
+            f"{artifact.path}: {name}[{at}]: expected expert {expected[at]}, found {found[at]}", "malformed"
         )
 
 

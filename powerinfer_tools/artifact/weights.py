@@ -53,6 +53,9 @@ class Weights:
             yield quantise(plan, self._read(plan, plan.name)[order])
         elif part == "ffn_order.weight":
             yield order.astype(np.int32)
+        elif part == "ffn_expert.weight":
+            assert config.experts is not None
+            yield (order // (config.n_ff // config.experts.n)).astype(np.int32)
         elif part == "ffn_frequency.weight":
             yield self.activations.frequency(i)[order].astype(np.float32)
         elif part.startswith("predictor_"):

@@ -7,8 +7,8 @@ position_embd, output_norm, output, each `.weight` and where present `.bias`. Ma
 q and k rows are in the half-split rotary layout.
 """
 
-from powerinfer_tools.checkpoint.config import Config, Rope
+from powerinfer_tools.checkpoint.config import Config, Experts, Rope
 from powerinfer_tools.checkpoint.patch import Merged, merge
 from powerinfer_tools.checkpoint.source import Checkpoint, check_finite, open_checkpoint
 
-__all__ = ["Checkpoint", "Config", "Merged", "Rope", "check_finite", "merge", "open_checkpoint"]
+__all__ = ["Checkpoint", "Config", "Experts", "Merged", "Rope", "check_finite", "merge", "open_checkpoint"]

@@ -10,6 +10,9 @@ ACTIVATIONS = ("relu", "relu2", "fatrelu", "drelu", "silu")
 silu with t > 0: silu(g) where |silu(g)| >= t, else 0 (the cut activation)."""
 
 NORMS = ("rms", "layer")
+GATINGS = ("softmax", "sigmoid")
+ROUTER_INPUTS = ("ffn_input", "layer_input")
+MAX_EXPERTS = 512  # as in native/src/model.h
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,11 @@ class Config:
     def n_rows(self) -> int:
         """Rows of one neuron: gate, up and down, or up and down."""
         return 3 if self.gated else 2
+
+    @property
+    def taking_part(self) -> float:
+        """Of the neurons, the share that a token's experts have."""
+        return 1.0 if self.experts is None else self.experts.n_used / self.experts.n
 
     @property
     def exactly_sparse(self) -> bool:

@@ -71,13 +71,15 @@ def read_gguf_config(
     norm: str = "rms",
     partial_rotary: bool = False,
     known: frozenset[str] = frozenset(),
+    experts: bool = False,
 ) -> Config:
-    """The sizes and choices of a plain model. activation: what llama.cpp computes where the file does not say.
+    """The sizes and choices of a plain model. activation: what llama.cpp computes where the file does not say; experts:
+    it may have some, and n_ff is then one expert's.
 
     Errors: a key that is not understood; sizes that do not go together; partial rotation where it is not expected.
     """
     keys, file = header.keys, header.file
-    _check_keys(keys, KEYS | known | {NORM_EPS[norm]})
+    _check_keys(keys, KEYS | known | {NORM_EPS[norm]}, experts)
     n_embd, n_head = keys.integer("embedding_length"), keys.integer("attention.head_count")
     n_head_kv = keys.integer("attention.head_count_kv", n_head)
     if n_head % n_head_kv:
@@ -130,13 +132,13 @@ def interleaved(sources: dict[str, Source], head_dim: int) -> dict[str, Source]:
     return {name: source(name, plain) for name, plain in sources.items()}
 
 
-def _check_keys(keys: Fields, known: frozenset[str]) -> None:
+def _check_keys(keys: Fields, known: frozenset[str], experts: bool) -> None:
     for key in keys.values:
         name = key.removeprefix(keys.prefix)
         if key.startswith(keys.prefix) and name not in known:
             raise keys.unsupported(name, "no such key, for what it changes is not known here")
     for name in ("expert_count", "expert_used_count"):
-        if keys.get(name, 0) != 0:
+        if not experts and keys.get(name, 0) != 0:
             raise keys.unsupported(name, "0, no experts")
 
 

@@ -20,6 +20,8 @@ def required_shapes(config: Config) -> Shapes:
         b = f"blk.{i}"
         shapes |= _norm(config, f"{b}.attn_norm") | _norm(config, f"{b}.ffn_norm")
         shapes |= {f"{b}.{part}.weight": shape for part, shape in _matrices(config).items()}
+        if config.experts is not None:
+            shapes[f"{b}.ffn_router.weight"] = (config.experts.n, config.n_embd)
     return shapes
 
 

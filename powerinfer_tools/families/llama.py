@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from powerinfer_tools.checkpoint.config import Config
+from powerinfer_tools.checkpoint.experts import GGUF_KEYS, gguf_expert_sources, with_experts
 from powerinfer_tools.checkpoint.fields import Fields
 from powerinfer_tools.checkpoint.gguf_config import Header, gguf_sources, interleaved, read_gguf_config
 from powerinfer_tools.checkpoint.huggingface_config import name_sources, read_biases, read_plain_config
@@ -41,19 +42,23 @@ def _folder(fields: Fields, name: str, notes: list[str]) -> Reading:
     return Reading(config, name_sources(config, read_biases(fields) if biased is None else biased, NAMES))
 
 
-def read_window(fields: Fields, n_ctx: int, notes: list[str]) -> int:
+def read_window(fields: Fields, n_ctx: int, notes: list[str], key: str = "sliding_window") -> int:
     """The context within which sliding-window attention sees everything, so that it is plain attention."""
-    if fields.values.get("sliding_window", 4096) is None:
+    if fields.values.get(fields.prefix + key, 4096) is None:
         return n_ctx
-    window = fields.integer("sliding_window", 4096)  # the default of all families that have it
+    window = fields.integer(key, 4096)  # the default of all families that have it
     if window < n_ctx:
         notes.append(f"context limited to {window} positions, the sliding window of its attention")
     return min(n_ctx, window)
 
 
 def _llama_gguf(header: Header) -> Reading:
-    config = read_gguf_config(header, "llama", "silu")
-    return Reading(config, interleaved(gguf_sources(header, config), config.head_dim))
+    config = read_gguf_config(header, "llama", "silu", experts=True)
+    sources = gguf_sources(header, config)
+    if header.keys.get("expert_count", 0) != 0:
+        config = with_experts(replace(config, arch="mixtral"), header.keys, GGUF_KEYS, "softmax", "ffn_input")
+        sources = gguf_expert_sources(header, config)
+    return Reading(config, interleaved(sources, config.head_dim))
 
 
 def _qwen2_gguf(header: Header) -> Reading:

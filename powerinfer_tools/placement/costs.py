@@ -2,9 +2,9 @@
 
 A layer falls into parts that can be placed apart:
 
-    dense    attention, norms, predictor_in, ffn_down.bias: one block, on vram or ram, with the layer's KV cache
-    beside   what is read for every token to choose a neuron: its ffn_select or predictor_out row and its biases. It
-             goes to vram with its neuron; a neuron on disk leaves it in ram
+    dense    attention, norms, router, predictor_in, ffn_down.bias: one block, on vram or ram, with the layer's KV cache
+    beside   what is read for every token to choose a neuron: its expert, its ffn_select or predictor_out row and its
+             biases. It goes to vram with its neuron; a neuron on disk leaves it in ram
     bundle   the neuron's rows in ffn_neurons: on vram, ram or disk
     table    ffn_order and ffn_frequency: in ram, not read while decoding
 """
@@ -22,6 +22,7 @@ KV_ELEMENT_BYTES = 2  # the cache is float16
 BATCH = 256  # tokens of a prompt that are worked on at once, at most
 TILES = 8192 + 16 * 288 + BATCH * 64  # float32 numbers of a thread's matrix tiles, or as many bytes
 QUERIES, TILE_ROWS = 32, 16  # tokens whose attention is computed at once; positions of a tile
+PIECE = 256  # neurons of an expert that a batch computes at once
 CHUNKS = 24  # partial sums of an FFN
 
 # with neurons on disk (native/src/disk.cpp)
@@ -30,7 +31,7 @@ TABLE_ROWS = 256  # of the embedding that are read together
 AHEAD = 64  # neurons of a layer that are read before it asks for them, with two layers under way
 MISS_BYTES, READ_BYTES = 16, 32  # of one neuron that is read, and of its read
 
-BESIDE = ("ffn_select.weight", "ffn_gate.bias", "ffn_up.bias")
+BESIDE = ("ffn_expert.weight", "ffn_select.weight", "ffn_gate.bias", "ffn_up.bias")
 PREDICTOR = ("predictor_out.weight", "predictor_out.bias")
 TABLE = ("ffn_order.weight", "ffn_frequency.weight")
 BUNDLE = "ffn_neurons.weight"
@@ -66,12 +67,16 @@ class LayerCosts:
 
 @dataclass(frozen=True)
 class Costs:
-    """Bytes of an artifact and of what runs it. head: output matrix and norm; host: embeddings and the like, in ram."""
+    """Bytes of an artifact and of what runs it. head: output matrix and norm; host: embeddings and the like, in ram.
+
+    taking_part: of the neurons, the share that any token's experts have.
+    """
 
     layers: tuple[LayerCosts, ...]
     head: int
     host: int
     scratch: int
+    taking_part: float = 1.0
 
     @property
     def weights(self) -> int:
@@ -119,7 +124,8 @@ def artifact_costs(
             host += tensor.n_bytes
     kv = kv_bytes(config, 1, ctx_size)
     layers = tuple(_layer_costs(config, plan, part, kv) for plan, part in zip(plans, parts, strict=True))
-    return Costs(layers, output, host, scratch_bytes(config, plans, ctx_size, threads))
+    scratch = scratch_bytes(config, plans, ctx_size, threads)
+    return Costs(layers, output, host, scratch, config.taking_part)
 
 
 def _layer_costs(config: Config, plan: LayerPlan, tensors: dict[str, TensorPlan], kv: int) -> LayerCosts:
@@ -151,20 +157,25 @@ def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, thr
     """The engine's working memory beside weights and cache, to the byte (native/src/session.cpp allocates it once).
 
     A thread: six numbers a neuron, attention scores, matrix tiles. A token: residual (before attention, too, where the
-    FFN reads that), normalised input, queries, keys, values, what the predictor says, gate and up; one for decoding, a
-    batch of them for prompts, and the widest in blocks. Partial sums, logits, angles.
+    FFN reads that), normalised input, queries, keys, values, experts, what the predictor says, gate and up; one for
+    decoding, a batch of them for prompts, and the widest in blocks. Partial sums, logits, angles. With experts a
+    prompt's gate and up are a piece of one expert's, whose rows are brought together, as are the inputs of those that
+    chose it.
     """
     d, wide = config.n_embd, max(config.n_embd, config.n_head * config.head_dim)
     q, kv = config.n_head * config.head_dim, config.n_head_kv * config.head_dim
     rank = max((plan.rank for plan in plans), default=0)
     angles = 0 if config.rope is None else 2 * len(config.rope.inv_freq)
+    experts = 0 if config.experts is None else config.experts.n
+    together = config.n_ff if config.experts is None else PIECE
     residual = 2 * d if config.parallel else d
     thread = 6 * config.n_ff + QUERIES * -(-ctx_size // TILE_ROWS) * TILE_ROWS + TILES
-    decode = residual + (1 + CHUNKS) * d + wide + rank + q + 2 * kv + config.n_vocab
-    token = residual + wide + q + 2 * kv + 3 * config.n_ff + rank + angles
+    decode = residual + (1 + CHUNKS) * d + wide + rank + q + 2 * kv + experts + config.n_vocab
+    token = residual + wide + q + 2 * kv + experts + 2 * together + config.n_ff + rank + angles
     batch = min(BATCH, ctx_size)
-    blocks = wide // 32 + rank // 32 + batch * -(-max(wide, config.n_ff, rank) // 32)  # of 32 numbers
-    return 4 * (threads * thread + decode + batch * token) + 40 * blocks  # scale, sum and 32 bytes
+    gathered = 0 if config.experts is None else config.n_ff + batch * (1 + d) + PIECE * (3 * d + 2)
+    blocks = wide // 32 + rank // 32 + batch * -(-max(wide, together, rank) // 32)  # of 32 numbers
+    return 4 * (threads * thread + decode + gathered + batch * token) + 40 * blocks  # scale, sum and 32 bytes
 
 
 @dataclass(frozen=True)

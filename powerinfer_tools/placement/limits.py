@@ -137,7 +137,7 @@ class _Solver:
         self.sizes = np.array([size for _, size in disk.bundles])
         self.asked = np.stack([artifact.frequency(i) for i in range(artifact.config.n_layer)]).astype(np.float64)
         for i, always in enumerate(artifact.always):
-            self.asked[i, :always] = 1.0
+            self.asked[i, :always] = np.maximum(self.asked[i, :always], artifact.config.taking_part)
         value = self.asked * ((self.sizes + READ_EQUALS) / self.sizes)[:, None]  # time that a byte spares the disk
         self.layers = np.argsort(-value, axis=None, kind="stable") // self.n_ff
         self.bytes = np.cumsum(self.sizes[self.layers])

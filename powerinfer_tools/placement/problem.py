@@ -103,18 +103,21 @@ class Problem:
     def asked(self, i: Index, k: Index) -> Any:
         """Neurons whose first row (or bundle on disk) is expected to be read for a token."""
         prefix = np.where(self.first[i] > 0, np.minimum(k, self.always[i]), 0)
-        forecast = np.minimum(k - prefix, self.ratio[i] * (self.fired[i, k] - self.fired[i, prefix]))
-        return prefix + forecast
+        share = self.costs.taking_part
+        forecast = np.minimum(share * (k - prefix), self.ratio[i] * (self.fired[i, k] - self.fired[i, prefix]))
+        return share * prefix + forecast
 
     def tier_seconds(self, tier: Tier, i: Index, k: Index) -> Any:
         """Expected time of computing from vram or ram."""
         first, rest, _ = self._row_seconds[tier]
-        return self.beside_bytes(i, k) / tier.sequential + self.asked(i, k) * first[i] + self.fired[i, k] * rest[i]
+        beside = self.costs.taking_part * self.beside_bytes(i, k)
+        return beside / tier.sequential + self.asked(i, k) * first[i] + self.fired[i, k] * rest[i]
 
     def disk_seconds(self, i: Index, k: Index) -> Any:
         """Expected time of computing with the bundles on disk, one read each, and what lies beside them in ram."""
         _, _, whole = self._row_seconds[self.disk]
-        return self.beside_bytes(i, k) / self.machine.ram.sequential + self.asked(i, k) * whole[i]
+        beside = self.costs.taking_part * self.beside_bytes(i, k)
+        return beside / self.machine.ram.sequential + self.asked(i, k) * whole[i]
 
     def _seconds_of_rows(self, tier: Tier) -> tuple[Floats, Floats, Floats]:
         """Each layer's time for one picked first row, rest of a bundle, and whole bundle.

@@ -33,11 +33,15 @@ class Choice:
 class HeldOut:
     """Samples that no predictor was fitted to, neurons in the stored order.
 
-    x [n, n_embd]; fired bool [n, n_ff]; h [n, n_ff], what the neurons give; down [n_ff, n_embd].
+    x [n, n_embd]; fired bool [n, n_ff]; h [n, n_ff], what the neurons give; down [n_ff, n_embd]; candidates bool
+    [n, n_ff], those of each token's experts, or None: all are.
     """
 
-    def __init__(self, x: Tensor, fired: Tensor, h: Tensor, down: Tensor, order: Tensor) -> None:
+    def __init__(
+        self, x: Tensor, fired: Tensor, h: Tensor, down: Tensor, order: Tensor, candidates: Tensor | None = None
+    ) -> None:
         self.x, self.order = x, order
+        self.candidates = torch.ones_like(fired) if candidates is None else candidates[:, order]
         self.fired, self.h, self.down = fired[:, order], h[:, order] * fired[:, order], down[order]
         self._size = (self.h @ self.down).square().sum(1)
         self.n_fired = int(self.fired.sum())
@@ -58,7 +62,7 @@ def choose(network: Network, held: HeldOut, costs: FfnCosts, recall: float, erro
     always = 0
     for _ in range(ROUNDS):
         threshold = _threshold(logits, held, always, recall, error)
-        let_through = (logits >= threshold).float().mean(0)
+        let_through = (held.candidates & (logits >= threshold)).float().mean(0)
         following = costs.always(network.rank, let_through.cpu().numpy())
         if following == always:
             break
@@ -98,6 +102,7 @@ def _last(most: int, too_far: Callable[[int], bool]) -> int:
 def _measure(logits: Tensor, held: HeldOut, costs: FfnCosts, rank: int, threshold: float, always: int) -> Choice:
     computed = logits >= threshold
     computed[:, :always] = True
+    computed &= held.candidates
     found = held.fired & computed
     n = len(logits)
     n_computed, n_found = float(computed.sum()) / n, float(found.sum()) / n

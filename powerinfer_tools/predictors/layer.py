@@ -49,7 +49,7 @@ class Samples:
     """A layer's profile, split into windows to fit to and windows to judge by."""
 
     x: Tensor  # [n, n_embd]
-    fired: Tensor  # bool [n, n_ff]
+    fired: Tensor  # bool [n, n_ff], as if all experts were chosen
     held: HeldOut
     select: Tensor  # [n_ff, n_embd]
 
@@ -79,11 +79,16 @@ def _samples(checkpoint: Checkpoint, activations: Activations, i: int, device: s
     x = torch.from_numpy(activations.inputs(i)).to(device).float()
     fired = torch.from_numpy(activations.active(i)).to(device)
     held = _held_out(activations).to(device)
-    with torch.inference_mode():
-        h = ffn.neurons(x[held])
     order = torch.from_numpy(activations.order(i)).to(device)
     select = ffn.up if ffn.gate is None else ffn.gate
-    return Samples(x[~held], fired[~held], HeldOut(x[held], fired[held], h, ffn.down.T, order), select)
+    fires, routes, candidates = fired[~held], None, None
+    with torch.inference_mode():
+        if checkpoint.config.experts is not None:
+            fires = ffn.neurons(x[~held]) != 0  # whether or not it is routed to: the router says that exactly
+            routes = torch.from_numpy(activations.routes(i)).to(device)[held]
+            candidates = ffn.each(routes) > 0
+        h = ffn.neurons(x[held], routes)
+    return Samples(x[~held], fires, HeldOut(x[held], fired[held], h, ffn.down.T, order, candidates), select)
 
 
 def _held_out(activations: Activations) -> Tensor:

@@ -11,16 +11,20 @@ from powerinfer_tools.checkpoint.config import Config
 
 @dataclass(frozen=True)
 class FfnCosts:
-    """Bytes of weight rows in one FFN. A neuron: one row that decides (select) and `further` rows where it fires."""
+    """Bytes of weight rows in one FFN. A neuron: one row that decides (select) and `further` rows where it fires.
+
+    taking_part: of the neurons, the share that a token's experts have.
+    """
 
     n_embd: int
     n_ff: int
     further: int
     quant: str
+    taking_part: float = 1.0
 
     @classmethod
     def of(cls, config: Config, quant: str) -> "FfnCosts":
-        return cls(config.n_embd, config.n_ff, config.n_rows - 1, quant)
+        return cls(config.n_embd, config.n_ff, config.n_rows - 1, quant, config.taking_part)
 
     def row(self, length: int) -> int:
         """Bytes of one matrix row of `length` numbers."""
@@ -36,7 +40,7 @@ class FfnCosts:
 
     def gate(self, fired: float) -> float:
         """Bytes a token in mode gate, `fired` neurons firing: all select rows, the further rows of those that fire."""
-        return self.neuron_row * (self.n_ff + self.further * fired)
+        return self.neuron_row * (self.taking_part * self.n_ff + self.further * fired)
 
     def predictor(self, rank: int, always: int, computed: float, found: float) -> float:
         """Bytes a token in mode predictor.
@@ -44,7 +48,7 @@ class FfnCosts:
         computed: neurons whose select row is read (the `always` first ones and those let through); found: those of
         them that fire.
         """
-        asked = rank * self.neuron_row + (self.n_ff - always) * self.asking(rank)
+        asked = rank * self.neuron_row + self.taking_part * (self.n_ff - always) * self.asking(rank)
         return asked + self.neuron_row * (computed + self.further * found)
 
     def always(self, rank: int, let_through: npt.NDArray[np.floating]) -> int:
@@ -52,7 +56,7 @@ class FfnCosts:
 
         let_through: share of tokens for which the predictor lets each neuron through, in the stored order.
         """
-        spared = self.asking(rank) + self.neuron_row * (let_through - 1.0)
+        spared = self.taking_part * self.asking(rank) + self.neuron_row * (let_through - self.taking_part)
         return int(np.argmax(np.concatenate([[0.0], np.cumsum(spared)])))
 
     def least(self, rank: int, fired: float) -> float:

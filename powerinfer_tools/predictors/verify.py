@@ -111,7 +111,7 @@ def _pass_layer(checkpoint: Checkpoint, i: int, hidden: Tensor, screen: Screen |
     for b, window in enumerate(hidden):
         stream, inputs = (full[0] for full in layer.attention(window[None].to(device)))
         for part, x, place in zip(*(torch.split(full, POSITIONS) for full in (stream, inputs, hidden[b])), strict=True):
-            h = layer.ffn.neurons(x)
+            h = layer.ffn.neurons(x, layer.routes(place.to(device), x))
             after = part + layer.ffn.output(h)
             if screen is not None:
                 seen = norm(after)

@@ -35,21 +35,27 @@ class Ffn:
             return linear(x, self.up, self.up_bias)
         return linear(x, self.gate, self.gate_bias)
 
-    def neurons(self, x: Tensor) -> Tensor:
-        """h [.., n_ff], exactly 0 where a neuron does not fire."""
+    def neurons(self, x: Tensor, routes: Tensor | None = None) -> Tensor:
+        """h [.., n_ff], exactly 0 where a neuron does not fire; routes: the weights of the experts, [.., n]."""
         a = activate(self.select(x), self.activation, self.threshold)
+        if routes is not None:
+            a = a * self.each(routes)
         if self.gate is None:
             return a
         up = linear(x, self.up, self.up_bias)
         return a * (relu(up) if self.activation == "drelu" else up)
+
+    def each(self, routes: Tensor) -> Tensor:
+        """What the experts have, [.., n], for each neuron, [.., n_ff]."""
+        return routes.repeat_interleave(len(self.up) // routes.shape[-1], dim=-1)
 
     def output(self, neurons: Tensor) -> Tensor:
         """What the neurons' h add to the stream: [.., n_ff] -> [.., n_embd]."""
         h = neurons if self.sub_eps is None else unit_rms(neurons, self.sub_eps)
         return linear(h, self.down, self.down_bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.output(self.neurons(x))
+    def __call__(self, x: Tensor, routes: Tensor | None = None) -> Tensor:
+        return self.output(self.neurons(x, routes))
 
 
 def activate(g: Tensor, activation: str, threshold: float = 0.0) -> Tensor:

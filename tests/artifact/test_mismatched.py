@@ -10,10 +10,12 @@ import pytest
 from powerinfer_tools.artifact import Artifact, layout, open_artifact
 from powerinfer_tools.artifact.gguf_writer import write_gguf
 from powerinfer_tools.artifact.layout import TensorPlan
+from powerinfer_tools.checkpoint import Experts
 from powerinfer_tools.checkpoint.gguf_file import raw_rows
 from powerinfer_tools.engine import Model, native
 from powerinfer_tools.errors import PowerinferError
-from tests.artifacts import make_artifact
+from tests.artifacts import make_artifact, write_artifact
+from tests.drawn import DrawnCheckpoint, drawn_config
 from tests.tiny import make_llama, make_opt
 
 TYPES = {number: name for name, number in layout.TYPE_ID.items()}
@@ -31,6 +33,12 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 def predictor(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     folder = tmp_path_factory.mktemp("predictor")
     return make_artifact(make_opt(folder / "model"), folder / "m.gguf", quant="q8_0", predictor=True, rank=32)
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    checkpoint = DrawnCheckpoint(drawn_config(experts=Experts(8, 2, "softmax", "ffn_input")))
+    return write_artifact(checkpoint, tmp_path_factory.mktemp("moe") / "m.gguf")
 
 
 def rewritten(
@@ -82,8 +90,8 @@ def test_rewriting_changes_nothing_else(gate: Artifact, predictor: Artifact, tmp
         assert path.read_bytes() == artifact.path.read_bytes()
 
 
-def test_every_tensor_is_needed(gate: Artifact, predictor: Artifact, tmp_path: Path) -> None:
-    for artifact in (gate, predictor):
+def test_every_tensor_is_needed(gate: Artifact, predictor: Artifact, moe: Artifact, tmp_path: Path) -> None:
+    for artifact in (gate, predictor, moe):
         for name in artifact.file.tensors:
             if name.endswith(".bias") and ("ffn_" in name or "attn_" in name):
                 continue  # a bias may be absent
@@ -91,8 +99,8 @@ def test_every_tensor_is_needed(gate: Artifact, predictor: Artifact, tmp_path: P
             assert_refused(path, "mismatch", f"{name}: expected ", "found no such tensor")
 
 
-def test_every_shape_is_checked(gate: Artifact, predictor: Artifact, tmp_path: Path) -> None:
-    for artifact in (gate, predictor):
+def test_every_shape_is_checked(gate: Artifact, predictor: Artifact, moe: Artifact, tmp_path: Path) -> None:
+    for artifact in (gate, predictor, moe):
         for name, info in artifact.file.tensors.items():
 
             def longer(metadata: object, plans: dict[str, TensorPlan], name: str = name) -> None:
@@ -248,6 +256,52 @@ VALUES: list[tuple[str, Any, str]] = [
 def test_values_are_checked(gate: Artifact, tmp_path: Path, key: str, value: Any, kind: str) -> None:
     path = rewritten(gate, tmp_path / "m.gguf", lambda metadata, plans: metadata.update({key: value}))
     assert_refused(path, kind, key if key != layout.KEY_VERSION else str(value))
+
+
+EXPERT_KEYS = (layout.KEY_EXPERTS_USED, layout.KEY_GATING, layout.KEY_ROUTED_BY)
+
+
+@pytest.mark.parametrize("key", EXPERT_KEYS)
+def test_experts_need_all_their_keys(moe: Artifact, tmp_path: Path, key: str) -> None:
+    path = rewritten(moe, tmp_path / "m.gguf", lambda metadata, plans: metadata.pop(key))
+    assert_refused(path, "mismatch", f"{key}: expected ")
+
+
+def test_no_experts_but_their_tensors(moe: Artifact, tmp_path: Path) -> None:
+    path = rewritten(moe, tmp_path / "m.gguf", lambda metadata, plans: metadata.pop(layout.KEY_EXPERTS))
+    assert_refused(path, "mismatch", "expected no such tensor")
+
+
+EXPERT_VALUES: list[tuple[str, Any, str]] = [
+    (layout.KEY_EXPERTS, 0, "malformed"),
+    (layout.KEY_EXPERTS, 513, "malformed"),
+    (layout.KEY_EXPERTS, 7, "malformed"),  # does not divide n_ff
+    (layout.KEY_EXPERTS, "8", "mismatch"),
+    (layout.KEY_EXPERTS_USED, 0, "malformed"),
+    (layout.KEY_EXPERTS_USED, 9, "malformed"),
+    (layout.KEY_GATING, "topk", "unsupported"),
+    (layout.KEY_ROUTED_BY, "hash", "unsupported"),
+    (layout.KEY_SUB_NORMS, True, "unsupported"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "kind"), EXPERT_VALUES)
+def test_values_of_experts_are_checked(moe: Artifact, tmp_path: Path, key: str, value: Any, kind: str) -> None:
+    path = rewritten(moe, tmp_path / "m.gguf", lambda metadata, plans: metadata.update({key: value}))
+    assert_refused(path, kind, key)
+
+
+@pytest.mark.parametrize("expert", [8, -1, 2**31 - 1, 0])
+def test_every_neuron_has_the_expert_that_its_order_says(moe: Artifact, tmp_path: Path, expert: int) -> None:
+    path, info = tmp_path / "m.gguf", moe.file.tensors["blk.1.ffn_expert.weight"]
+    at = int(np.flatnonzero(moe.order(1) >= 20)[0])  # not of expert 0
+    content = bytearray(moe.path.read_bytes())
+    content[info.offset + 4 * at : info.offset + 4 * at + 4] = np.int32(expert).tobytes()
+    path.write_bytes(content)
+    for read in (open_artifact, Model):
+        kind, message = kind_and_message(read, path)
+        assert kind == "malformed"
+        assert "blk.1.ffn_expert.weight" in message
 
 
 def test_an_older_artifact_is_to_be_built_again(gate: Artifact, tmp_path: Path) -> None:

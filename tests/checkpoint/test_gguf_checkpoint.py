@@ -212,7 +212,7 @@ def test_sizes_a_layer(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "architecture key unknown": ({"llama.logit_scale": 2.0}, r"llama\.logit_scale: expected no such key"),
-    "experts": ({"llama.expert_count": 8}, r"llama\.expert_count: expected 0"),
+    "experts": ({"llama.expert_count": 8}, r"llama\.expert_used_count: expected an integer in 1..8"),
     "partial rotary": ({"llama.rope.dimension_count": 8}, "dimension_count: expected 16.*found 8"),
     "rope type": ({"llama.rope.scaling.type": "longrope"}, "expected none, linear or yarn, found 'longrope'"),
     "layers that are not there": ({"llama.block_count": 3}, r"expected blk\.2\.\S+ .*found none"),

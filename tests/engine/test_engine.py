@@ -88,7 +88,7 @@ class Rounded(Checkpoint):
 
     def read(self, name: str, rows: slice | None = None) -> FloatArray:
         weight = self.inner.read(name)
-        if weight.ndim == 2:
+        if weight.ndim == 2 and "ffn_router" not in name:
             weight = self.rounded(weight.T).T if "ffn_down" in name else self.rounded(weight)
         return weight if rows is None else weight[rows]
 

@@ -91,7 +91,7 @@ def test_a_sparse_prompt_scores_like_decoding(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("quant", ["f32", "q4_0"])
-@pytest.mark.parametrize("name", ["sub norms", "all"])
+@pytest.mark.parametrize("name", ["sub norms", "experts", "all"])
 def test_threads_change_nothing(name: str, quant: str, tmp_path: Path) -> None:
     path = write_artifact(drawn(name), tmp_path / "a.gguf", quant=quant, predictor=True, rank=32).path
     runs = [decode_all(path, ids(16), threads=n) for n in (1, 2, 3)]
@@ -106,9 +106,9 @@ def test_threads_change_nothing(name: str, quant: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quant", ["f16", "q8_0", "q4_0"])
-@pytest.mark.parametrize("name", ["parallel", "qk norm", "sub norms", "softcap", "all"])
+@pytest.mark.parametrize("name", ["parallel", "qk norm", "sub norms", "softcap", "plain experts", "all"])
 def test_quantised_equals_reference_on_the_same_weights(name: str, quant: str, tmp_path: Path) -> None:
-    blocks = {"n_layer": 2, "n_embd": 128, "n_ff": 192, "n_head": 4, "head_dim": 32, "rotary": ()}
+    blocks = {"n_layer": 2, "n_embd": 128, "n_ff": 224, "n_head": 4, "head_dim": 32, "rotary": ()}
     checkpoint = Rounded(DrawnCheckpoint(drawn_config(**STRUCTURES[name] | blocks), BIASES), quant)
     write_artifact(checkpoint, tmp_path / "a.gguf", quant=quant)
     tokens = ids(40)

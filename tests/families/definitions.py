@@ -38,11 +38,11 @@ def normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / ((x**2).mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def attend(weights: Weights, base: str, x: Tensor, n_head: int) -> Tensor:
+def attend(weights: Weights, base: str, x: Tensor, n_head: int, rotates: bool = True) -> Tensor:
     """[n, n_embd] -> [n, n_embd], one query head at a time."""
     n, head_dim = x.shape[0], weights[f"{base}.q_proj.weight"].shape[0] // n_head
     q, k, v = ((x @ weights[f"{base}.{part}_proj.weight"].T).reshape(n, -1, head_dim).transpose(0, 1) for part in "qkv")
-    q, k, group = rotate(q), rotate(k), n_head // k.shape[0]
+    q, k, group = *((rotate(q), rotate(k)) if rotates else (q, k)), n_head // k.shape[0]
     unseen = torch.ones(n, n).triu(1).bool()
     heads = []
     for h in range(n_head):

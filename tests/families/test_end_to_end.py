@@ -16,6 +16,7 @@ from tests.engine.test_engine import decode_all, greedy_tokens, ids, nmse, refer
 from tests.planted import write_text
 from tests.tiny import make_llama
 from tests.tiny_families import make_bamboo, make_bitnet, make_minicpm, make_nanochat
+from tests.tiny_moe import make_mixtral, make_smallthinker
 from tests.tiny_plain import make_arcee, make_falcon, make_nemotron
 
 ODD = {"n_layer": 12, "n_embd": 120, "n_head": 6, "n_head_kv": 2, "n_vocab": 300}
@@ -39,6 +40,8 @@ FAMILIES: dict[str, Any] = {
     "bitnet, packed": lambda folder: make_bitnet(folder, n_ff=164, weights="packed", **ODD),
     "minicpm": lambda folder: make_minicpm(folder, n_ff=161, **ODD),
     "nanochat": lambda folder: make_nanochat(folder, n_ff=161, **ODD),
+    "turbosparse-mixtral": lambda folder: make_mixtral(folder, n_ff=45, turbosparse=True, **ODD),
+    "smallthinker": lambda folder: make_smallthinker(folder, still=(0, 4, 8), window=200, **ODD),
 }
 
 

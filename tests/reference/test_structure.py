@@ -31,7 +31,8 @@ class Definition:
             mixed = self.attention(f"blk.{i}.", i, [self.norm(f"blk.{i}.attn_norm", s) for s in streams])
             after = [stream + m for stream, m in zip(streams, mixed, strict=True)]
             read = streams if c.parallel else after
-            added = [self.ffn(f"blk.{i}.", self.norm(f"blk.{i}.ffn_norm", stream)) for stream in read]
+            xs = [self.norm(f"blk.{i}.ffn_norm", stream) for stream in read]
+            added = [self.ffn(f"blk.{i}.", x, stream) for x, stream in zip(xs, streams, strict=True)]
             streams = [stream + ffn for stream, ffn in zip(after, added, strict=True)]
         head = w["token_embd.weight" if c.tied else "output.weight"]
         found = np.array([head @ self.norm("output_norm", stream) for stream in streams])
@@ -70,13 +71,24 @@ class Definition:
         mixed = np.concatenate(heads)
         return self.linear(f"{b}attn_output", self.unit(mixed) if c.sub_norms else mixed)
 
-    def ffn(self, b: str, x: Array) -> Array:
+    def ffn(self, b: str, x: Array, before: Array) -> Array:
         c = self.config
         up = self.linear(f"{b}ffn_up", x)
         a = np.maximum(self.linear(f"{b}ffn_gate", x) if c.gated else up, 0)
         a = a**2 if c.activation == "relu2" else a
+        up = np.maximum(up, 0) if c.activation == "drelu" else up
         h = a * up if c.gated else a
+        if c.experts is not None:
+            h = np.repeat(self.routes(b, x, before), c.n_ff // c.experts.n) * h
         return self.linear(f"{b}ffn_down", self.unit(h) if c.sub_norms else h)
+
+    def routes(self, b: str, x: Array, before: Array) -> Array:
+        experts = self.config.experts
+        assert experts is not None
+        logits = self.weights[f"{b}ffn_router.weight"] @ (before if experts.routed_by == "layer_input" else x)
+        weights = np.exp(logits) if experts.gating == "softmax" else 1 / (1 + np.exp(-logits))
+        weights[np.argsort(logits)[: experts.n - experts.n_used]] = 0
+        return weights / weights.sum()
 
     def linear(self, name: str, x: Array) -> Array:
         bias = self.weights.get(f"{name}.bias")
