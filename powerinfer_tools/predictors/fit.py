@@ -72,12 +72,10 @@ class Start:
 
     def __init__(self, select: Tensor, x: Tensor) -> None:
         self._mean = x.mean(0)
-        centred = x - self._mean
-        covariance = centred.T @ centred / len(x)
-        covariance += RIDGE * covariance.diagonal().mean() * torch.eye(x.shape[1], device=x.device)
-        values, vectors = torch.linalg.eigh(covariance.double())
+        values, vectors = torch.linalg.eigh(_covariance(x - self._mean).double())
         root = (vectors * values.sqrt()) @ vectors.T
         self._inverse_root = ((vectors / values.sqrt()) @ vectors.T).float()
+        del vectors  # float64, n_embd squared: what follows takes several of these, and a decomposition yet more
         self._weighted = select  # overwritten: nobody needs it again, and it is a third of the layer
         gram = torch.zeros_like(root)
         for begin in range(0, len(select), BLOCK_ROWS):  # in float64 only so much at a time
@@ -86,7 +84,7 @@ class Start:
             weighted /= weighted.norm(dim=1, keepdim=True).clamp_min(1e-12)
             gram += weighted.T @ weighted
             self._weighted[rows] = weighted.float()
-        del covariance, vectors, root  # the next decomposition takes several times their size
+        del root
         _, directions = torch.linalg.eigh(gram)
         self._directions = directions.flip(1).float()  # [n_embd, n_embd], strongest first
 
@@ -107,6 +105,13 @@ class Start:
         if relu:
             w_in, w_out = torch.cat([w_in, -w_in]), torch.cat([w_out, -w_out], dim=1)
         return Network(w_in, w_out, bias, relu)
+
+
+def _covariance(centred: Tensor) -> Tensor:
+    """[n, n_embd] -> [n_embd, n_embd], with the ridge."""
+    covariance = centred.T @ centred / len(centred)
+    covariance += RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance), device=centred.device)
+    return covariance
 
 
 def _thinned(x: Tensor, fired: Tensor) -> tuple[Tensor, Tensor]:

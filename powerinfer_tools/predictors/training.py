@@ -1,5 +1,7 @@
 """train(): predictors for the layers where they save bytes, one layer at a time, to a .predictors file."""
 
+import ctypes
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -146,7 +148,15 @@ def _fitted(
         fitted = fit_layer(checkpoint, activations, i, relu, bounds, _device())
         header = {"plan": asdict(fitted.plan), "figures": fitted.figures, "bytes": fitted.bytes}
         write_table(record, LAYER_KIND, header, _arrays(fitted), force=True)
+        del fitted
+        _trim_heap()
     return read_table(record, LAYER_KIND)
+
+
+def _trim_heap() -> None:
+    """Gives free memory back to the system: what one layer's fitting leaves in the heap adds to the next one's peak."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc's
+        libc.malloc_trim(0)
 
 
 def _verified(
