@@ -1,4 +1,7 @@
-"""LLaMA, Mistral and Qwen2; ReluLLaMA and ProSparse are LLaMAs with another activation."""
+"""LLaMA, Mistral and Qwen2; ReluLLaMA and ProSparse are LLaMAs with another activation.
+
+SparseLLM/prosparse-llama-2-7b comes with modeling_sparsellama.py: a model_type and class of its own, LLaMA's names.
+"""
 
 from dataclasses import replace
 
@@ -36,7 +39,7 @@ def read_llama_config(fields: Fields, name: str) -> Config:
 def _folder(fields: Fields, name: str, notes: list[str]) -> Reading:
     kind = fields.text("model_type")
     config = read_llama_config(fields, name)
-    slides = {"llama": False, "mistral": True, "qwen2": fields.flag("use_sliding_window", False)}[kind]
+    slides = {"mistral": True, "qwen2": fields.flag("use_sliding_window", False)}.get(kind, False)
     config = replace(config, n_ctx=read_window(fields, config.n_ctx, notes)) if slides else config
     biased = {"qwen2": ATTENTION[:3], "mistral": ()}.get(kind)
     return Reading(config, name_sources(config, read_biases(fields) if biased is None else biased, NAMES))
@@ -68,7 +71,12 @@ def _qwen2_gguf(header: Header) -> Reading:
 
 FAMILY = Family(
     name="llama",
-    models={"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"},
+    models={
+        "llama": "LlamaForCausalLM",
+        "sparsellama": "SparseLlamaForCausalLM",
+        "mistral": "MistralForCausalLM",
+        "qwen2": "Qwen2ForCausalLM",
+    },
     folder=_folder,
     gguf={"llama": _llama_gguf, "qwen2": _qwen2_gguf},
     pwri=(_llama_gguf, "relu"),
