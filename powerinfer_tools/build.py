@@ -174,7 +174,7 @@ def _arguments(recipe: Recipe, source: Source) -> dict[str, Any]:
         **vars(recipe),
         "corpus": [sha256_file(path) for path in source.corpus],
         "counts": counts_digest(counts, config.n_layer) if counts is not None else None,
-        "pretrained": open_pretrained(pretrained, config).digest if pretrained is not None else None,
+        "pretrained": open_pretrained(pretrained, source.checkpoint).digest if pretrained is not None else None,
     }
 
 
@@ -309,7 +309,7 @@ class _Stages:
         return self.stage("train", ".predictors", read_predictors, wanted, found, make, _describe_predictors)
 
     def take_over(self, activations: Activations, pretrained: Path) -> Predictors:
-        quant, digest = self.recipe.quant, open_pretrained(pretrained, self.checkpoint.config).digest
+        quant, digest = self.recipe.quant, open_pretrained(pretrained, self.checkpoint).digest
         inputs = {"checkpoint": activations.checkpoint_digest, "activations": activations.digest, "pretrained": digest}
 
         def make(path: Path) -> Predictors:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,11 @@ class GgufCheckpoint(Checkpoint):
         return self._sources[name].read(self._read_rows, np.arange(begin, end))
 
     def digest(self) -> str:
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        """Read once: the file has gigabytes, and every stage asks."""
         digest = hashlib.sha256(f"activation {self._activation}\n".encode())
         with self.path.open("rb") as file:
             while chunk := file.read(1 << 20):

@@ -37,11 +37,15 @@ class Pretrained:
     layer: Callable[[int], Layer]
 
 
-def open_pretrained(source: Path, config: Config) -> Pretrained:
-    """The predictors of `source`, a PWRI file or a folder of model_N.pt. Errors: a layer's is missing; other sizes."""
+def open_pretrained(source: Path, checkpoint: Checkpoint) -> Pretrained:
+    """The predictors of `source`, a PWRI file or a folder of model_N.pt, for the model of `checkpoint`.
+
+    Errors: a layer's is missing; other sizes.
+    """
+    config = checkpoint.config
     if source.is_dir():
         return _open_folder(source, config)
-    found = open_checkpoint(source)
+    found = checkpoint if source == checkpoint.path else open_checkpoint(source)
     if not isinstance(found, PwriCheckpoint):
         expected = "expected a model file of the first PowerInfer or a folder of model_N.pt"
         raise PowerinferError(f"{source}: {expected}, found another checkpoint", "mismatch")
@@ -72,7 +76,7 @@ def take_predictors(
             f"{checkpoint.path}: {config.activation} is never exactly zero: a predictor made for ReLU is of no use",
             "unsupported",
         )
-    pretrained = open_pretrained(source, config)
+    pretrained = open_pretrained(source, checkpoint)
     plans = []
     with default_progress(progress) as show:
         for i in range(config.n_layer):
