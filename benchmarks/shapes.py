@@ -190,7 +190,7 @@ def write_shape(shape: Shape, quant: str, active: float, output: Path) -> None:
     config = checkpoint.config
     plans = [LayerPlan(MODE_PREDICTOR, RANK, 0)] * config.n_layer
     table = tensor_table(config, plans, quant, checkpoint.biases)
-    metadata = artifact_metadata(checkpoint, plans, quant, False, None, {"planted": active})
+    metadata = artifact_metadata(checkpoint, plans, quant, None, None, {"planted": active})
     _write(output, metadata, table, Drawn(config, active))
 
 
