@@ -2,9 +2,11 @@
 
 import json
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.checkpoint.gguf_file import GGUF, PWRI, read_gguf
 from powerinfer_tools.errors import PowerinferError
 
@@ -97,10 +99,17 @@ def _artifact(path: Path, check: bool) -> Description:
     }
 
 
-def _config(config: Any) -> Description:
+def _config(config: Config) -> Description:
+    """Sizes, and what the model has that a plain one has not."""
     names = ("name", "arch", "activation", "n_layer", "n_embd", "n_ff", "n_head", "n_head_kv", "n_vocab", "n_ctx")
-    experts = {} if config.experts is None else {"experts": f"{config.experts.n_used} of {config.experts.n}"}
-    return {name: getattr(config, name) for name in names} | experts
+    choices = ("norm", "learned_positions", "parallel", "qk_norm", "sub_norms", "softcap")
+    plain = {field.name: field.default for field in fields(Config)}
+    structure = {name: getattr(config, name) for name in choices if getattr(config, name) != plain[name]}
+    if config.rotary:
+        structure["rotary"] = f"{sum(config.rotary)} of {config.n_layer} layers"
+    if config.experts is not None:
+        structure["experts"] = f"{config.experts.n_used} of {config.experts.n}"
+    return {name: getattr(config, name) for name in names} | structure
 
 
 _PARTS = {

@@ -11,6 +11,7 @@ from powerinfer_tools.files import write_table
 from tests.artifacts import make_artifact
 from tests.cli.conftest import Result
 from tests.tiny import TEMPLATE, make_llama
+from tests.tiny_families import make_nanochat
 
 Program = Callable[..., Result]
 
@@ -48,6 +49,13 @@ def test_an_artifact(powerinfer: Program, folder: Path) -> None:
     assert (layer["vram"], layer["ram"], layer["disk"]) == (0, document["n_ff"], 0)
     assert sum(document["part_bytes"].values()) < document["bytes"]
     assert document["provenance"]["inputs"]["activations"] == "a" * 64
+
+
+def test_what_a_model_has_that_a_plain_one_has_not(powerinfer: Program, folder: Path, tmp_path: Path) -> None:
+    plain = json.loads(powerinfer("inspect", folder / "model.gguf", "--json").out)
+    nanochat = json.loads(powerinfer("inspect", make_nanochat(tmp_path / "nanochat"), "--json").out)
+    assert {"qk_norm", "softcap", "norm", "experts"} & plain.keys() == set()
+    assert (nanochat["qk_norm"], nanochat["softcap"], "norm" in nanochat) == (True, 15.0, False)
 
 
 def test_an_artifact_for_people(powerinfer: Program, folder: Path) -> None:
