@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_tools.checkpoint.config import Config
+from powerinfer_tools.checkpoint.own_predictors import PredictorNames
 from powerinfer_tools.checkpoint.source import FloatArray
 from powerinfer_tools.checkpoint.tensors import Shapes
 from powerinfer_tools.errors import PowerinferError
@@ -33,13 +34,15 @@ class Source:
 @dataclass(frozen=True)
 class Reading:
     """What a family makes of a checkpoint. unused: how names of tensors end that may be there beside the needed, each
-    with what the user should know then; packed: the tensors of bytes, where all others are floats.
+    with what the user should know then; packed: the tensors of bytes, where all others are floats; predictors: those of
+    the model's own, which it may have.
     """
 
     config: Config
     sources: Mapping[str, Source]
     unused: Mapping[str, str] = field(default_factory=dict)
     packed: frozenset[str] = frozenset()
+    predictors: PredictorNames | None = None
 
 
 def stored(name: str, shape: tuple[int, ...]) -> Source:
