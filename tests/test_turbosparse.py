@@ -12,11 +12,13 @@ from torch import Tensor
 
 from powerinfer_tools.artifact import Artifact
 from powerinfer_tools.artifact.layout import INPUT_STREAM, MODE_GATE, MODE_PREDICTOR
+from powerinfer_tools.artifact.pwri_writer import write_pwri
 from powerinfer_tools.build import Stage, build
 from powerinfer_tools.checkpoint import open_checkpoint
 from powerinfer_tools.engine import Engine, native
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.progress import silent
+from tests.artifact.test_pwri_writer import parts_of
 from tests.families.definitions import Weights, decode
 from tests.families.test_bamboo import drelu, foreseen
 from tests.pwri import write_counts
@@ -100,6 +102,17 @@ def test_a_text_profiles_it_and_its_predictors_stay(tmp_path: Path) -> None:
     )
     assert [stage.name for stage in stages] == ["profile", "predictors", "place", "split"]
     assert nmse(score(artifact), decided(folder)[0]) < 1e-6
+
+
+def test_it_goes_to_the_first_powerinfer_and_back(tmp_path: Path) -> None:
+    """Whose logits are to reach the threshold: the least number above 0 lets the same neurons through."""
+    folder = made(tmp_path / "model")
+    there = tmp_path / "m.powerinfer.gguf"
+    write_pwri(*parts_of(folder, folder, tmp_path), there, progress=silent)
+    back = build(there, [], tmp_path / "m.gguf", machine=MACHINE, progress=silent)
+    with Engine(back.path) as engine:
+        scores = engine.score(TOKENS.tolist())[1]
+    assert [score.n_predicted for score in scores] == decided(folder)[1]
 
 
 def test_without_predictors_it_is_plain_drelu(tmp_path: Path) -> None:

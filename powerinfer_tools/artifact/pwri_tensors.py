@@ -7,6 +7,7 @@ from itertools import chain
 import numpy as np
 
 from powerinfer_tools.artifact.weights import FloatArray, row_slices
+from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.checkpoint.source import Checkpoint
 from powerinfer_tools.checkpoint.tensors import bias_shapes, required_shapes
 from powerinfer_tools.families.opt import OFFSET
@@ -31,10 +32,10 @@ def pwri_tensors(checkpoint: Checkpoint, predictors: Predictors) -> Tensors:
     tensors = {name: _stored(checkpoint, name, shapes[name]) for name in shapes if name in checkpoint.names()}
     if config.learned_positions:
         tensors["position_embd.weight"] = _with_offset(tensors["position_embd.weight"])
-    elif config.tied:  # only its opt reads the embedding twice
+    elif config.tied:  # of its architectures, opt alone does without
         tensors["output.weight"] = tensors["token_embd.weight"]
     for i in range(config.n_layer):
-        tensors |= _predictor(predictors, i)
+        tensors |= _predictor(predictors, i, config)
         _transpose_down(tensors, f"blk.{i}")
         if config.parallel:
             _arrange_falcon(tensors, f"blk.{i}")
@@ -48,11 +49,11 @@ def _stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Tensor
     return Tensor(shape, lambda: (checkpoint.read(name, rows) for rows in row_slices(n_rows, row)))
 
 
-def _predictor(predictors: Predictors, i: int) -> Tensors:
-    fc1, fc2, _ = (matrix.shape for matrix in predictors.weights(i))
+def _predictor(predictors: Predictors, i: int, config: Config) -> Tensors:
+    rank = predictors.plans[i].rank
     return {
-        f"blk.{i}.fc1.weight": Tensor(fc1, lambda: iter([predictors.weights(i)[0]])),
-        f"blk.{i}.fc2.weight": Tensor(fc2, lambda: iter([predictors.weights(i)[1]])),
+        f"blk.{i}.fc1.weight": Tensor((rank, config.n_embd), lambda: iter([predictors.weights(i)[0]])),
+        f"blk.{i}.fc2.weight": Tensor((config.n_ff, rank), lambda: iter([predictors.weights(i)[1]])),
     }
 
 
