@@ -93,9 +93,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         names, found = reading.predictors, self._found()
         if names is None or not names.all(self.config.n_layer) & found.keys():
             return None
-        return own_predictors(
-            self.path, names, found, self.config, lambda name: self._read_rows(name, np.arange(found[name][0]))
-        )
+        return own_predictors(self.path, names, found, self.config, self._read_rows)
 
     def _check_tensors(self, reading: Reading) -> None:
         unused = (*reading.unused, ROTARY, *(("lm_head.weight",) if self.config.tied else ()))

@@ -1,50 +1,31 @@
 """Predictors that are part of a published model: in a model file of the first PowerInfer, or in a folder's tensors."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.checkpoint.source import FloatArray, OwnPredictors, check_finite
+from powerinfer_tools.checkpoint.sources import PredictorNames, ReadRows
 from powerinfer_tools.checkpoint.tensors import Shapes
 from powerinfer_tools.errors import PowerinferError
 
 
-@dataclass(frozen=True)
-class PredictorNames:
-    """fc1 and fc2: their names, with {i} for the layer; threshold: what a logit is to reach."""
-
-    fc1: str
-    fc2: str
-    threshold: float
-
-    def of(self, i: int) -> tuple[str, str]:
-        return self.fc1.format(i=i), self.fc2.format(i=i)
-
-    def all(self, n_layer: int) -> frozenset[str]:
-        return frozenset(name for i in range(n_layer) for name in self.of(i))
-
-
-def own_predictors(
-    path: Path, names: PredictorNames, found: Shapes, config: Config, read: Callable[[str], FloatArray]
-) -> OwnPredictors:
+def own_predictors(path: Path, names: PredictorNames, found: Shapes, config: Config, read: ReadRows) -> OwnPredictors:
     """The predictors of all layers, read one at a time. found: the shapes of all their tensors, [out, in].
 
     Errors: a layer has none, or one of other sizes than the layer's.
     """
 
     def layer(i: int) -> tuple[FloatArray, FloatArray]:
-        fc1, fc2 = (_finite(path, name, read(name)) for name in names.of(i))
+        fc1, fc2 = (read(name, np.arange(found[name][0])) for name in names.of(i))
+        for name, matrix in zip(names.of(i), (fc1, fc2), strict=True):
+            check_finite(f"{path}: {name}", matrix)
         return fc1, fc2
 
     return OwnPredictors(
         names.threshold, [_rank(path, names.of(i), found, config) for i in range(config.n_layer)], layer
     )
-
-
-def _finite(path: Path, name: str, matrix: FloatArray) -> FloatArray:
-    check_finite(f"{path}: {name}", matrix)
-    return matrix
 
 
 def _rank(path: Path, names: tuple[str, str], found: Shapes, config: Config) -> int:

@@ -17,9 +17,9 @@ from powerinfer_tools.checkpoint.fields import Fields
 from powerinfer_tools.checkpoint.gguf_checkpoint import GgufCheckpoint
 from powerinfer_tools.checkpoint.gguf_config import Header
 from powerinfer_tools.checkpoint.gguf_file import PWRI, GgufFile, raw_rows, read_gguf
-from powerinfer_tools.checkpoint.own_predictors import PredictorNames, own_predictors
+from powerinfer_tools.checkpoint.own_predictors import own_predictors
 from powerinfer_tools.checkpoint.source import FloatArray, check_rows
-from powerinfer_tools.checkpoint.sources import Reading, ReadRows, Rows, Source, stored
+from powerinfer_tools.checkpoint.sources import PredictorNames, Reading, ReadRows, Rows, Source, stored
 from powerinfer_tools.families.family import Reader
 from powerinfer_tools.families.registry import by_pwri_architecture
 
@@ -36,9 +36,7 @@ class PwriCheckpoint(GgufCheckpoint):
         threshold = _threshold(Fields(str(path), self._file.metadata))
         names = PredictorNames("blk.{i}.fc1.weight", "blk.{i}.fc2.weight", threshold)
         found = {name: tensor.shape[::-1] for name, tensor in self._file.tensors.items()}
-        self.predictors = own_predictors(
-            path, names, found, self.config, lambda name: self._read_rows(name, np.arange(found[name][0]))
-        )
+        self.predictors = own_predictors(path, names, found, self.config, self._read_rows)
         if path.with_name(f"{path.name}.generated.gpuidx").exists():
             self.notes.append("its .gpuidx file is not needed: neurons are placed anew for each machine")
 

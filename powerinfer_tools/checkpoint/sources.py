@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_tools.checkpoint.config import Config
-from powerinfer_tools.checkpoint.own_predictors import PredictorNames
 from powerinfer_tools.checkpoint.source import FloatArray
 from powerinfer_tools.checkpoint.tensors import Shapes
 from powerinfer_tools.errors import PowerinferError
@@ -29,6 +28,21 @@ class Source:
     read: Callable[[ReadRows, Rows], FloatArray]
     stored_as: str | None = None
     index: Callable[[Rows], Rows] | None = None
+
+
+@dataclass(frozen=True)
+class PredictorNames:
+    """fc1 and fc2: names of a model's own predictors, with {i} for the layer; threshold: what a logit is to reach."""
+
+    fc1: str
+    fc2: str
+    threshold: float
+
+    def of(self, i: int) -> tuple[str, str]:
+        return self.fc1.format(i=i), self.fc2.format(i=i)
+
+    def all(self, n_layer: int) -> frozenset[str]:
+        return frozenset(name for i in range(n_layer) for name in self.of(i))
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ import numpy as np
 from powerinfer_tools.checkpoint.fields import Fields
 from powerinfer_tools.checkpoint.gguf_config import Header, gguf_sources, interleaved, read_gguf_config
 from powerinfer_tools.checkpoint.huggingface_config import name_sources
-from powerinfer_tools.checkpoint.own_predictors import PredictorNames
-from powerinfer_tools.checkpoint.sources import Reading
+from powerinfer_tools.checkpoint.sources import PredictorNames, Reading
 from powerinfer_tools.families.family import Family
 from powerinfer_tools.families.llama import NAMES, read_llama_config, read_window
 
