@@ -36,7 +36,7 @@ def build(
             metavar="PATH",
             rich_help_panel=options.BUILD,
             help="Take over predictors of the first PowerInfer instead of training: a folder of model_N.pt, or a model "
-            "file of it; for such a file its own are taken by themselves.",
+            "file of it; a model's own (such a file's, TurboSparse-Mistral's) are taken by themselves.",
         ),
     ] = None,
     quant: Annotated[

@@ -23,8 +23,8 @@ def split(
         typer.Option(
             "--format",
             rich_help_panel=options.BUILD,
-            help="powerinfer: what the first PowerInfer runs (llama with ReLU, bamboo; F16 or Q4_0; predictors that "
-            "were made for it), and its counts in the folder activation beside it.",
+            help="powerinfer: what the first PowerInfer runs (llama, falcon and opt with ReLU, bamboo; F16 or Q4_0; "
+            "predictors that were made for it), and its counts in the folder activation beside it.",
         ),
     ] = "artifact",
     activation: options.Activation = None,

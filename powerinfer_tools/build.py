@@ -112,8 +112,8 @@ def build(
     stages lie in a hidden folder until the artifact is done; with `keep`, beside it, as output.activations, .predictors
     and .placement. quant auto: q8_0 below 10^9 parameters, else q4_0. report is called after each stage,
     note with what a user should know of the checkpoint.
-    counts, instead of a corpus, and pretrained predictors are the first PowerInfer's: a PWRI file's own are taken where
-    none are named, and quant auto keeps its type.
+    counts, instead of a corpus, and pretrained predictors are the first PowerInfer's: the model's own are taken where
+    none are named, and quant auto keeps a PWRI file's type.
     Errors: those of the stages; `output`, or with `keep` a file of a stage, is of another recipe and not `force`.
     """
     checkpoint = open_checkpoint(model, activation, patch)
@@ -150,7 +150,7 @@ def n_parameters(config: Config) -> int:
 
 
 def _source(checkpoint: Checkpoint, corpus: list[Path], counts: Path | None, pretrained: Path | None) -> Source:
-    """What is to be used, a PWRI file's own predictors and the counts beside it included. Errors: nothing counts."""
+    """What is to be used, also the model's own predictors and the counts beside a PWRI file. Errors: nothing counts."""
     for path in corpus:
         if not path.is_file():
             raise PowerinferError(f"{path}: no such file", "usage")
@@ -165,7 +165,8 @@ def _source(checkpoint: Checkpoint, corpus: list[Path], counts: Path | None, pre
             f"of the first PowerInfer; found {found}",
             "usage",
         )
-    return Source(checkpoint, corpus, counts, pretrained or (checkpoint.path if published else None))
+    own = checkpoint.path if checkpoint.predictors is not None else None
+    return Source(checkpoint, corpus, counts, pretrained or own)
 
 
 def _arguments(recipe: Recipe, source: Source) -> dict[str, Any]:

@@ -140,8 +140,8 @@ def _checkpoint(path: Path, check: bool) -> Description:
     old: Description = {}
     if isinstance(checkpoint, PwriCheckpoint):
         old["convert"] = f"a model of the first PowerInfer: powerinfer build {path} -o NEW.gguf"
-        old["predictor_ranks"] = f"{min(checkpoint.ranks)} to {max(checkpoint.ranks)}"
-        old["predictor_threshold"] = checkpoint.threshold
+    if (own := checkpoint.predictors) is not None:
+        old |= {"predictor_ranks": f"{min(own.ranks)} to {max(own.ranks)}", "predictor_threshold": own.threshold}
     return old | {
         **_config(checkpoint.config),
         **checkpoint.metadata,

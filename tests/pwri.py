@@ -68,11 +68,14 @@ class Model:
         self._matrix(f"{b}.fc2.weight", N_FF, rank)
 
     def _fused(self, b: str) -> None:
-        kv = N_HEAD_KV * HEAD_DIM
-        self._matrix(f"{b}.attn_qkv.weight", N_EMBD + 2 * kv, N_EMBD)
+        self._matrix(f"{b}.attn_qkv.weight", N_EMBD + 2 * N_HEAD_KV * HEAD_DIM, N_EMBD)
+        self.split_fused(b)
+        self._matrix(f"{b}.attn_output.weight", N_EMBD, N_EMBD)
+
+    def split_fused(self, b: str) -> None:
+        kv = (len(self.used[f"{b}.attn_qkv.weight"]) - N_EMBD) // 2
         parts = np.split(self.used[f"{b}.attn_qkv.weight"], [N_EMBD, N_EMBD + kv])
         self.used |= {f"{b}.attn_{part}.weight": rows for part, rows in zip("qkv", parts, strict=True)}
-        self._matrix(f"{b}.attn_output.weight", N_EMBD, N_EMBD)
 
     def _attention_matrices(self, b: str, opt: bool) -> None:
         kv = N_EMBD if opt else N_HEAD_KV * HEAD_DIM
@@ -213,6 +216,26 @@ class Model:
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         mixed = (weights / weights.sum(-1, keepdims=True) @ v).swapaxes(0, 1).reshape(len(x), -1)
         return mixed @ self.used[f"{b}.attn_output.weight"].T + self.used.get(f"{b}.attn_output.bias", 0.0)
+
+
+def read(arch: str, path: Path) -> Model:
+    """What a file with matrices in F16 computes, whoever wrote it; its sizes are those of this page, but n_vocab."""
+    from gguf import GGUFReader
+
+    def put(name: str, numbers: FloatArray) -> None:
+        turned = model.gated and name.split(".")[-2] in ("attn_q", "attn_k")
+        model.used[name] = half_split(numbers) if turned else numbers
+
+    model = Model(arch)
+    model.used = {}
+    gguf_file = path.with_suffix(".as.gguf")
+    gguf_file.write_bytes(b"GGUF" + path.read_bytes()[4:])
+    for found in GGUFReader(gguf_file).tensors:
+        assert found.tensor_type == (F16 if len(found.shape) > 1 else F32), found.name
+        put(found.name, found.data.astype(np.float64))
+        if found.name.endswith("attn_qkv.weight"):
+            model.split_fused(found.name.removesuffix(".attn_qkv.weight"))
+    return model
 
 
 def half_split(rows: FloatArray) -> FloatArray:

@@ -1,7 +1,7 @@
 """The other way: a model file that the first PowerInfer runs, and the counts beside it that place its neurons.
 
-Its engine computes llama with relu and bamboo (falcon and opt are not written here), in F16 and Q4_0, and each layer
-through a predictor that reads the stream; what differs from that is refused.
+Its engine computes llama, falcon and opt with relu and bamboo, in F16 and Q4_0, and each layer through a predictor that
+reads the stream; what differs from that is refused.
 """
 
 import json
@@ -12,20 +12,23 @@ import numpy as np
 
 from powerinfer_tools.activations.file import Activations, apply
 from powerinfer_tools.artifact.gguf_writer import Value, write_gguf
-from powerinfer_tools.artifact.layout import ALIGNMENT, INPUT_STREAM, MODE_PREDICTOR, TensorPlan
+from powerinfer_tools.artifact.layout import ALIGNMENT, INPUT_STREAM, MODE_PREDICTOR, TensorPlan, norm_key
 from powerinfer_tools.artifact.metadata import general_keys, token_list
-from powerinfer_tools.artifact.weights import Array, FloatArray, check_range, quantise, row_slices
+from powerinfer_tools.artifact.pwri_tensors import Tensor, Tensors, pwri_tensors
+from powerinfer_tools.artifact.weights import Array, check_range, quantise
 from powerinfer_tools.checkpoint.gguf_file import PWRI
 from powerinfer_tools.checkpoint.pwri_checkpoint import KEY_THRESHOLD
 from powerinfer_tools.checkpoint.rope import plain_theta
 from powerinfer_tools.checkpoint.source import Checkpoint
+from powerinfer_tools.checkpoint.tensors import bias_shapes
 from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.families.opt import OFFSET
+from powerinfer_tools.families.registry import by_pwri_architecture
 from powerinfer_tools.files import atomic_write, check_writable
 from powerinfer_tools.predictors.file import Predictors
 from powerinfer_tools.progress import Progress, default_progress
 
 QUANTS = ("f16", "q4_0")
-ACTIVATION = {"llama": "relu", "bamboo": "drelu"}
 COUNTS = "activation"  # the folder beside the model
 
 
@@ -41,23 +44,33 @@ def write_pwri(
 ) -> None:
     """Writes `output` and the folder activation beside it. Errors: what the first PowerInfer does not compute."""
     apply(activations, checkpoint)
+    _check(checkpoint, quant)
     check_writable(output, force)
     folder = output.parent / COUNTS
     if folder.exists() and not force:
         raise PowerinferError(f"{folder} exists: use --force to replace it", "exists")
     threshold = _threshold(predictors, checkpoint.config.n_layer)
     metadata = _metadata(checkpoint, quant) | {KEY_THRESHOLD: threshold}
-    blocks = _Blocks(checkpoint, predictors)
-    table = _table(checkpoint, predictors, quant)
+    tensors = pwri_tensors(checkpoint, predictors)
+    table = _table(checkpoint, tensors, quant)
     with default_progress(progress) as show, atomic_write(output, force) as file:
-        write_gguf(file, metadata, table, _reported(blocks, table, show), PWRI)
+        write_gguf(file, metadata, table, _reported(tensors, table, show), PWRI)
     _write_counts(activations, folder)
 
 
-def _reported(blocks: "_Blocks", table: list[TensorPlan], show: Progress) -> Iterator[Iterator[Array]]:
+def _reported(tensors: Tensors, table: list[TensorPlan], show: Progress) -> Iterator[Iterator[Array]]:
     for done, plan in enumerate(table):
-        yield blocks.of(plan)
+        yield _bytes(plan, tensors[plan.name])
         show("split, tensors", done + 1, len(table))
+
+
+def _bytes(plan: TensorPlan, tensor: Tensor) -> Iterator[Array]:
+    """The tensor in the file's type, in parts."""
+    first_row = 0
+    for numbers in tensor.parts():
+        check_range(plan, plan.name, numbers, first_row)
+        yield quantise(plan, numbers)
+        first_row += len(numbers)
 
 
 def _refuse(where: Path, expected: str, found: object) -> PowerinferError:
@@ -82,29 +95,44 @@ def _threshold(predictors: Predictors, n_layer: int) -> float:
     return -float(biases[0])
 
 
-def _metadata(checkpoint: Checkpoint, quant: str) -> dict[str, Value]:
+def _check(checkpoint: Checkpoint, quant: str) -> None:
+    """Errors: a model, or a type, that its engine does not compute."""
     config, path = checkpoint.config, checkpoint.path
     if quant not in QUANTS:
         raise _refuse(path, "F16 and Q4_0", f"--quant {quant}")
-    if ACTIVATION.get(config.arch) != config.activation or any(config.thresholds):
-        expected = ", ".join(f"{arch} with {activation}" for arch, activation in ACTIVATION.items())
+    known = {arch: activation for arch, (_, activation) in by_pwri_architecture().items()}
+    if known.get(config.arch) != config.activation or any(config.thresholds):
+        expected = ", ".join(f"{arch} with {activation}" for arch, activation in known.items())
         raise _refuse(path, expected, f"{config.arch} with {config.activation}")
-    if checkpoint.biases or config.tied or config.n_head * config.head_dim != config.n_embd:
-        raise _refuse(path, "no biases, an output matrix, and heads that make up n_embd", "another model")
-    theta = plain_theta(config.rope, config.head_dim) if config.rope is not None else None
-    if theta is None:
-        raise _refuse(path, "plain rotary positions", "others")
+    opt, possible = config.arch == "opt", bias_shapes(config).keys()
+    if checkpoint.biases & possible != (possible if opt else set()):
+        raise _refuse(path, "all biases" if opt else "no biases", "another model")
+    if opt and not config.tied:
+        raise _refuse(path, "opt whose output matrix is its embedding", "another one")
+    if config.parallel != (config.arch == "falcon"):
+        raise _refuse(path, "falcon's FFN beside attention", "it behind")
+    if config.n_head * config.head_dim != config.n_embd:
+        raise _refuse(path, "heads that make up n_embd", "another model")
+
+
+def _metadata(checkpoint: Checkpoint, quant: str) -> dict[str, Value]:
+    config = checkpoint.config
     sizes: dict[str, Value] = {
-        "context_length": config.n_ctx,
+        "context_length": config.n_ctx + (OFFSET if config.learned_positions else 0),
         "embedding_length": config.n_embd,
         "block_count": config.n_layer,
         "feed_forward_length": config.n_ff,
-        "rope.dimension_count": config.head_dim,
-        "rope.freq_base": theta,
         "attention.head_count": config.n_head,
         "attention.head_count_kv": config.n_head_kv,
-        "attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        norm_key(config.norm): float(config.norm_eps),
     }
+    if config.rope is not None:
+        theta = plain_theta(config.rope, config.head_dim)
+        if theta is None:
+            raise _refuse(checkpoint.path, "plain rotary positions", "others")
+        sizes |= {"rope.dimension_count": config.head_dim, "rope.freq_base": theta}
+    if config.parallel:
+        sizes["tensor_data_layout"] = "jploski"
     keys = general_keys(checkpoint, quant) | {f"{config.arch}.{key}": value for key, value in sizes.items()}
     return keys | {"general.alignment": ALIGNMENT} | _tokenizer(checkpoint)
 
@@ -128,53 +156,15 @@ def _tokenizer(checkpoint: Checkpoint) -> dict[str, Value]:
     return keys
 
 
-def _table(checkpoint: Checkpoint, predictors: Predictors, quant: str) -> list[TensorPlan]:
-    config = checkpoint.config
-    d, kv, n_ff = config.n_embd, config.n_head_kv * config.head_dim, config.n_ff
-    matrices = {"token_embd": (d, config.n_vocab), "output": (d, config.n_vocab)}
-    norms = ["output_norm"]
-    for i, plan in enumerate(predictors.plans):
-        b = f"blk.{i}"
-        norms += [f"{b}.attn_norm", f"{b}.ffn_norm"]
-        matrices |= {f"{b}.attn_{part}": (d, n) for part, n in (("q", d), ("k", kv), ("v", kv), ("output", d))}
-        matrices |= {f"{b}.ffn_{part}": (d, n_ff) for part in ("gate", "up", "down_t")}
-        matrices |= {f"{b}.fc1": (d, plan.rank), f"{b}.fc2": (plan.rank, n_ff)}
-    for name, (row, _) in matrices.items():
-        if quant == "q4_0" and row % 32:
-            raise _refuse(checkpoint.path, "rows of whole blocks of 32 in Q4_0", f"{name} with rows of {row}")
-    table = [TensorPlan(f"{name}.weight", "f32", (d,)) for name in norms]
-    return table + [TensorPlan(f"{name}.weight", quant, shape) for name, shape in matrices.items()]
-
-
-class _Blocks:
-    """What the tensors hold, in the checkpoint's order of neurons."""
-
-    def __init__(self, checkpoint: Checkpoint, predictors: Predictors) -> None:
-        self.checkpoint, self.predictors = checkpoint, predictors
-
-    def of(self, plan: TensorPlan) -> Iterator[Array]:
-        """The tensor's bytes, in parts."""
-        part = plan.name.split(".")[-2]
-        if len(plan.shape) == 1:
-            yield quantise(plan, self.checkpoint.read(plan.name))
-        elif part in ("fc1", "fc2", "ffn_down_t", "attn_q", "attn_k"):
-            numbers = self._whole(plan.name, part)
-            check_range(plan, plan.name, numbers)
-            yield quantise(plan, numbers)
-        else:
-            for rows in row_slices(plan.shape[1], plan.shape[0]):
-                numbers = self.checkpoint.read(plan.name, rows)
-                check_range(plan, plan.name, numbers, rows.start)
-                yield quantise(plan, numbers)
-
-    def _whole(self, name: str, part: str) -> FloatArray:
-        if part in ("fc1", "fc2"):
-            return self.predictors.weights(int(name.split(".")[1]))[("fc1", "fc2").index(part)]
-        if part == "ffn_down_t":
-            return np.ascontiguousarray(self.checkpoint.read(name.replace("_t.", ".")).T)
-        rows = self.checkpoint.read(name)  # of a head's halves: theirs alternate
-        halves = rows.reshape(-1, 2, self.checkpoint.config.head_dim // 2, rows.shape[1])
-        return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
+def _table(checkpoint: Checkpoint, tensors: Tensors, quant: str) -> list[TensorPlan]:
+    for name, tensor in tensors.items():
+        if quant == "q4_0" and len(tensor.shape) == 2 and tensor.shape[1] % 32:
+            found = f"{name.removesuffix('.weight')} with rows of {tensor.shape[1]}"
+            raise _refuse(checkpoint.path, "rows of whole blocks of 32 in Q4_0", found)
+    return [
+        TensorPlan(name, quant if len(tensor.shape) == 2 else "f32", tensor.shape[::-1])
+        for name, tensor in tensors.items()
+    ]
 
 
 def _write_counts(activations: Activations, folder: Path) -> None:

@@ -1,15 +1,18 @@
 """A Hugging Face folder: config.json, safetensors, tokenizer.json."""
 
 import hashlib
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from powerinfer_tools.checkpoint.fields import Fields, read_json
 from powerinfer_tools.checkpoint.huggingface_tokenizer import read_special, read_template, read_tokenizer
+from powerinfer_tools.checkpoint.own_predictors import own_predictors
 from powerinfer_tools.checkpoint.safetensors_files import DTYPES, PACKED, stored_tensors, weight_files
-from powerinfer_tools.checkpoint.source import Checkpoint, FloatArray, check_rows
+from powerinfer_tools.checkpoint.source import Checkpoint, FloatArray, OwnPredictors, check_rows
 from powerinfer_tools.checkpoint.sources import Reading, Rows, check_stored
+from powerinfer_tools.checkpoint.tensors import Shapes
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.families.registry import by_model_type
 
@@ -40,6 +43,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         self.sources = reading.sources
         self._shapes = {name: source.shape for name, source in self.sources.items()}
         self._tensors = stored_tensors(path)
+        self.predictors = self._own_predictors(reading)
         self._check_tensors(reading)
         self.tokenizer_json, tokenizer = read_tokenizer(path)
         self.chat_template = read_template(path)
@@ -58,6 +62,11 @@ class HuggingFaceCheckpoint(Checkpoint):
         return self.sources[name].read(self._read_rows, np.arange(begin, end))
 
     def digest(self) -> str:
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        """Read once: the files have gigabytes, and every stage asks."""
         digest = hashlib.sha256()
         for path in text_files(self.path) + weight_files(self.path):
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
@@ -77,12 +86,23 @@ class HuggingFaceCheckpoint(Checkpoint):
             floats[start:end] = tensor.read(name, rows[start], rows[end - 1] + 1)
         return floats
 
+    def _found(self) -> Shapes:
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
+
+    def _own_predictors(self, reading: Reading) -> OwnPredictors | None:
+        names, found = reading.predictors, self._found()
+        if names is None or not names.all(self.config.n_layer) & found.keys():
+            return None
+        return own_predictors(self.path, names, found, self.config, self._read_rows)
+
     def _check_tensors(self, reading: Reading) -> None:
         unused = (*reading.unused, ROTARY, *(("lm_head.weight",) if self.config.tied else ()))
-        needed = check_stored(self.path, reading.sources, {n: t.shape for n, t in self._tensors.items()}, unused)
+        needed = check_stored(self.path, reading.sources, self._found(), unused)
         for end, note in reading.unused.items():
             if note and any(name.endswith(end) for name in self._tensors):
                 self.notes.append(note)
+        if self.predictors is not None and reading.predictors is not None:
+            needed |= reading.predictors.all(self.config.n_layer)
         for name in needed:
             types = PACKED if name in reading.packed else DTYPES
             if (dtype := self._tensors[name].dtype) not in types:

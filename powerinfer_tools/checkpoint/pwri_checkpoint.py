@@ -17,9 +17,9 @@ from powerinfer_tools.checkpoint.fields import Fields
 from powerinfer_tools.checkpoint.gguf_checkpoint import GgufCheckpoint
 from powerinfer_tools.checkpoint.gguf_config import Header
 from powerinfer_tools.checkpoint.gguf_file import PWRI, GgufFile, raw_rows, read_gguf
-from powerinfer_tools.checkpoint.source import FloatArray, check_finite, check_rows
-from powerinfer_tools.checkpoint.sources import Reading, ReadRows, Rows, Source, stored
-from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.checkpoint.own_predictors import own_predictors
+from powerinfer_tools.checkpoint.source import FloatArray, check_rows
+from powerinfer_tools.checkpoint.sources import PredictorNames, Reading, ReadRows, Rows, Source, stored
 from powerinfer_tools.families.family import Reader
 from powerinfer_tools.families.registry import by_pwri_architecture
 
@@ -28,13 +28,15 @@ OPT_EPS = "opt.attention.layer_norm_epsilon", 1e-5  # OPT's, which the converter
 
 
 class PwriCheckpoint(GgufCheckpoint):
-    """threshold: of the predictors' logits, one for all layers."""
+    """Every layer has a predictor."""
 
     def __init__(self, path: Path, activation: str | None = None) -> None:
         self._asked = activation
         super().__init__(path, activation)
-        self.threshold = _threshold(Fields(str(path), self._file.metadata))
-        self.ranks = [self._rank(i) for i in range(self.config.n_layer)]
+        threshold = _threshold(Fields(str(path), self._file.metadata))
+        names = PredictorNames("blk.{i}.fc1.weight", "blk.{i}.fc2.weight", threshold)
+        found = {name: tensor.shape[::-1] for name, tensor in self._file.tensors.items()}
+        self.predictors = own_predictors(path, names, found, self.config, self._read_rows)
         if path.with_name(f"{path.name}.generated.gpuidx").exists():
             self.notes.append("its .gpuidx file is not needed: neurons are placed anew for each machine")
 
@@ -42,13 +44,6 @@ class PwriCheckpoint(GgufCheckpoint):
     def quant(self) -> str | None:
         """The type of the neurons, as artifact.layout.BLOCK names it; None for one that artifacts do not have."""
         return self._type("blk.0.ffn_up.weight")
-
-    def predictor(self, i: int) -> tuple[FloatArray, FloatArray]:
-        """fc1 [rank, n_embd] and fc2 [n_ff, rank] of layer i."""
-        matrices = [self._read_rows(name, np.arange(n)) for name, (n, _) in self._predictor_shapes(i).items()]
-        for name, matrix in zip(self._predictor_shapes(i), matrices, strict=True):
-            check_finite(f"{self.path}: {name}", matrix)
-        return matrices[0], matrices[1]
 
     def head_type(self, quant: str) -> str | None:
         """Files in Q4_0 have it finer, mostly in Q6_K, which artifacts do not have: q8_0 loses least."""
@@ -90,24 +85,6 @@ class PwriCheckpoint(GgufCheckpoint):
             if f"{b}.ffn_down_t.bias" in header.file.tensors:
                 sources[f"{b}.ffn_down.bias"] = stored(f"{b}.ffn_down_t.bias", shape[1:])
         return replace(reading, sources=sources, unused={**reading.unused, ".fc1.weight": "", ".fc2.weight": ""})
-
-    def _predictor_shapes(self, i: int) -> dict[str, tuple[int, int]]:
-        rank, config = self._rank(i), self.config
-        return {f"blk.{i}.fc1.weight": (rank, config.n_embd), f"blk.{i}.fc2.weight": (config.n_ff, rank)}
-
-    def _rank(self, i: int) -> int:
-        """Errors: layer i has no predictor, or one of other sizes than the layer's."""
-        names, config = (f"blk.{i}.fc1.weight", f"blk.{i}.fc2.weight"), self.config
-        for name in names:
-            if name not in self._file.tensors:
-                raise PowerinferError(f"{self.path}: expected {name}, half of a predictor, found none", "mismatch")
-        fc1, fc2 = (self._file.tensors[name].shape for name in names)
-        rank = fc1[-1]
-        if (fc1, fc2) != ((config.n_embd, rank), (rank, config.n_ff)):
-            expected = f"[{config.n_embd}, rank] and [rank, {config.n_ff}]"
-            found = f"{list(fc1)} and {list(fc2)}"
-            raise PowerinferError(f"{self.path}: {' and '.join(names)}: expected {expected}, found {found}", "mismatch")
-        return rank
 
 
 def _transposed(theirs: str, shape: tuple[int, int]) -> Source:

@@ -1,6 +1,8 @@
 """The interface that every kind of checkpoint offers, and the choice between them."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,26 @@ from powerinfer_tools.errors import PowerinferError
 FloatArray = npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class OwnPredictors:
+    """Those that a model is published with: they read the stream, logits = fc2 . relu(fc1 . x).
+
+    threshold: what a logit is to reach; ranks: one a layer; layer: fc1 [rank, n_embd] and fc2 [n_ff, rank] of one.
+    """
+
+    threshold: float
+    ranks: list[int]
+    layer: Callable[[int], tuple[FloatArray, FloatArray]]
+
+
 class Checkpoint(ABC):
     """A model's weights, tokenizer and configuration; nothing is held but headers.
 
     path: the folder or file; config: sizes and choices; tokenizer_json: the text of a tokenizer.json;
     chat_template: jinja text or None; special: {"bos": id or None, "eos": [ids], "add_bos": bool, "bos_token": text,
     "eos_token": text}, the texts for templates;
-    metadata: name, license and the like for the artifact; notes: what a user should know about how it was read.
+    metadata: name, license and the like for the artifact; notes: what a user should know about how it was read;
+    predictors: the model's own, where it has some.
     """
 
     path: Path
@@ -30,6 +45,7 @@ class Checkpoint(ABC):
     special: dict[str, Any]
     metadata: dict[str, str]
     notes: list[str]
+    predictors: OwnPredictors | None = None
 
     @abstractmethod
     def names(self) -> frozenset[str]:

@@ -31,15 +31,32 @@ class Source:
 
 
 @dataclass(frozen=True)
+class PredictorNames:
+    """fc1 and fc2: names of a model's own predictors, with {i} for the layer; threshold: what a logit is to reach."""
+
+    fc1: str
+    fc2: str
+    threshold: float
+
+    def of(self, i: int) -> tuple[str, str]:
+        return self.fc1.format(i=i), self.fc2.format(i=i)
+
+    def all(self, n_layer: int) -> frozenset[str]:
+        return frozenset(name for i in range(n_layer) for name in self.of(i))
+
+
+@dataclass(frozen=True)
 class Reading:
     """What a family makes of a checkpoint. unused: how names of tensors end that may be there beside the needed, each
-    with what the user should know then; packed: the tensors of bytes, where all others are floats.
+    with what the user should know then; packed: the tensors of bytes, where all others are floats; predictors: those of
+    the model's own, which it may have.
     """
 
     config: Config
     sources: Mapping[str, Source]
     unused: Mapping[str, str] = field(default_factory=dict)
     packed: frozenset[str] = frozenset()
+    predictors: PredictorNames | None = None
 
 
 def stored(name: str, shape: tuple[int, ...]) -> Source:

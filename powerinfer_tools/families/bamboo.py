@@ -7,16 +7,22 @@ llama.cpp, with llama's keys and interleaved q and k rows.
 
 from dataclasses import replace
 
+import numpy as np
+
 from powerinfer_tools.checkpoint.fields import Fields
 from powerinfer_tools.checkpoint.gguf_config import Header, gguf_sources, interleaved, read_gguf_config
 from powerinfer_tools.checkpoint.huggingface_config import name_sources
-from powerinfer_tools.checkpoint.sources import Reading
+from powerinfer_tools.checkpoint.sources import PredictorNames, Reading
 from powerinfer_tools.families.family import Family
 from powerinfer_tools.families.llama import NAMES, read_llama_config, read_window
 
-# TurboSparse-Mistral's modeling_bamboo.py lets only those neurons take part that a predictor, of the stream before the
-# norm, foresees; the paper (Song et al. 2024) defines the model without it.
-PREDICTOR_NOTE = "the model's own predictors (mlp.predictor) are left out: no neuron that fires is masked"
+# TurboSparse-Mistral's modeling_bamboo.py lets only those neurons take part for which round(sigmoid(logit)) is 1: of
+# logits above 0, not 0 itself, for halves are rounded to even. The paper (Song et al. 2024) defines it without them.
+ABOVE_ZERO = float(np.finfo(np.float32).tiny)
+PREDICTORS = PredictorNames(
+    "model.layers.{i}.mlp.predictor.fc1.weight", "model.layers.{i}.mlp.predictor.fc2.weight", ABOVE_ZERO
+)
+PREDICTOR_NOTE = "predictors of its own (mlp.predictor): build takes them over, profile and train compute without them"
 
 
 def _folder(fields: Fields, name: str, notes: list[str]) -> Reading:
@@ -28,6 +34,7 @@ def _folder(fields: Fields, name: str, notes: list[str]) -> Reading:
         config,
         name_sources(config, (), NAMES),
         unused={".predictor.fc1.weight": PREDICTOR_NOTE, ".predictor.fc2.weight": ""},
+        predictors=PREDICTORS,
     )
 
 
@@ -43,6 +50,6 @@ FAMILY = Family(
     gguf={"bamboo": _gguf},
     pwri=(_gguf, "drelu"),
     activations=("drelu",),
-    example="PowerInfer/Bamboo-base-v0_1, TurboSparse-Mistral-Instruct (without its predictors)",
+    example="PowerInfer/Bamboo-base-v0_1, TurboSparse-Mistral-Instruct",
     checked="its published code, written anew in the test",
 )

@@ -1,4 +1,4 @@
-"""Predictors that were trained for the first PowerInfer: fc1 and fc2 of each layer, in its model file or as model_N.pt.
+"""Predictors that others trained: fc1 and fc2 of each layer, a model's own or the first PowerInfer's model_N.pt.
 
 logits = fc2 . relu(fc1 . x), x = what the FFN's norm takes; a neuron is let through where its logit reaches the
 threshold, one for all layers.
@@ -15,7 +15,6 @@ from powerinfer_tools.activations.file import Activations, apply
 from powerinfer_tools.artifact.layout import INPUT_STREAM, MODE_NAMES, MODE_PREDICTOR, LayerPlan
 from powerinfer_tools.checkpoint import Checkpoint, Config, open_checkpoint
 from powerinfer_tools.checkpoint.fields import Fields, read_json
-from powerinfer_tools.checkpoint.pwri_checkpoint import PwriCheckpoint
 from powerinfer_tools.checkpoint.torch_file import array_of, read_torch
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.files import Array, sha256_bytes, sha256_file, write_table
@@ -38,21 +37,22 @@ class Pretrained:
 
 
 def open_pretrained(source: Path, checkpoint: Checkpoint) -> Pretrained:
-    """The predictors of `source`, a PWRI file or a folder of model_N.pt, for the model of `checkpoint`.
+    """The predictors of `source`, for the model of `checkpoint`: itself, a PWRI file or a folder of model_N.pt.
 
     Errors: a layer's is missing; other sizes.
     """
     config = checkpoint.config
-    if source.is_dir():
+    own = source == checkpoint.path and checkpoint.predictors is not None
+    if source.is_dir() and not own:
         return _open_folder(source, config)
-    found = checkpoint if source == checkpoint.path else open_checkpoint(source)
-    if not isinstance(found, PwriCheckpoint):
+    found = checkpoint if own else open_checkpoint(source)
+    if found.predictors is None:
         expected = "expected a model file of the first PowerInfer or a folder of model_N.pt"
         raise PowerinferError(f"{source}: {expected}, found another checkpoint", "mismatch")
     sizes, others = ((c.n_layer, c.n_embd, c.n_ff) for c in (config, found.config))
     if sizes != others:
         raise PowerinferError(f"{source}: expected layers, n_embd and n_ff {sizes}, found {others}", "mismatch")
-    return Pretrained(found.digest(), found.threshold, found.predictor)
+    return Pretrained(found.digest(), found.predictors.threshold, found.predictors.layer)
 
 
 def take_predictors(

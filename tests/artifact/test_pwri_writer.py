@@ -1,6 +1,8 @@
 """Files for the first PowerInfer: what its description asks for, the way back, and what is refused."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,18 @@ from powerinfer_tools.artifact.pwri_writer import write_pwri
 from powerinfer_tools.build import build
 from powerinfer_tools.checkpoint import Checkpoint, open_checkpoint
 from powerinfer_tools.checkpoint.gguf_file import PWRI, raw_rows, read_gguf
+from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.predictors import Predictors, take_predictors
 from powerinfer_tools.progress import silent
+from tests import pwri
+from tests.checkpoint.test_huggingface import edit
 from tests.gguf_bytes import F16, Q4_0
 from tests.predictors.test_pretrained import write_pretrained
-from tests.pwri import TOKENS, Model, write_counts
-from tests.test_first_powerinfer import MACHINE
+from tests.pwri import OPT_OFFSET, TOKENS, Model, write_counts
+from tests.test_first_powerinfer import MACHINE, THRESHOLD, nmse
 from tests.tiny import CORPUS, make_llama, make_opt
+from tests.tiny_plain import make_falcon
 
 Parts = tuple[Checkpoint, Activations, Predictors]
 
@@ -37,15 +43,15 @@ def parts_of(model: Path, source: Path, folder: Path) -> Parts:
     return checkpoint, activations, predictors
 
 
-def small(folder: Path, **how: Any) -> Parts:
+def small(folder: Path, make: Callable[..., Path] = make_llama, **how: Any) -> Parts:
     """A folder and predictors beside it, as the first PowerInfer's converter takes them."""
-    model = make_llama(folder / "model", **{"n_layer": 12, "n_embd": 32, "n_ff": 64} | how)
+    model = make(folder / "model", **{"n_layer": 12, "n_embd": 32, "n_ff": 64} | how)
     write_pretrained(folder / "old", threshold=0.5)
     return parts_of(model, folder / "old", folder)
 
 
 @pytest.mark.parametrize("kind", [F16, Q4_0])
-@pytest.mark.parametrize("arch", ["llama", "bamboo"])
+@pytest.mark.parametrize("arch", ["llama", "bamboo", "opt", "falcon"])
 def test_a_file_of_theirs_comes_out_as_it_went_in(arch: str, kind: int, tmp_path: Path) -> None:
     model = Model(arch, kind, threshold=0.25)
     if kind == Q4_0:  # what a quantiser would choose: it is rounded anew
@@ -60,7 +66,9 @@ def test_a_file_of_theirs_comes_out_as_it_went_in(arch: str, kind: int, tmp_path
         name: (type, shape) for name, (type, shape, _) in model.stored.items()
     }
     for name, (_, _, data) in model.stored.items():
-        assert np.asarray(raw_rows(found, name)).tobytes() == data, name
+        rows = np.asarray(raw_rows(found, name))
+        unread = OPT_OFFSET if name == "position_embd.weight" else 0  # the rows before position 0
+        assert rows[unread:].tobytes() == data[unread * rows.shape[1] :], name
     before = read_gguf(path, strict=False, magic=PWRI).metadata
     for key, value in before.items():
         if key.startswith((f"{arch}.", "powerinfer.", "general.arch")) or key.endswith(("tokens", "token_type", "_id")):
@@ -78,8 +86,32 @@ def requantised(model: Model) -> Model:
     return model
 
 
-def test_there_and_back_is_the_same_model(tmp_path: Path) -> None:
-    checkpoint, activations, predictors = small(tmp_path)
+def falcon(folder: Path, **how: Any) -> Path:
+    """With the pre-tokenizer of its published tokenizer.json, which files of theirs take for granted."""
+    tokenizer = make_falcon(folder, **how) / "tokenizer.json"
+    steps: list[dict[str, Any]] = [
+        {"type": "Punctuation", "behavior": "Contiguous"},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        {"type": "Digits", "individual_digits": False},
+        {"type": "Split", "pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated", "invert": False},
+    ]
+    edit(tokenizer, pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
+    return folder
+
+
+MAKERS: dict[str, Callable[..., Path]] = {
+    "llama": make_llama,
+    "llama, tied": partial(make_llama, tied=True),
+    "opt": make_opt,
+    "falcon 7B": partial(falcon, tied=False),
+    "falcon 7B, tied": falcon,
+    "falcon 40B": partial(falcon, tied=False, n_head_kv=2, new_decoder_architecture=True, norms=("ln_attn", "ln_mlp")),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_there_and_back_is_the_same_model(name: str, tmp_path: Path) -> None:
+    checkpoint, activations, predictors = small(tmp_path, MAKERS[name])
     out = tmp_path / "out"
     out.mkdir()
     write_pwri(checkpoint, activations, predictors, out / "m.powerinfer.gguf", quant="f16", progress=silent)
@@ -87,7 +119,8 @@ def test_there_and_back_is_the_same_model(tmp_path: Path) -> None:
     back = build(out / "m.powerinfer.gguf", [], tmp_path / "back.gguf", **given)
     sources = {"counts": tmp_path / "counts", "pretrained": tmp_path / "old"}
     straight = build(tmp_path / "model", [], tmp_path / "straight.gguf", **given, **sources)
-    assert back.file.tensors.keys() == straight.file.tensors.keys()
+    added = {"output.weight"} if checkpoint.config.tied and name != "opt" else set()
+    assert back.file.tensors.keys() == straight.file.tensors.keys() | added
     for name in straight.file.tensors:
         np.testing.assert_array_equal(raw_rows(back.file, name), raw_rows(straight.file, name), err_msg=name)
     tokens = torch.tensor([TOKENS])
@@ -96,6 +129,28 @@ def test_there_and_back_is_the_same_model(tmp_path: Path) -> None:
     torch.testing.assert_close(again, before, atol=0.02, rtol=0.02)
     one, other = (Tokenizer.from_str(c.tokenizer_json) for c in (checkpoint, opened))
     assert one.encode(CORPUS, add_special_tokens=False).ids == other.encode(CORPUS, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("arch", ["llama", "opt", "falcon"])
+def test_another_reader_computes_the_same(arch: str, tmp_path: Path) -> None:
+    """tests.pwri reads it after the format's description alone: logits with no neuron left out, and every decision."""
+    make = {"llama": partial(make_llama, n_head_kv=2), "opt": make_opt, "falcon": MAKERS["falcon 40B"]}[arch]
+    folder = make(tmp_path / "model", n_layer=pwri.N_LAYER, n_embd=pwri.N_EMBD, n_ff=pwri.N_FF, n_head=pwri.N_HEAD)
+    source = Model(threshold=THRESHOLD).write(tmp_path / "predictors.gguf")
+    checkpoint, activations, predictors = parts_of(folder, source, tmp_path)
+    write_pwri(checkpoint, activations, predictors, tmp_path / "m.powerinfer.gguf", progress=silent)
+    model = pwri.read(arch, tmp_path / "m.powerinfer.gguf")
+    model.threshold = THRESHOLD
+    whole = reference.forward(checkpoint, torch.tensor([TOKENS]))[0].numpy()
+    np.testing.assert_allclose(model.forward(TOKENS, "none", cache="<f8")[0], whole, atol=0.02, rtol=0.02)
+    given: dict[str, Any] = {"counts": tmp_path / "counts", "pretrained": source, "quant": "f16", "machine": MACHINE}
+    straight = build(folder, [], tmp_path / "straight.gguf", progress=silent, **given)
+    expected, margins = model.forward(TOKENS)
+    assert min(np.abs(margin).min() for margin in margins) > 1e-5
+    with Engine(straight.path) as engine:
+        logits, scores = engine.score(TOKENS)
+    assert [score.n_predicted for score in scores] == [int((margin >= 0).sum()) for margin in margins]
+    assert nmse(logits, expected) < 1e-6
 
 
 def test_counts_lie_beside_it(tmp_path: Path) -> None:
@@ -129,10 +184,12 @@ def test_predictors_of_our_own_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"activation": "relu2"}, "computes llama with relu, bamboo with drelu, found llama with relu2"),
+        (
+            {"activation": "relu2"},
+            "computes bamboo with drelu, falcon with relu, llama with relu, opt with relu, found llama with relu2",
+        ),
         ({"activation": "fatrelu"}, "found llama with fatrelu"),
         ({"bias": True}, "computes no biases"),
-        ({"tied": True}, "computes no biases, an output matrix"),
         ({"head_dim": 16}, "heads that make up n_embd"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "computes plain rotary positions, found others"),
     ],
@@ -142,8 +199,21 @@ def test_what_their_engine_does_not_compute_is_refused(how: dict[str, Any], mess
         write_pwri(*small(tmp_path, **how), tmp_path / "m.gguf", progress=silent)
 
 
-def test_opt_is_not_written(tmp_path: Path) -> None:
-    model = make_opt(tmp_path / "model", n_layer=12, n_embd=32, n_ff=64)
-    write_pretrained(tmp_path / "old")
-    with pytest.raises(PowerinferError, match="found opt with relu"):
-        write_pwri(*parts_of(model, tmp_path / "old", tmp_path), tmp_path / "m.gguf", progress=silent)
+@pytest.mark.parametrize(
+    ("make", "how", "message"),
+    [
+        (make_opt, {"bias": False}, "computes all biases, found another model"),
+        (make_opt, {"tied": False}, "computes opt whose output matrix is its embedding"),
+        (make_falcon, {"bias": True}, "computes no biases, found another model"),
+        (
+            make_falcon,
+            {"parallel_attn": False, "norms": ("input_layernorm", "post_attention_layernorm")},
+            "computes falcon's FFN beside attention",
+        ),
+    ],
+)
+def test_what_opt_and_falcon_have_beyond_it_is_refused(
+    make: Callable[..., Path], how: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(PowerinferError, match=message):
+        write_pwri(*small(tmp_path, make, **how), tmp_path / "m.gguf", progress=silent)

@@ -41,11 +41,12 @@ def test_the_model_is_what_the_description_says(arch: str, kind: int, tmp_path: 
 def test_predictors_and_their_threshold_are_read(tmp_path: Path) -> None:
     for threshold, expected in ((None, 0.0), (-1.5, -1.5)):
         model = Model(threshold=threshold)
-        checkpoint = opened(model.write(tmp_path / "old.gguf"))
-        assert checkpoint.threshold == expected
-        assert checkpoint.ranks == [*pwri.RANKS] * (pwri.N_LAYER // 2)
+        predictors = opened(model.write(tmp_path / "old.gguf")).predictors
+        assert predictors is not None
+        assert predictors.threshold == expected
+        assert predictors.ranks == [*pwri.RANKS] * (pwri.N_LAYER // 2)
         for i in (0, 11):
-            for k, matrix in enumerate(checkpoint.predictor(i)):
+            for k, matrix in enumerate(predictors.layer(i)):
                 np.testing.assert_array_equal(matrix, model.used[f"blk.{i}.fc{k + 1}.weight"])
 
 
@@ -118,7 +119,7 @@ def test_a_predictor_of_other_sizes_is_refused(tmp_path: Path) -> None:
     model = Model()
     kind, _, data = model.stored["blk.4.fc2.weight"]
     model.stored["blk.4.fc2.weight"] = kind, (16, 2 * pwri.N_FF), data
-    with pytest.raises(PowerinferError, match=r"blk.4.fc1.weight and blk.4.fc2.weight: expected \[64, rank\]"):
+    with pytest.raises(PowerinferError, match=r"blk.4.fc1.weight and blk.4.fc2.weight: expected \[rank, 64\]"):
         open_checkpoint(model.write(tmp_path / "old.gguf"))
 
 
@@ -126,5 +127,7 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path) -> None:
     model = Model()
     kind, shape, data = model.stored["blk.4.fc1.weight"]
     model.stored["blk.4.fc1.weight"] = kind, shape, b"\x00\x7e" + data[2:]
+    predictors = opened(model.write(tmp_path / "old.gguf")).predictors
+    assert predictors is not None
     with pytest.raises(PowerinferError, match=r"blk.4.fc1.weight: expected finite weights, found nan at \[0, 0\]"):
-        opened(model.write(tmp_path / "old.gguf")).predictor(4)
+        predictors.layer(4)

@@ -62,10 +62,11 @@ def test_gguf_is_the_same_model(tmp_path: Path) -> None:
     assert not found.notes
 
 
-def test_predictors_are_left_out_and_it_says_so(tmp_path: Path) -> None:
+def test_predictors_are_read_and_it_says_so(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_bamboo(tmp_path, predictor=16))
     assert any("mlp.predictor" in note for note in checkpoint.notes)
-    assert not any("predictor" in name for name in checkpoint.names())
+    assert checkpoint.predictors is not None
+    assert set(checkpoint.predictors.ranks) == {16}
 
 
 def test_refuses_what_is_not_drelu(tmp_path: Path) -> None:
