@@ -117,6 +117,9 @@ def translated(args: list[str], command: TyperCommand) -> list[str]:
         if arg == "--":
             ours += [arg, *rest]
             break
+        if not arg.startswith("-"):
+            ours.append(arg)
+            continue
         flag, equals, value = arg.partition("=")
         flag = flag.replace("_", "-") if flag.startswith("--") else flag
         name = next((name for name in (flag, *RENAMED.get(flag, ())) if name in own), None)

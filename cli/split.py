@@ -45,13 +45,20 @@ def split(
     from powerinfer_tools.artifact import split as split_checkpoint
     from powerinfer_tools.artifact.layout import MODE_NAMES
     from powerinfer_tools.checkpoint import open_checkpoint
+    from powerinfer_tools.errors import PowerinferError
     from powerinfer_tools.placement import read_placement
     from powerinfer_tools.predictors import read_predictors
 
-    if format == "powerinfer":
-        _for_first_powerinfer(open_checkpoint(model, activation, patch), activations, predictors, output, quant, force)
-        return
     checkpoint = open_checkpoint(model, activation, patch)
+    for note in checkpoint.notes:
+        console.say(f"note: {note}")
+    if format == "powerinfer":
+        if placement is not None:
+            raise PowerinferError("--placement: expected none with --format powerinfer, whose engine places", "usage")
+        _for_first_powerinfer(checkpoint, activations, predictors, output, quant, force)
+        if json:
+            console.print_json({"path": str(output), "bytes": output.stat().st_size, "quant": quant})
+        return
     with console.progress() as progress:
         artifact = split_checkpoint(
             checkpoint,
@@ -63,8 +70,6 @@ def split(
             force=force,
             progress=progress,
         )
-    for note in checkpoint.notes:
-        console.say(f"note: {note}")
     modes = [MODE_NAMES[mode] for mode in artifact.modes]
     if not artifact.config.exactly_sparse:
         console.say(

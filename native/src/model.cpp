@@ -59,19 +59,6 @@ void check_version(const Gguf& gguf) {
                                           std::to_string(version) + (version < VERSION ? ": build it again" : ""));
 }
 
-NormKind parse_norm(std::string_view name) {
-    if (name == "rms") return NormKind::Rms;
-    if (name == "layer") return NormKind::Layer;
-    throw Error(PI_ERROR_UNSUPPORTED, "powerinfer.norm: expected rms or layer, found " + std::string(name));
-}
-
-bool reads_stream(std::string_view input) {
-    if (input == "stream") return true;
-    if (input == "ffn_input") return false;
-    throw Error(PI_ERROR_UNSUPPORTED,
-                "powerinfer.predictor_input: expected ffn_input or stream, found " + std::string(input));
-}
-
 const std::vector<double>& per_layer(const Gguf& gguf, const std::string& key, uint32_t n_layer) {
     const auto& values = gguf.numbers(key);
     if (values.size() != n_layer)
@@ -163,7 +150,7 @@ void Model::read_config() {
     c.gated = gguf_.b("powerinfer.gated");
     c.tied = gguf_.b("powerinfer.tied");
     c.predictor_relu = gguf_.b("powerinfer.predictor_relu");
-    c.predictor_on_stream = reads_stream(gguf_.s("powerinfer.predictor_input"));
+    c.predictor_on_stream = one_of(gguf_, "powerinfer.predictor_input", "stream", "ffn_input");
     if (gguf_.has("powerinfer.experts.n")) read_experts();
     if (c.activation == Activation::DRelu && !c.gated)
         throw Error(PI_ERROR_MALFORMED, "powerinfer.activation: drelu needs a gated FFN");
@@ -203,7 +190,7 @@ void Model::read_experts() {
 
 void Model::read_structure() {
     Config& c = config;
-    c.norm = parse_norm(gguf_.s("powerinfer.norm"));
+    c.norm = one_of(gguf_, "powerinfer.norm", "rms", "layer") ? NormKind::Rms : NormKind::Layer;
     c.learned_positions = gguf_.b("powerinfer.learned_positions");
     c.parallel = gguf_.b("powerinfer.parallel");
     c.qk_norm = gguf_.b("powerinfer.qk_norm");

@@ -15,14 +15,19 @@ if TYPE_CHECKING:
     from powerinfer_tools.predictors import Predictors
 
 
+def check_predictors(activations: "Activations", predictors: "Predictors") -> str:
+    """Predictors must be made from these activations. Returns what makes others."""
+    remedy = f"train them anew: powerinfer train --activations {activations.path}"
+    require_same("activations file", predictors.path, activations.digest, predictors.activations_digest, remedy)
+    return remedy
+
+
 def check_inputs(
     activations: "Activations", predictors: "Predictors | None", placement: "Placement | None", quant: str
 ) -> None:
     """Predictors and placement must be made for this artifact; that the activations are, apply() checks."""
     if predictors is not None:
-        remedy = f"train them anew: powerinfer train --activations {activations.path}"
-        found = predictors.activations_digest
-        require_same("activations file", predictors.path, activations.digest, found, remedy)
+        remedy = check_predictors(activations, predictors)
         if predictors.quant != quant:  # their thresholds hold for weights rounded to that type
             raise PowerinferError(
                 f"{predictors.path}: trained for --quant {predictors.quant}, found {quant}; {remedy} --quant {quant}",

@@ -14,6 +14,7 @@ from powerinfer_tools.activations.file import Activations, apply
 from powerinfer_tools.artifact.gguf_writer import Value, write_gguf
 from powerinfer_tools.artifact.layout import ALIGNMENT, INPUT_STREAM, MODE_PREDICTOR, TensorPlan, norm_key
 from powerinfer_tools.artifact.metadata import general_keys, token_list
+from powerinfer_tools.artifact.provenance import check_predictors
 from powerinfer_tools.artifact.pwri_tensors import Tensor, Tensors, pwri_tensors
 from powerinfer_tools.artifact.weights import Array, check_range, quantise
 from powerinfer_tools.checkpoint.gguf_file import PWRI
@@ -44,6 +45,7 @@ def write_pwri(
 ) -> None:
     """Writes `output` and the folder activation beside it. Errors: what the first PowerInfer does not compute."""
     apply(activations, checkpoint)
+    check_predictors(activations, predictors)
     _check(checkpoint, quant)
     check_writable(output, force)
     folder = output.parent / COUNTS
@@ -171,6 +173,8 @@ def _write_counts(activations: Activations, folder: Path) -> None:
     import torch
 
     folder.mkdir(exist_ok=True)
+    for path in folder.glob("activation_*.pt"):  # of what was there before, maybe with more layers
+        path.unlink()
     for i in range(activations.n_layer):
         with atomic_write(folder / f"activation_{i}.pt", force=True) as file:
             torch.save(torch.from_numpy(activations.counts(i)).float(), file)

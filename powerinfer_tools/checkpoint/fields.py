@@ -1,7 +1,6 @@
 """Checked access to the fields of files that others wrote: every number has a type and a range."""
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ class Fields:
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.error(key, "a number", value)
-        if not math.isfinite(value) or not low < value <= high:
+        if not low < value <= high:
             raise self.error(key, f"a number above {low:g}, at most {high:g}", value)
         return float(value)
 

@@ -31,10 +31,12 @@ def read_plain_config(
     norm_eps: str = "rms_norm_eps",
     gated: bool = True,
     partial_rotary: float | None = None,
+    rope_theta: float = 10000.0,
 ) -> Config:
     """The sizes and choices of a plain model, under the names that LLaMA gave them.
 
-    norm_eps: the field's name; partial_rotary: the share of a head that rotates where no field says, None: all of it.
+    norm_eps: the field's name; partial_rotary: the share of a head that rotates where no field says, None: all of it;
+    rope_theta: what it is where no field says.
     Errors: sizes that do not go together; what no family computes.
     """
     n_embd, n_head = fields.integer("hidden_size"), fields.integer("num_attention_heads")
@@ -60,7 +62,7 @@ def read_plain_config(
         activation=activation,
         gated=gated,
         tied=fields.flag("tie_word_embeddings", False),
-        rope=rope_from_config(fields, head_dim, n_ctx, partial_rotary),
+        rope=rope_from_config(fields, head_dim, n_ctx, partial_rotary, rope_theta),
         thresholds=thresholds,
     )
 

@@ -74,10 +74,13 @@ def finish(freq: Frequencies, scale: float = 1.0) -> Rope:
     return Rope(freq.astype(np.float32), scale)
 
 
-def rope_from_config(fields: Fields, head_dim: int, n_ctx: int, partial: float | None = None) -> Rope:
+def rope_from_config(
+    fields: Fields, head_dim: int, n_ctx: int, partial: float | None = None, theta: float = 10000.0
+) -> Rope:
     """The rope of a config.json: rope_parameters, or rope_scaling and rope_theta.
 
-    partial: the share of a head that rotates where no field says; None: no other share than all is expected.
+    partial: the share of a head that rotates where no field says; None: no other share than all is expected; theta:
+    what it is where no field says.
     Errors: a variant that this program does not compute, or one that lacks its numbers.
     """
     key = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
@@ -85,7 +88,7 @@ def rope_from_config(fields: Fields, head_dim: int, n_ctx: int, partial: float |
     if not isinstance(values, dict):
         raise fields.error(key, "an object", values)
     scaling = Fields(f"{fields.where}: {key}", values)
-    theta = scaling.number("rope_theta", fields.number("rope_theta", 10000.0), low=1.0)
+    theta = scaling.number("rope_theta", fields.number("rope_theta", theta), low=1.0)
     rotary_dim = _rotary_dim(fields, scaling, head_dim, partial)
     kind = scaling.text("rope_type", scaling.text("type", "default"))
     if kind not in SCALINGS:

@@ -29,9 +29,12 @@ def read_torch(path: Path, n_bytes: int) -> Any:
 
 def array_of(path: Path, name: str, value: Any, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """A tensor of `shape` that `path` holds, as an array. Errors: no tensor, of another shape, no finite numbers."""
-    found: Any = getattr(value, "shape", None)
-    if found is None or tuple(found) != shape or value.dtype.is_complex:
-        shown = "none" if found is None else list(found)
+    import torch
+
+    found = tuple(value.shape) if torch.is_tensor(value) else None
+    plain = found is not None and value.layout == torch.strided and value.device.type == "cpu"
+    if found != shape or not plain or value.is_quantized or value.dtype.is_complex:
+        shown = "none" if found is None else list(found) if found != shape else "others"
         raise PowerinferError(f"{path}: {name}: expected numbers of shape {list(shape)}, found {shown}", "mismatch")
     array: npt.NDArray[Any] = value.detach().double().numpy()
     if not np.isfinite(array).all():
@@ -46,3 +49,5 @@ def _unpacked(path: Path) -> int:
             return sum(record.file_size for record in archive.infolist())
     except BadZipFile:  # torch's older format is no archive
         return path.stat().st_size
+    except Exception as error:  # what its first wrong byte leads to
+        raise PowerinferError(f"{path}: expected an archive, found {type(error).__name__}", "malformed") from error

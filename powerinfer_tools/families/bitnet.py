@@ -13,19 +13,17 @@ import numpy as np
 
 from powerinfer_tools.checkpoint.fields import Fields
 from powerinfer_tools.checkpoint.gguf_config import Header, gguf_sources, read_gguf_config
-from powerinfer_tools.checkpoint.huggingface_config import name_sources, read_biases, their_name
+from powerinfer_tools.checkpoint.huggingface_config import name_sources, read_biases, read_plain_config, their_name
 from powerinfer_tools.checkpoint.sources import Reading, Source
 from powerinfer_tools.checkpoint.ternary import made_ternary, packed
 from powerinfer_tools.families.family import Family
-from powerinfer_tools.families.llama import NAMES, read_llama_config
+from powerinfer_tools.families.llama import NAMES
 
 NOTE = "BitNet rounds what its matrices read to 8 bits; here nothing is rounded"
 
 
 def _folder(fields: Fields, name: str, notes: list[str]) -> Reading:
-    if "rope_theta" not in fields and "rope_parameters" not in fields:
-        raise fields.error("rope_theta", "a number", None)  # the family's default is another than llama's
-    config = replace(read_llama_config(fields, name), arch="bitnet", sub_norms=True)
+    config = replace(read_plain_config(fields, "bitnet", name, rope_theta=5e5), sub_norms=True)
     sources, mode = name_sources(config, read_biases(fields), NAMES), _mode(fields)
     matrices = {ours: theirs for ours, theirs in sources.items() if ours.startswith("blk.") and len(theirs.shape) == 2}
     if mode == "online":

@@ -14,6 +14,7 @@ from powerinfer_tools.families.family import Family
 from powerinfer_tools.families.llama import NAMES, read_window
 
 MOE = "block_sparse_moe"
+PREDICTOR_NOTE = "the experts' own predictors are left out: no neuron that fires is masked"
 MATRICES = {
     part: f"model.layers.{{i}}.{MOE}.experts.{{e}}.{name}.weight"
     for part, name in {"ffn_gate": "w1", "ffn_up": "w3", "ffn_down": "w2"}.items()
@@ -21,7 +22,7 @@ MATRICES = {
 
 
 def _folder(fields: Fields, name: str, notes: list[str]) -> Reading:
-    config = read_plain_config(fields, "mixtral", name)
+    config = read_plain_config(fields, "mixtral", name, rope_theta=1e6)
     if fields.text("model_type") == "turbosparsemixtral":
         fields.choice("hidden_act", ("relu", "drelu"))
         config = replace(config, activation="drelu")
@@ -29,7 +30,8 @@ def _folder(fields: Fields, name: str, notes: list[str]) -> Reading:
         config = replace(config, n_ctx=read_window(fields, config.n_ctx, notes))
     config = with_experts(config, fields, ("num_local_experts", "num_experts_per_tok"), "softmax", "ffn_input")
     names = {**NAMES, "ffn_router": f"{MOE}.gate"}
-    return Reading(config, name_sources(config, (), names) | expert_sources(config, MATRICES))
+    sources = name_sources(config, (), names) | expert_sources(config, MATRICES)
+    return Reading(config, sources, unused={".predictor.fc1.weight": PREDICTOR_NOTE, ".predictor.fc2.weight": ""})
 
 
 FAMILY = Family(

@@ -30,7 +30,7 @@ def _folder(fields: Fields, name: str, notes: list[str]) -> Reading:
         "hidden_act": "relu",
         "tie_word_embeddings": fields.flag("tie_word_embeddings", True),
     }
-    config = read_plain_config(Fields(fields.where, {**fields.values, **said}), "smallthinker", name)
+    config = read_plain_config(Fields(fields.where, {**fields.values, **said}), "smallthinker", name, rope_theta=1e6)
     config = _rotating(config, _layout(fields, "rope_layout", config.n_layer, default=1))
     if any(_layout(fields, "sliding_window_layout", config.n_layer, default=0)):
         config = replace(config, n_ctx=read_window(fields, config.n_ctx, notes, "sliding_window_size"))

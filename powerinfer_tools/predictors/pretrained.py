@@ -133,6 +133,8 @@ def _read_layer(path: Path, config: Config) -> Layer:
         raise PowerinferError(f"{path}: expected fc1.weight and fc2.weight, found {found}", "mismatch")
     shape: tuple[int, ...] = tuple(getattr(state["fc1.weight"], "shape", ()))
     rank = shape[0] if len(shape) == 2 else 1
+    if not 1 <= rank <= MAX_RANK:
+        raise PowerinferError(f"{path}: fc1.weight: expected 1 to {MAX_RANK} rows, found {rank}", "mismatch")
     fc1 = array_of(path, "fc1.weight", state["fc1.weight"], (rank, config.n_embd))
     fc2 = array_of(path, "fc2.weight", state["fc2.weight"], (config.n_ff, rank))
     return fc1.astype(np.float32), fc2.astype(np.float32)

@@ -163,6 +163,23 @@ def test_counts_lie_beside_it(tmp_path: Path) -> None:
         write_pwri(checkpoint, activations, predictors, tmp_path / "other.powerinfer.gguf", progress=silent)
 
 
+def test_counts_of_more_layers_do_not_stay(tmp_path: Path) -> None:
+    parts = small(tmp_path)
+    stale = tmp_path / "activation" / "activation_12.pt"
+    stale.parent.mkdir()
+    torch.save(torch.ones(64), stale)
+    write_pwri(*parts, tmp_path / "m.powerinfer.gguf", force=True, progress=silent)
+    assert len(list(stale.parent.iterdir())) == 12
+
+
+def test_predictors_of_other_activations_are_refused(tmp_path: Path) -> None:
+    checkpoint, activations, predictors = small(tmp_path)
+    other = replace(predictors, activations_digest="0" * 64)
+    with pytest.raises(PowerinferError, match="made from another activations file"):
+        write_pwri(checkpoint, activations, other, tmp_path / "m.gguf", progress=silent)
+    assert not (tmp_path / "m.gguf").exists()
+
+
 def test_other_types_are_refused(tmp_path: Path) -> None:
     parts = small(tmp_path)
     for quant in ("f32", "q8_0"):

@@ -170,6 +170,7 @@ LLAMA_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "model_type": ({"model_type": "gemma"}, "model_type: expected one of .*llama, mistral, .*, found 'gemma'"),
     "own code": ({"architectures": ["SparseLlamaForCausalLM"]}, "architectures: expected"),
     "hidden_act": ({"hidden_act": "gelu"}, "hidden_act: expected one of relu, .*silu.*, found 'gelu'"),
+    "a number beyond floats": ({"rms_norm_eps": 10**400}, "rms_norm_eps: expected a number above 0, at most 1"),
     "no hidden_act": ({"hidden_act": None}, "hidden_act: expected a string, found nothing"),
     "fatrelu without threshold": ({"hidden_act": "fatrelu"}, "hidden_act_param: expected a number"),
     "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config: expected float weights"),

@@ -45,7 +45,8 @@ def test_it_is_converted_and_runs_and_goes_back(powerinfer: Program, old: Path) 
     assert 0 < json.loads(answer.out)["active_ratio"] < 1
     (old.parent / "out").mkdir()
     files = ("--activations", "new.activations", "--predictors", "new.predictors")
-    back = powerinfer("split", old, *files, "--format", "powerinfer", "--quant", "f16", "-o", "out/back.gguf")
+    back = powerinfer("split", old, *files, "--format", "powerinfer", "--quant", "f16", "-o", "out/back.gguf", "--json")
+    assert json.loads(back.out)["bytes"] == (old.parent / "out/back.gguf").stat().st_size
     assert back.code == 0, back.err
     assert (old.parent / "out" / "back.gguf").read_bytes()[:4] == b"PWRI"
 

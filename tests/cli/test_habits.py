@@ -115,6 +115,11 @@ def test_values_are_no_flags(powerinfer: Program, model: Model) -> None:
     assert translated(["--", "-ngl"], _load("generate")) == ["--", "-ngl"]
 
 
+def test_a_model_may_be_called_model() -> None:
+    assert translated(["MODEL", "--corpus", "FILE"], _load("build")) == ["MODEL", "--corpus", "FILE"]
+    assert translated(["FILE=1"], _load("inspect")) == ["FILE=1"]
+
+
 def test_values_below_zero_are_left_out_where_a_flag_may_be_absent() -> None:
     assert translated(["-n", "-2", "--seed=-1"], _load("generate")) == []
     assert translated(["--seed", "-1"], _load("build")) == ["--seed", "-1"]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from powerinfer_tools.checkpoint import Experts, open_checkpoint
@@ -52,6 +53,19 @@ def moe(weights: Weights, base: str, x: Tensor, stream: Tensor) -> Tensor:
             w1, w2, w3 = (weights[f"{base}.experts.{e}.w{part}.weight"] for part in (1, 2, 3))
             found[p] += share * (w2 @ ((w1 @ token).relu() * (w3 @ token).relu()))
     return found
+
+
+def test_the_experts_own_predictors_are_left_out_and_that_is_said(tmp_path: Path) -> None:
+    folder = make_mixtral(tmp_path, turbosparse=True, **ODD)
+    expected = forward(open_checkpoint(folder), TOKENS[None])
+    weights = load_file(folder / "model.safetensors")
+    for part, shape in (("fc1", (8, 48)), ("fc2", (21, 8))):
+        name = f"model.layers.0.block_sparse_moe.experts.0.predictor.{part}.weight"
+        weights[name] = torch.ones(shape)
+    save_file(weights, folder / "model.safetensors")
+    found = open_checkpoint(folder)
+    assert any("predictors are left out" in note for note in found.notes)
+    assert torch.equal(forward(found, TOKENS[None]), expected)
 
 
 def test_turbosparse_computes_what_is_published(tmp_path: Path) -> None:

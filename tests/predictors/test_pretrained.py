@@ -88,6 +88,17 @@ def changed(**weights: Any) -> Callable[[Path], object]:
     return change
 
 
+def flipped(mark: bytes, offset: int) -> Callable[[Path], object]:
+    """Sets the byte so far behind a mark."""
+
+    def change(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[data.index(mark) + offset] = 0xFF
+        path.write_bytes(data)
+
+    return change
+
+
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (Path.unlink, "expected the predictor of layer 7, found no such file"),
     "no fc2": (changed(fc2=None), "expected fc1.weight and fc2.weight, found fc1.weight"),
@@ -95,8 +106,13 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "other inputs": (changed(fc1=torch.ones(RANK, 31)), r"fc1.weight: expected numbers of shape \[24, 32\], found"),
     "other ranks": (changed(fc1=torch.ones(8, N_EMBD)), r"fc2.weight: expected numbers of shape \[64, 8\], found"),
     "a vector": (changed(fc1=torch.ones(RANK)), r"fc1.weight: expected numbers of shape \[1, 32\], found \[24\]"),
+    "no rank": (changed(fc1=torch.ones(0, N_EMBD), fc2=torch.ones(64, 0)), "expected 1 to 16384 rows, found 0"),
+    "a huge rank": (changed(fc1=torch.zeros(1).expand(1 << 27, N_EMBD)), "expected 1 to 16384 rows, found 134217728"),
+    "sparse": (changed(fc1=torch.ones(RANK, N_EMBD).to_sparse()), "fc1.weight: expected numbers of shape"),
+    "without memory": (changed(fc1=torch.ones(RANK, N_EMBD, device="meta")), "fc1.weight: expected numbers of shape"),
     "no numbers": (changed(fc1=torch.full((RANK, N_EMBD), torch.nan)), "fc1.weight: expected finite numbers"),
     "no state": (lambda path: torch.save([1, 2], path), "expected fc1.weight and fc2.weight, found list"),
+    "a damaged list of records": (flipped(b"PK\x01\x02", 6), "expected an archive, found NotImplementedError"),
     "damaged": (lambda path: path.write_bytes(path.read_bytes()[:-300]), "expected tensors as torch.save writes them"),
 }
 
