@@ -81,16 +81,18 @@ class Bench:
     def share(self, name: str, share: float, mine: Path, plain: Path, resident: list[dict[str, Any]]) -> dict[str, Any]:
         """One line of the table."""
         limit = int(share * plain.stat().st_size)
-        sparse, first, their, their_first = [], [], [], []
+        sparse, first, their, their_first, in_turn = [], [], [], [], []
         for i in range(self.rounds):
             sparse.append(self.ours(mine, limit, limit))
+            if share >= 1:  # where it is to be as fast
+                in_turn.append(rate(sparse[-1]) / rate(self.ours(mine, None, UNLIMITED)))
             first.append(self.our_first(mine, limit))
             if self.program is not None:
                 their.append(self.theirs(plain, limit))
                 their_first.append(self.their_first(plain, limit))
-            say(f"{name} at {share:.0%}, round {i + 1} of {self.rounds}: {sparse[-1]['decode']['tokens_per_s']:.2f}")
-        rates = [found["decode"]["tokens_per_s"] for found in sparse]
-        median = sorted(sparse, key=lambda found: found["decode"]["tokens_per_s"])[len(sparse) // 2]
+            say(f"{name} at {share:.0%}, round {i + 1} of {self.rounds}: {rate(sparse[-1]):.2f}")
+        rates = [rate(found) for found in sparse]
+        median = sorted(sparse, key=rate)[len(sparse) // 2]
         return {
             "model": name,
             "share": share,
@@ -98,7 +100,8 @@ class Bench:
             "tokens_per_s": {"ours": rates, "llama.cpp": their},
             "ratio": statistics.median(a / b for a, b in zip(rates, their, strict=True)) if their else None,
             "target": TARGETS.get((name, share)),
-            "resident_tokens_per_s": [found["decode"]["tokens_per_s"] for found in resident],
+            "resident_tokens_per_s": [rate(found) for found in resident],
+            "of_resident": in_turn,
             "first_token_s": {"ours": first, "llama.cpp": their_first},
             "cgroup_peak_bytes": [found["cgroup_peak_bytes"] for found in sparse],
             "same_tokens": {found["output_hash"] for found in sparse} == {found["output_hash"] for found in resident},
@@ -107,6 +110,11 @@ class Bench:
             "tiers": median["tiers"],
             "disk": median["disk"],
         }
+
+
+def rate(found: dict[str, Any]) -> float:
+    """Tokens a second that a bench document says."""
+    return float(found["decode"]["tokens_per_s"])
 
 
 def forget(path: Path) -> None:
@@ -144,12 +152,12 @@ def lines(bench: Bench, name: str, shares: list[float], folder: Path, keep: bool
 
 def markdown(found: list[dict[str, Any]]) -> str:
     columns = (
-        "model, RAM of its size, ours (tokens/s), llama.cpp, ratio, asked / aim, cgroup peak / limit, "
+        "model, RAM of its size, ours (tokens/s), of resident, llama.cpp, ratio, asked / aim, cgroup peak / limit, "
         "prefix / cache / disk, disk a token, waiting, predicted / measured, first token ours / llama.cpp, same tokens"
     )
     rows = [
         "| " + " | ".join(columns.split(", ")) + " |",
-        "|" + "---|" * 13,
+        "|" + "---|" * 14,
     ]
     for line in found:
         ours, their = (line["tokens_per_s"][side] for side in ("ours", "llama.cpp"))
@@ -160,6 +168,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
             line["model"],
             f"{line['share']:.0%}",
             f"{middle(ours):.2f}",
+            f"{middle(line['of_resident']):.2f}" if line["of_resident"] else "-",
             f"{middle(their):.2f}",
             "-" if line["ratio"] is None else f"{line['ratio']:.1f}",
             "-" if line["target"] is None else " / ".join(f"{x} x" for x in line["target"]),

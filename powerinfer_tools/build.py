@@ -31,7 +31,14 @@ from powerinfer_tools.placement import (
     read_placement,
     write_placement,
 )
-from powerinfer_tools.predictors import Predictors, open_pretrained, read_predictors, take_predictors, train
+from powerinfer_tools.predictors import (
+    Predictors,
+    Pretrained,
+    open_pretrained,
+    read_predictors,
+    take_predictors,
+    train,
+)
 from powerinfer_tools.progress import Progress
 
 SMALL_MODEL = 10**9  # parameters below which q4_0 costs more quality than its bytes are worth
@@ -61,7 +68,7 @@ class Source:
     checkpoint: Checkpoint
     corpus: list[Path]
     counts: Path | None
-    pretrained: Path | None
+    pretrained: Pretrained | None
 
 
 @dataclass(frozen=True)
@@ -165,8 +172,10 @@ def _source(checkpoint: Checkpoint, corpus: list[Path], counts: Path | None, pre
             f"of the first PowerInfer; found {found}",
             "usage",
         )
-    own = checkpoint.path if checkpoint.predictors is not None else None
-    return Source(checkpoint, corpus, counts, pretrained or own)
+    if pretrained is None and checkpoint.predictors is not None:
+        pretrained = checkpoint.path
+    taken = open_pretrained(pretrained, checkpoint) if pretrained is not None else None
+    return Source(checkpoint, corpus, counts, taken)
 
 
 def _arguments(recipe: Recipe, source: Source) -> dict[str, Any]:
@@ -175,7 +184,7 @@ def _arguments(recipe: Recipe, source: Source) -> dict[str, Any]:
         **vars(recipe),
         "corpus": [sha256_file(path) for path in source.corpus],
         "counts": counts_digest(counts, config.n_layer) if counts is not None else None,
-        "pretrained": open_pretrained(pretrained, source.checkpoint).digest if pretrained is not None else None,
+        "pretrained": pretrained.digest if pretrained is not None else None,
     }
 
 
@@ -309,13 +318,12 @@ class _Stages:
         wanted = {"inputs": inputs, **options}
         return self.stage("train", ".predictors", read_predictors, wanted, found, make, _describe_predictors)
 
-    def take_over(self, activations: Activations, pretrained: Path) -> Predictors:
-        quant, digest = self.recipe.quant, open_pretrained(pretrained, self.checkpoint).digest
+    def take_over(self, activations: Activations, pretrained: Pretrained) -> Predictors:
+        quant, digest = self.recipe.quant, pretrained.digest
         inputs = {"checkpoint": activations.checkpoint_digest, "activations": activations.digest, "pretrained": digest}
 
         def make(path: Path) -> Predictors:
-            options: dict[str, Any] = {"quant": quant, "force": self.replace, "progress": self.progress}
-            return take_predictors(self.checkpoint, activations, pretrained, path, **options)
+            return take_predictors(self.checkpoint, activations, pretrained, path, quant=quant, force=self.replace)
 
         def found(predictors: Predictors) -> dict[str, Any]:
             return predictors.header

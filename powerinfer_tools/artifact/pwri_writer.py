@@ -102,7 +102,7 @@ def _check(checkpoint: Checkpoint, quant: str) -> None:
     config, path = checkpoint.config, checkpoint.path
     if quant not in QUANTS:
         raise _refuse(path, "F16 and Q4_0", f"--quant {quant}")
-    known = {arch: activation for arch, (_, activation) in by_pwri_architecture().items()}
+    known = {arch: pwri.activation for arch, pwri in by_pwri_architecture().items()}
     if known.get(config.arch) != config.activation or any(config.thresholds):
         expected = ", ".join(f"{arch} with {activation}" for arch, activation in known.items())
         raise _refuse(path, expected, f"{config.arch} with {config.activation}")

@@ -24,7 +24,6 @@ from powerinfer_tools.families.family import Reader
 from powerinfer_tools.families.registry import by_pwri_architecture
 
 KEY_THRESHOLD = "powerinfer.sparse_threshold"
-OPT_EPS = "opt.attention.layer_norm_epsilon", 1e-5  # OPT's, which the converter left out
 
 
 class PwriCheckpoint(GgufCheckpoint):
@@ -74,7 +73,7 @@ class PwriCheckpoint(GgufCheckpoint):
         return replace(file, metadata=_as_llama_cpp_says(Fields(str(self.path), file.metadata), self._asked))
 
     def _readers(self) -> dict[str, Reader]:
-        return {arch: reader for arch, (reader, _) in by_pwri_architecture().items()}
+        return {arch: pwri.read for arch, pwri in by_pwri_architecture().items()}
 
     def _reading(self, header: Header, reader: Reader) -> Reading:
         reading = super()._reading(header, reader)
@@ -102,14 +101,12 @@ def _as_llama_cpp_says(fields: Fields, activation: str | None) -> dict[str, Any]
     Errors: an architecture that it had not.
     """
     known = by_pwri_architecture()
-    arch = fields.choice("general.architecture", known)
-    keys = {**fields.values}
+    pwri = known[fields.choice("general.architecture", known)]
+    keys = {**pwri.assumed, **fields.values}
     if activation is None:
-        keys.setdefault(KEY_ACTIVATION, known[arch][1])
-    if arch == "opt":
-        keys.setdefault(*OPT_EPS)
+        keys.setdefault(KEY_ACTIVATION, pwri.activation)
     if keys.get("tokenizer.ggml.model") == "gpt2":
-        keys.setdefault("tokenizer.ggml.pre", "falcon" if arch == "falcon" else "gpt-2")
+        keys.setdefault("tokenizer.ggml.pre", "gpt-2")
     return keys
 
 

@@ -13,7 +13,7 @@ from powerinfer_tools.checkpoint.fields import Fields
 from powerinfer_tools.checkpoint.gguf_config import Header, gguf_sources, interleaved, read_gguf_config
 from powerinfer_tools.checkpoint.huggingface_config import name_sources
 from powerinfer_tools.checkpoint.sources import PredictorNames, Reading
-from powerinfer_tools.families.family import Family
+from powerinfer_tools.families.family import Family, Pwri
 from powerinfer_tools.families.llama import NAMES, read_llama_config, read_window
 
 # TurboSparse-Mistral's modeling_bamboo.py lets only those neurons take part for which round(sigmoid(logit)) is 1: of
@@ -48,7 +48,7 @@ FAMILY = Family(
     models={"bamboo": "BambooForCausalLM"},
     folder=_folder,
     gguf={"bamboo": _gguf},
-    pwri=(_gguf, "drelu"),
+    pwri=Pwri(_gguf, "drelu"),
     activations=("drelu",),
     example="PowerInfer/Bamboo-base-v0_1, TurboSparse-Mistral-Instruct",
     checked="its published code, written anew in the test",

@@ -21,7 +21,7 @@ from powerinfer_tools.checkpoint.huggingface_config import (
 from powerinfer_tools.checkpoint.rope import rope_from_config
 from powerinfer_tools.checkpoint.sources import Reading, Rows, Source, picked, stored
 from powerinfer_tools.checkpoint.tensors import ATTENTION, FFN
-from powerinfer_tools.families.family import Family
+from powerinfer_tools.families.family import Family, Pwri
 
 Index = Callable[[Rows], Rows]  # of rows of ours, those of the matrix that holds them
 
@@ -156,7 +156,7 @@ FAMILY = Family(
     models={"falcon": "FalconForCausalLM"},
     folder=_folder,
     gguf={"falcon": _gguf},
-    pwri=(_gguf, "relu"),
+    pwri=Pwri(_gguf, "relu", {"tokenizer.ggml.pre": "falcon"}),
     activations=("relu",),
     example="SparseLLM/ReluFalcon-40B",
     checked="transformers: 7B, 40B, 11B, parallel or not",

@@ -12,7 +12,7 @@ from powerinfer_tools.checkpoint.gguf_config import Header, gguf_sources, interl
 from powerinfer_tools.checkpoint.huggingface_config import name_sources, read_biases, read_plain_config
 from powerinfer_tools.checkpoint.sources import Reading
 from powerinfer_tools.checkpoint.tensors import ATTENTION
-from powerinfer_tools.families.family import Family
+from powerinfer_tools.families.family import Family, Pwri
 
 NAMES = {
     "token_embd": "model.embed_tokens",
@@ -79,7 +79,7 @@ FAMILY = Family(
     },
     folder=_folder,
     gguf={"llama": _llama_gguf, "qwen2": _qwen2_gguf},
-    pwri=(_llama_gguf, "relu"),
+    pwri=Pwri(_llama_gguf, "relu"),
     activations=("silu", "relu", "relu2", "fatrelu", "drelu"),
     example="SparseLLM/ReluLLaMA-7B, SparseLLM/prosparse-llama-2-7b",
     checked="transformers: llama, mistral, qwen2",

@@ -8,7 +8,7 @@ from powerinfer_tools.checkpoint.gguf_config import Header, gguf_sources, read_g
 from powerinfer_tools.checkpoint.huggingface_config import MAX_LAYERS, name_sources, their_name
 from powerinfer_tools.checkpoint.sources import Reading, picked
 from powerinfer_tools.checkpoint.tensors import ATTENTION, FFN
-from powerinfer_tools.families.family import Family
+from powerinfer_tools.families.family import Family, Pwri
 
 NORM_EPS = 1e-5  # config.json does not record it
 OFFSET = 2  # position p lies in row p + 2
@@ -93,7 +93,7 @@ FAMILY = Family(
     name="opt",
     models={"opt": "OPTForCausalLM"},
     folder=_folder,
-    pwri=(_pwri, "relu"),
+    pwri=Pwri(_pwri, "relu", {"opt.attention.layer_norm_epsilon": 1e-5}),
     activations=("relu",),
     example="facebook/opt-6.7b",
     checked="transformers",

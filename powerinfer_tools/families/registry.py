@@ -5,7 +5,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from powerinfer_tools import families
-from powerinfer_tools.families.family import Family, Reader
+from powerinfer_tools.families.family import Family, Pwri, Reader
 
 
 @cache
@@ -25,6 +25,6 @@ def by_architecture() -> dict[str, Reader]:
     return {name: reader for family in all_families() for name, reader in family.gguf.items()}
 
 
-def by_pwri_architecture() -> dict[str, tuple[Reader, str]]:
-    """general.architecture of a model file of the first PowerInfer -> what reads it, and its activation."""
+def by_pwri_architecture() -> dict[str, Pwri]:
+    """general.architecture of a model file of the first PowerInfer -> how it is read."""
     return {family.name: family.pwri for family in all_families() if family.pwri is not None}

@@ -4,7 +4,7 @@ logits = fc2 . relu(fc1 . x), x = what the FFN's norm takes; a neuron is let thr
 threshold, one for all layers.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,25 +15,22 @@ from powerinfer_tools.activations.file import Activations, apply
 from powerinfer_tools.artifact.layout import INPUT_STREAM, MODE_NAMES, MODE_PREDICTOR, LayerPlan
 from powerinfer_tools.checkpoint import Checkpoint, Config, open_checkpoint
 from powerinfer_tools.checkpoint.fields import Fields, read_json
+from powerinfer_tools.checkpoint.source import OwnPredictors
 from powerinfer_tools.checkpoint.torch_file import array_of, read_torch
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.files import Array, sha256_bytes, sha256_file, write_table
 from powerinfer_tools.predictors.file import KIND, FloatArray, Predictors, read_predictors
-from powerinfer_tools.progress import Progress, default_progress
 
 CONFIG_LIMIT = 1 << 20
 MAX_RANK = 1 << 14
 
-Layer = tuple[FloatArray, FloatArray]
-
 
 @dataclass(frozen=True)
 class Pretrained:
-    """digest: of the files; layer: fc1 [rank, n_embd] and fc2 [n_ff, rank] of one layer."""
+    """digest: of the files that the predictors come from."""
 
     digest: str
-    threshold: float
-    layer: Callable[[int], Layer]
+    predictors: OwnPredictors
 
 
 def open_pretrained(source: Path, checkpoint: Checkpoint) -> Pretrained:
@@ -52,20 +49,19 @@ def open_pretrained(source: Path, checkpoint: Checkpoint) -> Pretrained:
     sizes, others = ((c.n_layer, c.n_embd, c.n_ff) for c in (config, found.config))
     if sizes != others:
         raise PowerinferError(f"{source}: expected layers, n_embd and n_ff {sizes}, found {others}", "mismatch")
-    return Pretrained(found.digest(), found.predictors.threshold, found.predictors.layer)
+    return Pretrained(found.digest(), found.predictors)
 
 
 def take_predictors(
     checkpoint: Checkpoint,
     activations: Activations,
-    source: Path,
+    pretrained: Pretrained,
     output: Path,
     *,
     quant: str = "q4_0",
     force: bool = False,
-    progress: Progress | None = None,
 ) -> Predictors:
-    """Writes the predictors of `source` as they are, for the model of `checkpoint`; `activations` order its neurons.
+    """Writes these predictors as they are, for the model of `checkpoint`; `activations` order its neurons.
 
     Every layer is in mode predictor and nothing is measured: `powerinfer eval` tells what they find and cost.
     """
@@ -76,12 +72,8 @@ def take_predictors(
             f"{checkpoint.path}: {config.activation} is never exactly zero: a predictor made for ReLU is of no use",
             "unsupported",
         )
-    pretrained = open_pretrained(source, checkpoint)
-    plans = []
-    with default_progress(progress) as show:
-        for i in range(config.n_layer):
-            plans.append(LayerPlan(MODE_PREDICTOR, len(pretrained.layer(i)[0])))
-            show("train, layers taken over", i + 1, config.n_layer)
+    predictors = pretrained.predictors
+    plans = [LayerPlan(MODE_PREDICTOR, rank) for rank in predictors.ranks]
     header = {
         "inputs": {
             "checkpoint": activations.checkpoint_digest,
@@ -92,10 +84,10 @@ def take_predictors(
         "relu": True,
         "input": INPUT_STREAM,
         "plans": [asdict(plan) for plan in plans],
-        "figures": [_figures(i, plan, pretrained.threshold) for i, plan in enumerate(plans)],
+        "figures": [_figures(i, plan, predictors.threshold) for i, plan in enumerate(plans)],
         "loss": {"dropped": []},
     }
-    write_table(output, KIND, header, _Arrays(pretrained, config), force)
+    write_table(output, KIND, header, _Arrays(predictors, config), force)
     return read_predictors(output)
 
 
@@ -119,14 +111,15 @@ def _open_folder(folder: Path, config: Config) -> Pretrained:
         fields = Fields(str(settings), read_json(settings, CONFIG_LIMIT))
         threshold = fields.number("sparse_threshold", 0.0, low=-1e12)
 
-    @lru_cache(maxsize=1)
-    def layer(i: int) -> Layer:
+    def layer(i: int) -> tuple[FloatArray, FloatArray]:
         return _read_layer(paths[i], config)
 
-    return Pretrained(sha256_bytes(f"{threshold} {digests}".encode()), threshold, layer)
+    ranks = [len(layer(i)[0]) for i in range(config.n_layer)]
+    digest = sha256_bytes(f"{threshold} {digests}".encode())
+    return Pretrained(digest, OwnPredictors(threshold, ranks, layer))
 
 
-def _read_layer(path: Path, config: Config) -> Layer:
+def _read_layer(path: Path, config: Config) -> tuple[FloatArray, FloatArray]:
     state = read_torch(path, 4 * MAX_RANK * (config.n_embd + config.n_ff))
     if not isinstance(state, dict) or set(state) != {"fc1.weight", "fc2.weight"}:
         found = ", ".join(map(str, list(state)[:4])) if isinstance(state, dict) else type(state).__name__
@@ -141,16 +134,17 @@ def _read_layer(path: Path, config: Config) -> Layer:
 
 
 class _Arrays(Mapping[str, Array]):
-    """in, out and bias of all layers, read one at a time."""
+    """in, out and bias of all layers, read one at a time; the last one stays at hand."""
 
-    def __init__(self, pretrained: Pretrained, config: Config) -> None:
-        self._pretrained, self._n_layer, self._n_ff = pretrained, config.n_layer, config.n_ff
+    def __init__(self, predictors: OwnPredictors, config: Config) -> None:
+        self._bias = np.full(config.n_ff, -predictors.threshold, np.float32)
+        self._layer, self._n_layer = lru_cache(maxsize=1)(predictors.layer), config.n_layer
 
     def __getitem__(self, name: str) -> Array:
         what, i = name.split(".")
         if what == "bias":
-            return np.full(self._n_ff, -self._pretrained.threshold, np.float32)
-        return self._pretrained.layer(int(i))[("in", "out").index(what)]
+            return self._bias
+        return self._layer(int(i))[("in", "out").index(what)]
 
     def __iter__(self) -> Iterator[str]:
         return (f"{what}.{i}" for i in range(self._n_layer) for what in ("in", "out", "bias"))

@@ -19,7 +19,7 @@ from powerinfer_tools.checkpoint import Checkpoint, open_checkpoint
 from powerinfer_tools.checkpoint.gguf_file import PWRI, raw_rows, read_gguf
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import PowerinferError
-from powerinfer_tools.predictors import Predictors, take_predictors
+from powerinfer_tools.predictors import Predictors, open_pretrained, take_predictors
 from powerinfer_tools.progress import silent
 from tests import pwri
 from tests.checkpoint.test_huggingface import edit
@@ -39,7 +39,7 @@ def parts_of(model: Path, source: Path, folder: Path) -> Parts:
     if not (folder / "counts").exists():
         write_counts(folder / "counts", checkpoint.config.n_layer, checkpoint.config.n_ff)
     activations = take_counts(checkpoint, folder / "counts", folder / "m.activations")
-    predictors = take_predictors(checkpoint, activations, source, folder / "m.predictors", progress=silent)
+    predictors = take_predictors(checkpoint, activations, open_pretrained(source, checkpoint), folder / "m.predictors")
     return checkpoint, activations, predictors
 
 

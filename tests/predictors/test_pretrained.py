@@ -15,8 +15,7 @@ from powerinfer_tools.artifact.layout import INPUT_STREAM, MODE_PREDICTOR, Layer
 from powerinfer_tools.checkpoint import open_checkpoint
 from powerinfer_tools.describe import describe
 from powerinfer_tools.errors import PowerinferError
-from powerinfer_tools.predictors import Predictors, take_predictors
-from powerinfer_tools.progress import silent
+from powerinfer_tools.predictors import Predictors, open_pretrained, take_predictors
 from tests import pwri
 from tests.pwri import Model, write_counts
 from tests.tiny import make_llama
@@ -50,7 +49,7 @@ def taken_for(model: Path, source: Path, tmp_path: Path) -> Predictors:
     if not (tmp_path / "activation").exists():
         write_counts(tmp_path / "activation", checkpoint.config.n_layer, checkpoint.config.n_ff)
     activations = take_counts(checkpoint, tmp_path / "activation", tmp_path / "m.activations")
-    return take_predictors(checkpoint, activations, source, tmp_path / "m.predictors", progress=silent)
+    return take_predictors(checkpoint, activations, open_pretrained(source, checkpoint), tmp_path / "m.predictors")
 
 
 @pytest.mark.parametrize("threshold", [None, 0.5, -2.0])
