@@ -15,11 +15,8 @@ namespace pi {
 namespace {
 
 constexpr size_t ITEM_ROWS = 32;           // rows of a matrix that one item computes
-constexpr size_t AHEAD_ROWS = 512;         // of a predictor that one item asks when it looks ahead
 constexpr size_t SUM_COLUMNS = 512;        // columns of the partial sums that one item adds, or logits that it caps
 constexpr size_t BLOCK_BYTES = 256 << 10;  // of bundles that are read whole before the next ones, where all are: in L2
-
-size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
@@ -58,25 +55,6 @@ void Session::lap(Part part) {
     uint64_t now = ticks();
     spent_[part] += now - mark_;
     mark_ = now;
-}
-
-// One parallel step, whose items' time counts as `part` (or as what they noted themselves), and the threads' waiting
-// as SYNC.
-template <class Task>
-void Session::parallel(Part part, size_t n_items, Task&& task) {
-    lap(OTHER);
-    pool_.run(n_items, task);
-    lap(SYNC);
-    uint64_t busy = std::min(pool_.take_busy(), spent_[SYNC]);
-    spent_[SYNC] -= busy;
-    for (Worker& w : workers_) {
-        for (size_t p = 0; p < N_PARTS; p++) {
-            uint64_t noted = std::min(std::exchange(w.spent[p], 0) / workers_.size(), busy);
-            spent_[p] += noted;
-            busy -= noted;
-        }
-    }
-    spent_[part] += busy;
 }
 
 // The parts of a token that took so many seconds.
@@ -151,12 +129,12 @@ void Session::ffn(const Layer& layer, size_t il, const float* stream) {
     Vector rank{};
     if (asks(layer) && c.predictor_on_stream) {
         std::copy_n(stream, c.n_embd, x_.f.data());
-        rank = predictor_rank(*layer.predictor, quantised(x_, c.n_embd));
+        rank = predictor_rank(*layer.predictor, quantised(x_, c.n_embd), rank_);
     }
     normalise(layer.ffn_norm, stream, x_.f.data());
     if (c.experts.routed_by == RoutedBy::FfnInput) route(layer, x_.f.data());
     Vector x = quantised(x_, c.n_embd);
-    if (asks(layer) && !c.predictor_on_stream) rank = predictor_rank(*layer.predictor, x);
+    if (asks(layer) && !c.predictor_on_stream) rank = predictor_rank(*layer.predictor, x, rank_);
     if (asks(layer)) {
         const Rows& in = layer.predictor->in;
         stats.bytes_predictor += in.n_rows * in.row_size();
@@ -169,14 +147,14 @@ void Session::ffn(const Layer& layer, size_t il, const float* stream) {
     collect_counts(layer);
 }
 
-// The predictor's hidden layer, in rank_.
-Vector Session::predictor_rank(const Predictor& predictor, Vector x) {
+// The predictor's hidden layer.
+Vector Session::predictor_rank(const Predictor& predictor, Vector x, Activations& rank) {
     Linear in{predictor.in, nullptr};
-    project(PREDICTOR, {{&in, rank_.f.data()}}, x);
+    project(PREDICTOR, {{&in, rank.f.data()}}, x);
     size_t n = in.rows.n_rows;
     if (model.config.predictor_relu)
-        for (size_t i = 0; i < n; i++) rank_.f[i] = rank_.f[i] <= 0 ? 0 : rank_.f[i];
-    return quantised(rank_, n);
+        for (size_t i = 0; i < n; i++) rank.f[i] = rank.f[i] <= 0 ? 0 : rank.f[i];
+    return quantised(rank, n);
 }
 
 // partial_ = what each chunk of neurons adds
@@ -319,141 +297,6 @@ void Session::add_down(const Layer& layer, size_t n, const uint8_t* next, float*
     ops.add_rows(down.type, down.n, down.data, down.stride, places(w.active.data(), n, w), h, n, next, sum);
 }
 
-// ---- layers with neurons on disk (disk.h)
-
-// The same as ffn_chunks. Where every neuron is needed, or more than there is room for, the layer is read whole.
-void Session::ffn_from_disk(const Layer& layer, size_t il, Vector x, Vector rank) {
-    DiskTier& disk = *model.disk;
-    bool picks = asks(layer) || layer.expert || (layer.apart && mode_ != PI_MODE_DENSE);
-    if (picks && fetch(layer, il, x, rank)) return;
-    lap(OTHER);
-    disk.start_stream(il);
-    disk.end_stream();
-    lap(DISK);
-    ffn_chunks(layer, x, rank);
-    disk.release(il);
-}
-
-// Chooses first, then computes what is in memory while the rest is read. False where that is too much.
-bool Session::fetch(const Layer& layer, size_t il, Vector x, Vector rank) {
-    DiskTier& disk = *model.disk;
-    size_t n_chunks = layer.chunks.size() - 1;
-    parallel(layer.apart ? GATE : PREDICTOR, n_chunks,
-             [&](size_t chunk, uint32_t thread) { choose(layer, chunk, x, rank, workers_[thread]); });
-    std::array<std::span<const uint32_t>, MAX_CHUNKS> chosen;
-    for (size_t c = 0; c < n_chunks; c++) chosen[c] = {&chosen_[layer.chunks[c]], n_chosen_[c]};
-    bool fits = disk.request(il, {chosen.data(), n_chunks});
-    lap(DISK);
-    if (!fits) {
-        for (Worker& w : workers_) w.n_asked = w.n_computed = 0;  // counted again when all is there
-        return false;
-    }
-    places_ = disk.places(il);
-    look_ahead(il + 1);
-    // Every thread begins with chunks of frequent neurons, which are in memory: item p of thread t is chunk p * n + t.
-    size_t n_threads = workers_.size();
-    std::array<size_t, MAX_CHUNKS> order;
-    for (size_t t = 0, item = 0; t < n_threads; t++)
-        for (size_t c = t; c < n_chunks; c += n_threads) order[item++] = c;
-    parallel(UPDOWN, n_chunks, [&](size_t item, uint32_t thread) {
-        Worker& w = workers_[thread];
-        uint64_t begin = ticks();
-        model.disk->bring(order[item]);
-        w.spent[DISK] += ticks() - begin;
-        fetched_chunk(layer, order[item], x, w);
-    });
-    places_ = nullptr;
-    disk.finish();
-    return true;
-}
-
-// While the layer before waits for the disk: asks layer il's predictor, with the residual as it is now, before that
-// layer's FFN and this one's attention have changed it. What it lets through most surely is read behind the rest.
-void Session::look_ahead(size_t il) {
-    DiskTier& disk = *model.disk;
-    if (il == model.config.n_layer || !asks(model.weights.layers[il]) || !disk.pays_ahead(il)) return;
-    const Layer& layer = model.weights.layers[il];
-    if (layer.expert) return;  // whose turn it will be is not known yet
-    if (model.config.predictor_on_stream)
-        std::copy_n(hidden_.data(), model.config.n_embd, ahead_x_.f.data());
-    else
-        normalise(layer.ffn_norm, hidden_.data(), ahead_x_.f.data());
-    const Predictor& p = *layer.predictor;
-    Vector rank = predictor_rank(p, quantised(ahead_x_, model.config.n_embd));
-    uint32_t first = std::max(disk.first_cold(il), layer.always), n_ff = model.config.n_ff;
-    parallel(PREDICTOR, ceil_div(n_ff - first, AHEAD_ROWS), [&](size_t item, uint32_t) {
-        uint32_t lo = first + static_cast<uint32_t>(item * AHEAD_ROWS), at = lo - layer.always;
-        size_t n = std::min<size_t>(AHEAD_ROWS, n_ff - lo);
-        ops.matvec(p.out.type, p.out.n, p.out.row(at), p.out.stride, n, rank, &ahead_logit_[lo]);
-        for (size_t i = 0; i < n; i++) ahead_logit_[lo + i] += p.bias[at + i];
-    });
-    size_t n = 0;
-    for (uint32_t i = first; i < n_ff; i++)
-        if (ahead_logit_[i] >= 0 && !disk.here(il, i)) ahead_[n++] = i;
-    size_t most = std::min(n, AHEAD);
-    std::nth_element(&ahead_[0], &ahead_[most], &ahead_[n], [&](uint32_t a, uint32_t b) {
-        return ahead_logit_[a] != ahead_logit_[b] ? ahead_logit_[a] > ahead_logit_[b] : a < b;
-    });
-    std::sort(&ahead_[0], &ahead_[most]);
-    disk.request_ahead(il, {&ahead_[0], most});
-}
-
-// chosen_ of a chunk: what the predictor lets through, what fires where a matrix apart says so, or all candidates
-void Session::choose(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w) {
-    uint32_t lo = layer.chunks[chunk], hi = layer.chunks[chunk + 1];
-    if (lo == hi) {
-        n_chosen_[chunk] = 0;
-        return;
-    }
-    size_t n_asked = asks(layer) ? ask(layer, lo, hi, rank, w) : candidates(layer, lo, hi, w), n = 0;
-    if (layer.apart) decide(layer, w.asked.data(), n_asked, x, w);
-    for (size_t k = 0; k < n_asked; k++) {
-        chosen_[lo + n] = w.asked[k];
-        chosen_pre_[lo + n] = w.pre[k];
-        n += !layer.apart || w.pre[k] != 0 || mode_ == PI_MODE_DENSE;
-    }
-    n_chosen_[chunk] = n;
-}
-
-// What ffn_chunk does, with neurons that are chosen and at hand.
-void Session::fetched_chunk(const Layer& layer, size_t chunk, Vector x, Worker& w) {
-    const uint32_t* ids = &chosen_[layer.chunks[chunk]];
-    const float* pre = &chosen_pre_[layer.chunks[chunk]];
-    size_t n = n_chosen_[chunk];
-    if (!layer.apart) {
-        decide(layer, ids, n, x, w);
-        pre = w.pre.data();
-    }
-    float* sum = &partial_[chunk * model.config.n_embd];
-    std::fill_n(sum, model.config.n_embd, 0.0f);
-    finish_chunk(chunk, add_neurons(layer, ids, pre, n, x, sum, w), w);
-}
-
-// Where the kernels find these neurons.
-const uint32_t* Session::places(const uint32_t* ids, size_t n, Worker& w) const {
-    if (!places_) return ids;
-    for (size_t i = 0; i < n; i++) w.places[i] = places_[ids[i]];
-    return w.places.data();
-}
-
-// Sessions of one model share what is read from disk: one call after the other.
-std::unique_lock<std::mutex> Session::take_turn() const {
-    return model.disk ? std::unique_lock(model.disk->in_use) : std::unique_lock<std::mutex>();
-}
-
-void Session::collect_disk_counts() {
-    model.disk->check();
-    DiskTier::Counts counts = model.disk->take_counts();
-    stats.neurons_prefix += counts.from_prefix;
-    stats.neurons_cache += counts.from_cache;
-    stats.neurons_disk += counts.from_disk;
-    stats.disk_reads += counts.reads;
-    stats.disk_bytes += counts.bytes;
-    stats.stream_bytes += counts.streamed;
-    stats.neurons_ahead += counts.ahead;
-    stats.neurons_ahead_asked += counts.ahead_asked;
-}
-
 // hidden += the chunks' partial sums, in the order of the chunks, + bias; the sums over the norm of all h with
 // sub_norms
 void Session::sum_chunks(const Layer& layer) {
@@ -483,7 +326,8 @@ void Session::collect_counts(const Layer& layer) {
         stats.neurons_active += w.n_fired;
         stats.bytes_gate += w.n_computed * layer.select.row_size();
         stats.bytes_updown += w.n_active * up + w.n_fired * layer.down.row_size();  // add_rows skips what is 0
-        w.n_asked = w.n_computed = w.n_active = w.n_fired = 0;
+        stats.neurons_prefix += w.n_prefix;
+        w.n_asked = w.n_computed = w.n_active = w.n_fired = w.n_prefix = 0;
     }
     stats.neurons_total += model.config.n_ff;
 }

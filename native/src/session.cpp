@@ -76,6 +76,7 @@ Session::Session(const Model& model, const pi_session_params& params)
         allocate(chosen_, c.n_ff);
         allocate(chosen_pre_, c.n_ff);
         allocate_vector(ahead_x_, c.n_embd);
+        allocate_vector(ahead_rank_, rank);
         allocate(ahead_logit_, c.n_ff);
         allocate(ahead_, c.n_ff);
     }
