@@ -205,9 +205,9 @@ pi_status pi_sample(pi_session* session, const pi_sampling* sampling, const int3
         pi::Session& s = session->session;
         require(s.has_logits, "nothing to sample from: no token was run since the session was opened or truncated");
         for (size_t i = 0; i < n_recent; i++)
-            require(recent[i] >= 0 && static_cast<uint32_t>(recent[i]) < s.model.config.n_vocab,
+            require(recent[i] >= 0 && static_cast<uint32_t>(recent[i]) < s.config.n_vocab,
                     "recent: a token id is out of range");
-        *token = s.sampler.sample(s.logits.data(), s.model.config.n_vocab, *sampling, recent, n_recent);
+        *token = s.sampler.sample(s.logits.data(), s.config.n_vocab, *sampling, recent, n_recent);
     });
 }
 

@@ -279,6 +279,7 @@ void Model::bind_layer(uint32_t i, const uint8_t* base) {
     layer.v = linear(b + "attn_v", base, c.n_embd, c.kv_dim());
     layer.o = linear(b + "attn_output", base, c.q_dim(), c.n_embd);
     layer.rotates = rotary_[i];
+    layer.last = c.n_ff;
     layer.ffn_norm = norm(b + "ffn_norm", base);
 
     bool apart = modes_[i] == 1;

@@ -75,6 +75,8 @@ struct Predictor {
 };
 
 struct Layer {
+    bool dense = true;             // whether norms, attention and predictor_in are on this side
+    uint32_t first = 0, last = 0;  // neurons [first, last) are
     Norm attn_norm, ffn_norm;
     Linear q, k, v, o;
     bool rotates = false;
