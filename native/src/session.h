@@ -20,6 +20,8 @@ class Session : public Side {
     Buffer<float> logits;  // (n_vocab,) of the last token
     Sampler sampler;
     uint64_t scratch_bytes() const { return Side::scratch_bytes() + logits.bytes(); }
+    uint64_t card_kv_bytes() const { return 0; }
+    uint64_t card_scratch_bytes() const { return 0; }
 
    private:
     void check_tokens(const int32_t* tokens, size_t n) const;
