@@ -246,10 +246,10 @@ pi_status pi_sample(pi_session* session, const pi_sampling* sampling, const int3
     });
 }
 
-pi_status pi_session_get_stats(const pi_session* session, pi_stats* out) {
+pi_status pi_session_get_stats(pi_session* session, pi_stats* out) {
     return guarded([&] {
         require(session && out, "session and out: expected both, found NULL");
-        pi_stats stats = session->session.stats;
+        pi_stats stats = session->session.read_stats();
         stats.struct_size = sizeof(pi_stats);
         copy_out(stats, out);
     });
@@ -258,7 +258,7 @@ pi_status pi_session_get_stats(const pi_session* session, pi_stats* out) {
 pi_status pi_session_reset_stats(pi_session* session) {
     return guarded([&] {
         require(session, "session: expected one, found NULL");
-        session->session.stats = pi_stats{};
+        session->session.reset_stats();
     });
 }
 

@@ -150,24 +150,24 @@ void Side::mix_queries(size_t il, uint32_t head, size_t first, size_t n, Worker&
 // stream: (n, n_embd)
 void Side::prepare_batch(const Layer& layer, const float* stream) {
     bool on_stream = config.predictor_on_stream;
-    if (asks_batch(layer) && on_stream) {
+    if (asks_now(layer) && on_stream) {
         quantise_batch(stream, pass_.n, config.n_embd);
         predictor_rank_batch(*layer.predictor, stream);
     }
     normalise_batch(layer.ffn_norm, stream);
-    if (asks_batch(layer) && !on_stream) predictor_rank_batch(*layer.predictor, b_x_.data());
+    if (asks_now(layer) && !on_stream) predictor_rank_batch(*layer.predictor, b_x_.data());
     if (config.experts.routed_by == RoutedBy::FfnInput) route_batch(layer, b_x_.data(), pass_.n);
 }
 
 void Side::take_batch(const Layer& layer, const float* x, const float* rank) {
     std::copy_n(x, pass_.n * config.n_embd, b_x_.data());
     quantise_batch(b_x_.data(), pass_.n, config.n_embd);
-    if (asks_batch(layer)) std::copy_n(rank, pass_.n * layer.predictor->out.n, b_rank_.data());
+    if (asks_now(layer)) std::copy_n(rank, pass_.n * layer.predictor->out.n, b_rank_.data());
 }
 
 // What the layer's neurons here hand on; what experts' neurons add, too.
 void Side::ffn_batch(const Layer& layer) {
-    if (asks_batch(layer)) {
+    if (asks_now(layer)) {
         predict_batch(layer);
         quantise_batch(b_x_.data(), pass_.n, config.n_embd);
     }

@@ -62,6 +62,7 @@ void Side::collect_seconds(double seconds) {
     sums[UPDOWN] = &stats.seconds_updown;
     sums[HEAD] = &stats.seconds_head;
     sums[DISK] = &stats.seconds_disk;
+    sums[CARD] = &stats.seconds_card;
     sums[OTHER] = &stats.seconds_other;
     sums[SYNC] = &stats.seconds_sync;
     double all = 0;
@@ -188,7 +189,7 @@ size_t Side::ask(const Layer& layer, uint32_t lo, uint32_t hi, Vector rank, Work
         w.asked[n] = rows[k] + layer.always;
         n += !(w.logit[k] + p.bias[rows[k]] < 0);
     }
-    w.n_asked += n_asked;
+    w.n.asked += n_asked;
     return n;
 }
 
@@ -250,7 +251,7 @@ void Side::finish_deciding(const Layer& layer, const uint32_t* ids, size_t n, Wo
         for (size_t i = 0; i < n; i++) w.pre[i] += layer.select_bias[ids[i]];
     activate(layer, n, w.pre.data());
     for (size_t i = 0; layer.expert && i < n; i++) w.pre[i] *= routes_[layer.expert[ids[i]]];
-    w.n_computed += n;
+    w.n.computed += n;
 }
 
 // sum += pre * (up . x) * down of those neurons whose pre is not 0, or of all in dense mode; how many these are
@@ -298,8 +299,8 @@ void Side::add_down(const Layer& layer, size_t n, const uint8_t* next, float* su
         apply_up(n, w.a.data(), w.up.data());
         h = w.up.data();
     }
-    w.n_active += n;
-    for (size_t i = 0; i < n; i++) w.n_fired += h[i] != 0;
+    w.n.active += n;
+    for (size_t i = 0; i < n; i++) w.n.fired += h[i] != 0;
     if (config.sub_norms)
         for (size_t i = 0; i < n; i++) w.squares += double(h[i]) * h[i];
     ops.add_rows(down.type, down.n, down.data, down.stride, places(w.active.data(), n, w), h, n, next, sum);
@@ -330,7 +331,7 @@ bool Side::fetch(const Layer& layer, size_t il, Vector x, Vector rank) {
     bool fits = disk->request(il, {chosen.data(), own.end});
     lap(DISK);
     if (!fits) {
-        for (Worker& w : workers_) w.n_asked = w.n_computed = 0;  // counted again when all is there
+        for (Worker& w : workers_) w.n = {};  // counted again when all is there
         return false;
     }
     places_ = disk->places(il);
@@ -473,17 +474,8 @@ void Side::add_sum(size_t il, const float* sum) {
     });
 }
 
-void Side::collect_counts(const Layer& layer) {
-    uint64_t up = layer.up.data ? layer.up.row_size() : 0;
-    uint64_t asked = layer.predictor ? layer.predictor->out.row_size() + sizeof(float) : 0;
-    for (Worker& w : workers_) {
-        stats.bytes_predictor += w.n_asked * asked;
-        stats.neurons_computed += w.n_computed;
-        stats.neurons_active += w.n_fired;
-        stats.bytes_gate += w.n_computed * layer.select.row_size();
-        stats.bytes_updown += w.n_active * up + w.n_fired * layer.down.row_size();  // add_rows skips what is 0
-        w.n_asked = w.n_computed = w.n_active = w.n_fired = 0;
-    }
+void Side::collect_counts(NeuronCounts& sum) {
+    for (Worker& w : workers_) sum += std::exchange(w.n, {});
 }
 
 // logits = output . norm(hidden)

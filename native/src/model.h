@@ -1,6 +1,7 @@
 // The model's vocabulary: sizes, weights, and where a neuron's rows lie. Shapes in comments, fastest dimension last.
 #pragma once
 
+#include <atomic>
 #include <map>
 #include <memory>
 #include <optional>
@@ -142,10 +143,11 @@ class Model {
     // With a card, else NULL, empty and 0.
     std::unique_ptr<Device> device;
     Weights on_device;
-    uint64_t device_bytes = 0;    // of the weights there
-    uint64_t device_context = 0;  // bytes that it takes before anything is stored
-    uint64_t device_budget = 0;   // 0: none
-    uint32_t lend_from = 0;       // tokens of a batch that is worth lending neurons for; 0: none is
+    uint64_t device_bytes = 0;                       // of the weights there
+    uint64_t device_context = 0;                     // bytes that it takes before anything is stored
+    uint64_t device_budget = 0;                      // 0: none
+    mutable std::atomic<uint64_t> session_bytes{0};  // there, of open sessions
+    uint32_t lend_from = 0;                          // tokens of a batch that is worth lending neurons for; 0: none is
 
     // (begin, end) of what is not read into the processor's memory, in the file's order.
     std::vector<std::pair<uint64_t, uint64_t>> holes() const;

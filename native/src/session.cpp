@@ -1,12 +1,49 @@
 #include "session.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <utility>
 
 namespace pi {
 
+namespace {
+
+// What of a model is on a device, opened for a session; NULL where nothing is.
+std::unique_ptr<DeviceSession> open_there(const Model& model, const pi_session_params& params) {
+    if (!model.device) return nullptr;
+    uint32_t lent = 0;
+    for (const Layer& layer : model.weights.layers) lent = std::max(lent, layer.last - layer.first);
+    return model.device->open(model.config, model.on_device, params, model.lend_from > 0 ? lent : 0);
+}
+
+}  // namespace
+
 Session::Session(const Model& model, const pi_session_params& params)
-    : Side(model.config, model.weights, model.disk.get(), params), sampler(model.config.n_vocab) {
+    : Session(model.config, model.weights, model.disk.get(), params, model.on_device, open_there(model, params),
+              model.lend_from) {
+    if (!device_) return;
+    model_ = &model;
+    uint64_t sessions = model.session_bytes += card_kv_bytes() + card_scratch_bytes(),
+             found = model.device_context + model.device_bytes + sessions;
+    if (model.device_budget > 0 && found > model.device_budget)
+        throw Error(PI_ERROR_MEMORY, "card: expected at most " + std::to_string(model.device_budget) +
+                                         " bytes, found " + std::to_string(model.device_context) + " of context, " +
+                                         std::to_string(model.device_bytes) + " of weights and " +
+                                         std::to_string(sessions) + " of sessions");
+}
+
+Session::~Session() {
+    if (model_) model_->session_bytes -= card_kv_bytes() + card_scratch_bytes();
+}
+
+Session::Session(const Config& config, const Weights& weights, DiskTier* disk, const pi_session_params& params,
+                 const Weights& there, std::unique_ptr<DeviceSession> device, uint32_t lend_from)
+    : Side(config, weights, disk, params),
+      sampler(config.n_vocab),
+      there_(there),
+      device_(std::move(device)),
+      lend_from_(lend_from) {
     logits.resize(config.n_vocab);
     sampler.seed(0);
 }
@@ -39,9 +76,8 @@ void Session::decode(int32_t token, float* logits_out) {
     has_logits = true;
     stats.n_decode++;
     stats.neurons_total += uint64_t{config.n_layer} * config.n_ff;
-    stats.bytes_head += weights.output.n_rows * weights.output.row_size();
-    stats.bytes_decode =
-        stats.bytes_attention + stats.bytes_predictor + stats.bytes_gate + stats.bytes_updown + stats.bytes_head;
+    if (weights.output.data) stats.bytes_head += weights.output.n_rows * weights.output.row_size();
+    if (device_) count_reads_there();
     if (logits_out) std::memcpy(logits_out, logits.data(), logits.bytes());
     lap(OTHER);
     collect_seconds(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
@@ -66,27 +102,56 @@ void Session::score(const int32_t* tokens, size_t n, float* logits_out, pi_layer
     for (size_t done = 0; done < n; done += BATCH) {
         size_t m = std::min(BATCH, n - done);
         run({position, m, false, true}, tokens + done, logits_out + done * config.n_vocab, scores);
+        for (size_t il = 0; scores && il < config.n_layer; il++) scores[il].n_tokens += m;
     }
     has_logits = false;
 }
 
 // logits_out: NULL where nobody asks. scores: NULL, or of each layer to add to.
 void Session::run(const Pass& pass, const int32_t* tokens, float* logits_out, pi_layer_score* scores) {
+    has_logits = false;
     begin(pass);
+    if (device_)
+        run_on_both(tokens, logits_out, scores);
+    else
+        run_here(tokens, logits_out, scores);
+    position += pass.n;
+    if (logits_out) cap(logits_out, (pass.selective ? pass.n : 1) * config.n_vocab);
+}
+
+void Session::run_here(const int32_t* tokens, float* logits_out, pi_layer_score* scores) {
     embed(tokens);
     add_positions();
     for (size_t il = 0; il < config.n_layer; il++) {
         attention(il);
         prepare_ffn(il);
         ffn(il);
-        if (scores) scores[il].n_tokens += pass.n;
         if (scores) count(scores + il);
         sum(il, {});
     }
     if (disk) collect_disk_counts();
-    position += pass.n;
     if (logits_out) head(logits_out);
-    if (logits_out) cap(logits_out, (pass.selective ? pass.n : 1) * config.n_vocab);
+}
+
+const pi_stats& Session::read_stats() {
+    for (size_t il = 0; il < config.n_layer; il++) {
+        NeuronCounts n = std::exchange(counts[il], {});
+        NeuronBytes bytes = bytes_of(weights.layers[il], n);
+        stats.neurons_computed += n.computed;
+        stats.neurons_active += n.fired;
+        stats.bytes_predictor += bytes.predictor;
+        stats.bytes_gate += bytes.gate;
+        stats.bytes_updown += bytes.updown;
+    }
+    if (device_) read_stats_there();
+    stats.bytes_decode =
+        stats.bytes_attention + stats.bytes_predictor + stats.bytes_gate + stats.bytes_updown + stats.bytes_head;
+    return stats;
+}
+
+void Session::reset_stats() {
+    read_stats();
+    stats = {};
 }
 
 }  // namespace pi

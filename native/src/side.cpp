@@ -15,6 +15,8 @@ const Ops& ops_or_throw(uint32_t which) {
     return *ops;
 }
 
+}  // namespace
+
 uint64_t max_rank(const Weights& weights) {
     uint64_t most = 0;
     for (const Layer& layer : weights.layers)
@@ -22,13 +24,19 @@ uint64_t max_rank(const Weights& weights) {
     return most;
 }
 
-}  // namespace
+NeuronBytes bytes_of(const Layer& layer, const NeuronCounts& n) {
+    uint64_t up = layer.up.data ? layer.up.row_size() : 0;
+    uint64_t asked = layer.predictor ? layer.predictor->out.row_size() + sizeof(float) : 0;
+    // add_rows skips what is 0
+    return {n.asked * asked, n.computed * layer.select.row_size(), n.active * up + n.fired * layer.down.row_size()};
+}
 
 Side::Side(const Config& config, const Weights& weights, DiskTier* disk, const pi_session_params& params)
     : config(config),
       weights(weights),
       ops(ops_or_throw(params.kernels)),
       n_ctx(params.n_ctx),
+      counts(config.n_layer),
       disk(disk),
       mode_(static_cast<pi_mode>(params.mode)),
       uncut_(params.uncut != 0),
@@ -175,7 +183,7 @@ void Side::sum(size_t il, const Chain& chain) {
     const Layer& layer = weights.layers[il];
     if (pass_.decode) {
         sum_chunks(layer, chain);
-        collect_counts(layer);
+        collect_counts(counts[il]);
     } else {
         if (!layer.expert) gemm_down(own_group(layer), pass_.n, chain);
         release_neurons(il);
@@ -201,7 +209,7 @@ void Side::normalise(const Norm& norm, const float* x, float* out) const {
 
 // cos and sin of row t for the pass's token t: (n, rotary_dim / 2)
 void Side::set_angles() {
-    size_t half = config.rotary_dim / 2;
+    size_t half = weights.rope_inv_freq ? config.rotary_dim / 2 : 0;  // NULL: no attention on this side
     for (size_t t = 0; t < pass_.n; t++)
         for (size_t i = 0; i < half; i++) {
             float angle = static_cast<float>(pass_.position + t) * weights.rope_inv_freq[i];

@@ -64,8 +64,9 @@ struct Activations {
     Vector both() const { return {f.data(), {d.data(), sum.data(), q.data()}}; }
 };
 
-// Where the time of a token goes. OTHER is what one thread does alone; SYNC is waiting for other threads.
-enum Part { ATTENTION, PREDICTOR, GATE, UPDOWN, HEAD, DISK, OTHER, SYNC, N_PARTS };
+// Where the time of a token goes. DISK, CARD: waiting for them. OTHER is what one thread does alone; SYNC is waiting
+// for other threads.
+enum Part { ATTENTION, PREDICTOR, GATE, UPDOWN, HEAD, DISK, CARD, OTHER, SYNC, N_PARTS };
 
 // Neurons and tokens of a batch that are computed together: a layer's from `first` on and all of the batch's, or a
 // piece of an expert and the tokens that chose it. Rows and biases: of these neurons, in order.
@@ -90,9 +91,17 @@ struct Worker {
     Buffer<float> tile;               // (BATCH, DOWN_COLUMNS)
     pi_layer_score counted;           // of one layer and batch
     double squares = 0;               // of the present chunk's h, where these are normalised
-    uint64_t n_asked = 0, n_computed = 0, n_active = 0, n_fired = 0;  // neurons since the last collect_counts
-    uint64_t spent[N_PARTS] = {};                                     // ticks, likewise
+    NeuronCounts n;                   // since the last collect_counts
+    uint64_t spent[N_PARTS] = {};     // ticks, likewise
 };
+
+// Bytes of weights that were read for neurons.
+struct NeuronBytes {
+    uint64_t predictor, gate, updown;
+};
+NeuronBytes bytes_of(const Layer& layer, const NeuronCounts& n);
+
+uint64_t max_rank(const Weights& weights);  // of the predictors
 
 // A sum over neurons that goes on where another left off.
 struct Chain {
@@ -109,7 +118,8 @@ class Side {
     const Weights& weights;
     const Ops& ops;
     size_t n_ctx;
-    pi_stats stats{};
+    pi_stats stats{};                  // but for what `counts` says
+    std::vector<NeuronCounts> counts;  // (n_layer,)
     uint64_t kv_bytes() const { return keys_.bytes() + values_.bytes(); }
     uint64_t scratch_bytes() const { return scratch_bytes_; }
 
@@ -131,6 +141,8 @@ class Side {
     void head(float* logits);  // output . norm(stream), of the last token or, in a selective pass, of all; uncut
 
     bool asks(const Layer& layer) const { return layer.predictor && mode_ != PI_MODE_DENSE && mode_ != PI_MODE_GATE; }
+    // Whether the present pass asks the layer's predictor: what prepare_ffn makes of the FFN's input has a rank.
+    bool asks_now(const Layer& layer) const { return asks(layer) && (pass_.decode || pass_.selective); }
     void bring_neurons(size_t il);  // from disk, in batches, to where they lie in memory
     void release_neurons(size_t il);
 
@@ -191,7 +203,7 @@ class Side {
     size_t ask(const Layer& layer, uint32_t lo, uint32_t hi, Vector rank, Worker& w);
     void matvec_at(const Rows& rows, const uint32_t* ids, size_t n, bool in_order, Vector x, float* out) const;
     void sum_chunks(const Layer& layer, const Chain& chain);
-    void collect_counts(const Layer& layer);
+    void collect_counts(NeuronCounts& sum);
     void head_token(const float* hidden, float* logits);
 
     // experts.cpp
@@ -221,7 +233,6 @@ class Side {
     void activate_token(const Group& group, size_t k, pi_layer_score* score);
     void predictor_rank_batch(const Predictor& predictor, const float* x);
     void predict_batch(const Layer& layer);
-    bool asks_batch(const Layer& layer) const { return pass_.selective && asks(layer); }
     void gemm(const Rows& rows, const float* bias, const float* x, size_t n, float* out, bool add);
     void tile_of_rows(const Rows& rows, size_t begin, size_t m, const float* x, size_t n, Worker& w);
     void tile_of_rows8(const Rows& rows, size_t begin, size_t m, size_t n, Worker& w);
