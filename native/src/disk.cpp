@@ -161,13 +161,16 @@ std::vector<std::pair<uint64_t, uint64_t>> DiskTier::holes() const {
 }
 
 void DiskTier::load(uint64_t file_bytes) {
+    auto read = [&](uint64_t begin, uint64_t end) {
+        use_huge_pages(memory_of(begin), end - begin);
+        read_whole(begin, end, file_bytes, memory_of(begin));
+    };
     uint64_t at = arena_begin_;
     for (auto [begin, n_bytes] : holes()) {
-        use_huge_pages(memory_of(at), begin - at);
-        read_whole(at, begin, file_bytes, memory_of(at));
+        read(at, begin);
         at = begin + n_bytes;
     }
-    read_whole(at, page_up(file_bytes), file_bytes, memory_of(at));
+    read(at, page_up(file_bytes));
     streaming_.store(static_cast<uint32_t>(stream_.size()));
     reader_->submit(stream_.data(), stream_.size());
     reader_->wait(streaming_);
