@@ -98,6 +98,13 @@ void forbid(uint8_t* begin, uint8_t* end) {
         mprotect(page_up(begin), static_cast<size_t>(page_down(end) - page_up(begin)), PROT_NONE);
 }
 
+// Of the same, what shares a page with something else: whoever reads it finds no number.
+void spoil_edges(uint8_t* begin, uint8_t* end) {
+    uint8_t *first = std::min(page_up(begin), end), *last = std::max(page_down(end), first);
+    std::fill(begin, first, uint8_t{0xff});
+    std::fill(last, end, uint8_t{0xff});
+}
+
 std::string shape_text(const Tensor& t) {
     std::string text = "[";
     for (uint32_t i = 0; i < t.n_dims; i++) text += (i ? ", " : "") + std::to_string(t.ne[i]);
@@ -431,6 +438,7 @@ void Model::read_all() {
     uint64_t at = gguf_.data_offset;
     for (auto [begin, end] : holes()) {
         read_to_arena(at, begin);
+        spoil_edges(arena_ + (begin - gguf_.data_offset), arena_ + (end - gguf_.data_offset));
         at = end;
     }
     read_to_arena(at, gguf_.file_bytes);
