@@ -75,8 +75,8 @@ typedef struct {
     uint32_t struct_size;
     uint32_t device;    /* pi_device */
     uint32_t head;      /* not 0: the output head and its norm */
-    uint32_t lend_from; /* prompts of at least so many tokens are computed there with all neurons, copied for the time;
-                         * 0: none is */
+    uint32_t lend_from; /* batches of a prompt (of 256 tokens at most) of at least so many are computed there with all
+                         * neurons, copied for the time; 0: none is */
     uint64_t budget;    /* bytes there, everything counted: more is an error; 0: no limit */
     uint32_t n_layer;
     const uint8_t* dense;      /* [n_layer] not 0: the dense block: norms, attention with its KV cache, predictor_in */

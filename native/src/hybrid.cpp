@@ -75,10 +75,9 @@ void Session::layer_with_block_here(size_t il, pi_layer_score* score) {
         ffn(il);
         if (score) count(score);
     }
-    if (both) await(ticket);
-    if (both) crossed(config.n_embd);
-    if (!lent) return sum(il, {both ? device_->outbox.sum : nullptr, nullptr});
-    add_sum(il, device_->outbox.sum);
+    const float* before = both ? await_sum(ticket) : nullptr;
+    if (!lent) return sum(il, {before, nullptr});
+    add_sum(il, before);
     release_neurons(il);
 }
 
@@ -92,8 +91,11 @@ void Session::layer_with_block_there(size_t il, pi_layer_score* score) {
     if (lent || !has_neurons(weights.layers[il])) {
         ffn_there(il, lent);
         device_->add_sum(il);
-        if (lent && disk) await_all();  // what was lent makes room for the next
-        return lent ? release_neurons(il) : void();
+        if (lent && disk) {  // what was lent makes room for the next
+            await_all();
+            release_neurons(il);
+        }
+        return;
     }
     device_->give_ffn_input(il);
     uint64_t input = device_->mark(), ticket = 0;
@@ -107,9 +109,8 @@ void Session::layer_with_block_there(size_t il, pi_layer_score* score) {
     read_ffn_input(il);
     ffn(il);
     if (score) count(score);
-    if (both) await(ticket);
-    if (both) crossed(config.n_embd);
-    sum(il, {both ? device_->outbox.sum : nullptr, device_->inbox.x});
+    const float* before = both ? await_sum(ticket) : nullptr;
+    sum(il, {before, device_->inbox.x});
     crossed(config.n_embd);
     device_->add_inbox(il);
 }
@@ -189,6 +190,12 @@ void Session::await(uint64_t ticket) {
 }
 
 void Session::await_all() { await(device_->mark()); }
+
+const float* Session::await_sum(uint64_t ticket) {
+    await(ticket);
+    crossed(config.n_embd);
+    return device_->outbox.sum;
+}
 
 // A vector of n floats.
 void Session::crossed(size_t n) {

@@ -49,6 +49,7 @@ class Session : public Side {
     bool lends(size_t il) const;
     void await(uint64_t ticket);
     void await_all();
+    const float* await_sum(uint64_t ticket);
     void settle();
     void crossed(size_t n);
     void count_reads_there();

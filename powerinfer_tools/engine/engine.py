@@ -54,8 +54,9 @@ class ModelInfo:
 class CardLimits:
     """What lies on a card, and not in memory. dense: of each layer whether its dense block does (norms, attention with
     its KV cache, predictor_in); neurons: how many of each layer's first do, one of native.chunk_bounds; head: the
-    output head; budget: bytes there, everything counted, 0: no limit; lend_from: prompts of at least so many tokens
-    are computed there with all neurons, 0: none is; device: cuda, or host (a thread in its place, for tests)."""
+    output head; budget: bytes there, everything counted, 0: no limit; lend_from: batches of a prompt (256 tokens at
+    most) of at least so many are computed there with all neurons, 0: none is; device: cuda, or host (a thread in its
+    place, for tests)."""
 
     dense: tuple[bool, ...]
     neurons: tuple[int, ...]
