@@ -24,7 +24,9 @@ void Session::run_on_both(const int32_t* tokens, float* logits_out, pi_layer_sco
         }
         if (disk) collect_disk_counts();
         finish_on_both(logits_out);
+        pool_.stay_awake(false);
     } catch (...) {
+        pool_.stay_awake(false);
         settle();
         throw;
     }
@@ -46,6 +48,7 @@ void Session::settle() {
 void Session::begin_on_both(const int32_t* tokens) {
     away_ = false;
     scores_there_.assign(config.n_layer, {});
+    pool_.stay_awake(pass_.decode);
     device_->begin(pass_);
     if (weights.token_embd.data) {
         embed(tokens);

@@ -38,9 +38,9 @@ Side::Side(const Config& config, const Weights& weights, DiskTier* disk, const p
       n_ctx(params.n_ctx),
       counts(config.n_layer),
       disk(disk),
+      pool_(params.n_threads),
       mode_(static_cast<pi_mode>(params.mode)),
       uncut_(params.uncut != 0),
-      pool_(params.n_threads),
       workers_(params.n_threads) {
     const Config& c = config;
     auto allocate = [this](auto& buffer, size_t n) {

@@ -160,6 +160,7 @@ class Side {
 
     DiskTier* const disk;
     Pass pass_{};
+    Pool pool_;
 
    private:
     void normalise(const Norm& norm, const float* x, float* out) const;
@@ -257,7 +258,6 @@ class Side {
 
     pi_mode mode_;
     bool uncut_;
-    Pool pool_;
     std::vector<Worker> workers_;
     std::vector<size_t> kv_layer_;    // (n_layer,) where among those whose attention is computed here
     Buffer<uint16_t> keys_, values_;  // (layers of these, n_head_kv, n_ctx, head_dim) float16

@@ -101,7 +101,9 @@ void Pool::run_erased(size_t n_items, Call call, void* user) {
 void Pool::work(uint32_t thread) {
     uint32_t seen = 0;
     while (true) {
-        for (int spins = 0; generation_.load(std::memory_order_acquire) == seen && spins < SPINS; spins++) pause();
+        auto idle = [&] { return generation_.load(std::memory_order_acquire) == seen; };
+        for (int spins = 0; idle() && spins < SPINS; spins++) pause();
+        while (idle() && awake_.load(std::memory_order_relaxed)) std::this_thread::yield();
         generation_.wait(seen, std::memory_order_acquire);
         seen = generation_.load(std::memory_order_acquire);
         if (stop_.load()) return;

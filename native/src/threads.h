@@ -30,6 +30,10 @@ class Pool {
         run_erased(n_items, call, &task);
     }
 
+    // While on, threads do not sleep between jobs: where the caller waits for something else, and then needs them at
+    // once. Waking takes longer than a layer's share (measured: more than 0.2 ms on a virtual machine).
+    void stay_awake(bool on) { awake_.store(on, std::memory_order_relaxed); }
+
     // Ticks spent on items since the last call, the mean over all threads.
     uint64_t take_busy();
 
@@ -51,7 +55,7 @@ class Pool {
     std::unique_ptr<Share[]> shares_;
     alignas(64) std::atomic<size_t> done_{0};  // items of this generation that are finished
     alignas(64) std::atomic<uint32_t> generation_{0};
-    std::atomic<bool> stop_{false};
+    std::atomic<bool> stop_{false}, awake_{false};
     std::vector<std::thread> threads_;
 };
 

@@ -10,6 +10,7 @@ int main() {
     for (uint32_t n_threads : {1u, 2u, 3u, 8u}) {
         pi::Pool pool(n_threads);
         for (size_t job = 0; job < 3000; job++) {
+            pool.stay_awake(job % 100 < 50);
             size_t n_items = job % 37;
             std::vector<std::atomic<uint32_t>> runs(n_items);
             std::atomic<bool> known_thread{true};
