@@ -1,5 +1,5 @@
-// The kernels of many tokens: matrices meet them on tensor cores, in float16 with sums in float32. Every token's vector is
-// scaled by a power of two first, so that nothing leaves float16's range.
+// The kernels of many tokens: matrices meet them on tensor cores, in float16 with sums in float32. Every token's vector
+// is scaled by a power of two first, so that nothing leaves float16's range.
 #pragma once
 
 #include "decode.h"
@@ -93,7 +93,8 @@ __device__ __forceinline__ void load_weights_of_tile(const GemmJob& job, uint32_
     }
 }
 
-constexpr uint32_t GEMM_BYTES = TILE_TOKENS * (TILE_OUT + 4) * sizeof(float);  // of results, which is more than of tiles
+constexpr uint32_t GEMM_BYTES =
+    TILE_TOKENS * (TILE_OUT + 4) * sizeof(float);  // of results, which is more than of tiles
 
 // out[t][j] (+)= back[t] * sum over k of x[t][k] * w + bias[j], w = row_j[k], or with COLUMNS row_k[j]. A block
 // computes TILE_TOKENS by TILE_OUT of it, a warp 32 by 32; the next tiles are on their way while these are multiplied.
@@ -287,7 +288,7 @@ struct ScoreCounts {
 };
 
 struct BatchNeurons {
-    float *select, *up;    // (n_tokens, n) as the matrices gave them; up: NULL where plain
+    float *select, *up;     // (n_tokens, n) as the matrices gave them; up: NULL where plain
     const float* forecast;  // (n_tokens, ld_forecast) NULL where none is asked; of neurons from asked_from on
     uint32_t n, first, asked_from, ld_forecast;
     Activating activating;

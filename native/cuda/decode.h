@@ -1,5 +1,5 @@
-// The kernels of one token: every row once, at the speed of the card's memory. Sums run in an order that sizes, positions
-// and the active neurons alone decide: the same results in every run.
+// The kernels of one token: every row once, at the speed of the card's memory. Sums run in an order that sizes,
+// positions and the active neurons alone decide: the same results in every run.
 #pragma once
 
 #include "rows.h"
@@ -166,8 +166,8 @@ __global__ void __launch_bounds__(128) prepare_heads(Heads a, float* q, const fl
     if (head >= a.n_head + a.n_head_kv) return;
     const bool is_query = head < a.n_head;
     const uint32_t kv = head - a.n_head;
-    const float* x = is_query ? q + (uint64_t(t) * a.n_head + head) * a.head_dim
-                              : k + (uint64_t(t) * a.n_head_kv + kv) * a.head_dim;
+    const float* x =
+        is_query ? q + (uint64_t(t) * a.n_head + head) * a.head_dim : k + (uint64_t(t) * a.n_head_kv + kv) * a.head_dim;
     const float *cos = a.cos + t * (a.rotary_dim / 2), *sin = a.sin + t * (a.rotary_dim / 2);
     constexpr uint32_t MOST = 8;  // elements a lane: heads of up to 256
     float mine[MOST], squares = 0;
@@ -221,8 +221,8 @@ struct Softmax {
 // Attention of the Q queries from the blockIdx.y-th group of Q on (those of one head of keys) over one split.
 // parts: (n_head, n_splits, ld + 2): the largest score, the weights' sum, the weighted sum of values
 template <int Q>
-__global__ void __launch_bounds__(ATTENTION_WARPS* WARP) attend_part(Heads a, const float* q, uint32_t n_splits,
-                                                                    float* parts) {
+__global__ void __launch_bounds__(ATTENTION_WARPS* WARP)
+    attend_part(Heads a, const float* q, uint32_t n_splits, float* parts) {
     const uint32_t n_pos = a.state->position + 1, span = span_of(n_pos, n_splits), begin = blockIdx.x * span;
     if (begin >= n_pos) return;
     const uint32_t end = min(n_pos, begin + span), group = a.n_head / a.n_head_kv;
@@ -331,10 +331,17 @@ struct Activating {
 __device__ __forceinline__ float activate(const Activating& by, float a) {
     switch (by.activation) {
         case Activation::Relu:
-        case Activation::DRelu: a = a <= 0 ? 0 : a; break;
-        case Activation::Relu2: a = a <= 0 ? 0 : a * a; break;
-        case Activation::FatRelu: return a <= by.threshold ? 0 : a;
-        case Activation::Silu: a = a / (1 + expf(-a)); break;
+        case Activation::DRelu:
+            a = a <= 0 ? 0 : a;
+            break;
+        case Activation::Relu2:
+            a = a <= 0 ? 0 : a * a;
+            break;
+        case Activation::FatRelu:
+            return a <= by.threshold ? 0 : a;
+        case Activation::Silu:
+            a = a / (1 + expf(-a));
+            break;
     }
     return by.cut && fabsf(a) < by.threshold ? 0 : a;
 }
@@ -515,7 +522,7 @@ __global__ void __launch_bounds__(THREADS) add_down(Adding a) {
             }
         }
     }
-    __syncthreads();  // starts have been read
+    __syncthreads();                                     // starts have been read
     auto* sums = static_cast<float*>(dynamic_shared());  // (WARPS, E, PAD): no two lanes in one bank
 #pragma unroll
     for (uint32_t i = 0; i < E; i++) sums[(warp * E + i) * PAD + lane] = acc[i];

@@ -18,8 +18,8 @@ __device__ __forceinline__ uint64_t picked_row(uint64_t p, uint32_t stride) {
 }
 
 // Reads n_picked rows of n_pieces pieces, a warp a row at a time; what is read is summed so that it is needed.
-__global__ void __launch_bounds__(256) read_rows(const uint8_t* rows, uint64_t n_picked, uint32_t n_pieces,
-                                                 uint32_t stride, uint32_t* sink) {
+__global__ void __launch_bounds__(256)
+    read_rows(const uint8_t* rows, uint64_t n_picked, uint32_t n_pieces, uint32_t stride, uint32_t* sink) {
     constexpr uint32_t AT_ONCE = 4;
     const uint32_t lane = threadIdx.x % WARP, n_warps = gridDim.x * (blockDim.x / WARP);
     uint32_t sum = 0;
@@ -29,7 +29,8 @@ __global__ void __launch_bounds__(256) read_rows(const uint8_t* rows, uint64_t n
             uint4 w[AT_ONCE];
 #pragma unroll
             for (uint32_t k = 0; k < AT_ONCE; k++)
-                w[k] = p + k * WARP < n_pieces ? load_weights(row + (p + k * WARP) * PIECE_BYTES) : make_uint4(0, 0, 0, 0);
+                w[k] =
+                    p + k * WARP < n_pieces ? load_weights(row + (p + k * WARP) * PIECE_BYTES) : make_uint4(0, 0, 0, 0);
 #pragma unroll
             for (uint32_t k = 0; k < AT_ONCE; k++) sum ^= w[k].x ^ w[k].y ^ w[k].z ^ w[k].w;
         }

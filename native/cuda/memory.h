@@ -112,7 +112,7 @@ class Event {
 };
 
 // One more piece of work is done, where the processor sees it.
-static __global__ void signal(uint64_t* n_done, volatile uint64_t* seen) {
+[[maybe_unused]] static __global__ void signal(uint64_t* n_done, volatile uint64_t* seen) {
     if (threadIdx.x != 0) return;
     __threadfence_system();
     *seen = ++*n_done;

@@ -1,6 +1,6 @@
-// Rows of weights as they lie on the card: each starts at 16 bytes, and those of Q8_0 and Q4_0 have all their quants first,
-// then their scales, so that a warp's 16-byte loads lie side by side. What a row takes is what it takes in the file,
-// rounded up. What is beyond the last element is 0.
+// Rows of weights as they lie on the card: each starts at 16 bytes, and those of Q8_0 and Q4_0 have all their quants
+// first, then their scales, so that a warp's 16-byte loads lie side by side. What a row takes is what it takes in the
+// file, rounded up. What is beyond the last element is 0.
 #pragma once
 
 #include "cuda_api.h"
@@ -39,15 +39,26 @@ using MutableVec = AnyVec<float, int8_t, X8Block>;
 
 // Elements in a piece of a row.
 template <Type T>
-constexpr uint32_t PER_PIECE = T == Type::F32 ? 4 : T == Type::F16 ? 8 : T == Type::Q8_0 ? 16 : 32;
+constexpr uint32_t PER_PIECE = T == Type::F32    ? 4
+                               : T == Type::F16  ? 8
+                               : T == Type::Q8_0 ? 16
+                                                 : 32;
 
 // f(the type as a constant), once for each type a row may have.
-#define PI_FOR_TYPE(type, f)                      \
-    switch (type) {                               \
-        case Type::F32: f(Type::F32); break;      \
-        case Type::F16: f(Type::F16); break;      \
-        case Type::Q8_0: f(Type::Q8_0); break;    \
-        default: f(Type::Q4_0); break;            \
+#define PI_FOR_TYPE(type, f) \
+    switch (type) {          \
+        case Type::F32:      \
+            f(Type::F32);    \
+            break;           \
+        case Type::F16:      \
+            f(Type::F16);    \
+            break;           \
+        case Type::Q8_0:     \
+            f(Type::Q8_0);   \
+            break;           \
+        default:             \
+            f(Type::Q4_0);   \
+            break;           \
     }
 
 __device__ __forceinline__ float low_half(unsigned two) {

@@ -1,7 +1,5 @@
 // One conversation on the card. The commands of a decoded token are collected; a sequence of them that was carried out
 // before is one launch of its graph. Those of a batch are launched one by one: there the work outweighs the launches.
-#include "session.h"
-
 #include <atomic>
 #include <compare>
 #include <map>
@@ -10,15 +8,16 @@
 
 #include "batch.h"
 #include "memory.h"
+#include "session.h"
 
 namespace pi::card {
 
 namespace {
 
-constexpr uint32_t PIECE = 8192;         // neurons of a batch that are computed together: bounds the scratch
-constexpr uint32_t MAX_SPLITS = 64;      // of the positions, in decode attention
-constexpr uint32_t MAX_SHARES = 32;      // of the firing neurons, when their down rows are added
-constexpr uint32_t MAX_HEAD_DIM = 256;   // what a warp holds of a head
+constexpr uint32_t PIECE = 8192;        // neurons of a batch that are computed together: bounds the scratch
+constexpr uint32_t MAX_SPLITS = 64;     // of the positions, in decode attention
+constexpr uint32_t MAX_SHARES = 32;     // of the firing neurons, when their down rows are added
+constexpr uint32_t MAX_HEAD_DIM = 256;  // what a warp holds of a head
 
 // A layer's neurons in a row: those that lie on the card, or those that the processor lent.
 struct Neurons {
@@ -30,7 +29,7 @@ struct Neurons {
 class Session final : public DeviceSession {
    public:
     Session(const Config& config, const Weights& weights, const pi_session_params& params, uint32_t lent,
-                uint32_t n_processors);
+            uint32_t n_processors);
     ~Session() override;
 
     void begin(const Pass& pass) override;
@@ -60,7 +59,18 @@ class Session final : public DeviceSession {
    private:
     struct Command {
         enum What : uint32_t {
-            Enter, Attention, PrepareFfn, GiveFfnInput, TakeFfnInput, Ffn, GiveSum, AddSum, AddInbox, Leave, Head, Mark
+            Enter,
+            Attention,
+            PrepareFfn,
+            GiveFfnInput,
+            TakeFfnInput,
+            Ffn,
+            GiveSum,
+            AddSum,
+            AddInbox,
+            Leave,
+            Head,
+            Mark
         };
         What what;
         size_t layer = 0;
@@ -134,37 +144,38 @@ class Session final : public DeviceSession {
     float* one_logits_ = nullptr;
     std::optional<Error> failed_;
     std::vector<std::pair<size_t, pi_layer_score*>> asked_scores_;
-    Neurons visitors_{};                 // what was lent for the next ffn
-    size_t summed_ = 0;                  // the layer of the last ffn
-    uint32_t n_batch_parts_ = 0;         // of the present sum
+    Neurons visitors_{};          // what was lent for the next ffn
+    size_t summed_ = 0;           // the layer of the last ffn
+    uint32_t n_batch_parts_ = 0;  // of the present sum
 
     // Scratch, on the card.
     PassState* state_;
-    uint64_t* n_done_;            // tickets
-    float *cos_, *sin_;           // (batch, rotary_dim / 2)
-    float *residual_, *entry_;    // (batch, n_embd) the stream; what it was before attention
-    MutableVec x_, heads_, rank_;  // (batch, ld_): a normalised input, what attention gave, the predictor's hidden layer
+    uint64_t* n_done_;          // tickets
+    float *cos_, *sin_;         // (batch, rotary_dim / 2)
+    float *residual_, *entry_;  // (batch, n_embd) the stream; what it was before attention
+    MutableVec x_, heads_,
+        rank_;  // (batch, ld_): a normalised input, what attention gave, the predictor's hidden layer
     uint32_t x_ld_, heads_ld_, rank_ld_;
-    float *q_, *k_, *v_;          // (batch, q_dim) (batch, kv_dim) (batch, kv_dim)
-    float* raw_rank_;             // (batch, max rank)
-    float* head_parts_;           // (n_head, n_splits, head_ld + 2)
-    uint32_t *ids_, *n_firing_;   // (n neurons,) (n_segments,)
-    float* h_;                    // (n neurons,)
-    Counts* counts_;              // (n_layer,)
-    ScoreCounts* scores_;         // (n_layer,)
-    float* parts_;                // (n_shares, n_embd), or (batch, n_embd): they make up the sum
-    float* logits_;               // (n_vocab,)
+    float *q_, *k_, *v_;         // (batch, q_dim) (batch, kv_dim) (batch, kv_dim)
+    float* raw_rank_;            // (batch, max rank)
+    float* head_parts_;          // (n_head, n_splits, head_ld + 2)
+    uint32_t *ids_, *n_firing_;  // (n neurons,) (n_segments,)
+    float* h_;                   // (n neurons,)
+    Counts* counts_;             // (n_layer,)
+    ScoreCounts* scores_;        // (n_layer,)
+    float* parts_;               // (n_shares, n_embd), or (batch, n_embd): they make up the sum
+    float* logits_;              // (n_vocab,)
     Halves x_half_, rank_half_, h_half_;
     float *select_, *up_, *forecast_;  // (batch, piece)
     uint8_t *visit_select_, *visit_up_, *visit_down_;
     float *visit_select_bias_, *visit_up_bias_;
 };
 
-
-
 Vec read(const MutableVec& v) { return {v.f, v.q, v.blocks}; }
 
-CardRows from_row(const CardRows& rows, uint64_t i) { return {rows.type, rows.n, rows.stride, rows.data + i * rows.stride}; }
+CardRows from_row(const CardRows& rows, uint64_t i) {
+    return {rows.type, rows.n, rows.stride, rows.data + i * rows.stride};
+}
 
 uint32_t ceil_div(uint64_t a, uint64_t b) { return static_cast<uint32_t>((a + b - 1) / b); }
 uint32_t up_to_warps(uint64_t n) { return static_cast<uint32_t>(align_up(n, WARP)); }
@@ -652,13 +663,12 @@ void Session::neurons_of(size_t il) {
     const Layer& l = layer(il);
     const Neurons own{card_rows(l.select), card_rows(l.up), card_rows(l.down), l.select_bias, l.up_bias, 0, l.last};
     if (pass_.decode) return decode_neurons(l, own, counts_ + il);
-    if (pass_.selective)
-        check(cudaMemsetAsync(scores_ + il, 0, sizeof(ScoreCounts), stream_), "cannot clear memory");
+    if (pass_.selective) check(cudaMemsetAsync(scores_ + il, 0, sizeof(ScoreCounts), stream_), "cannot clear memory");
     n_batch_parts_ = 0;
     halve_vectors(x_.f, config_.n_embd, x_ld_, x_half_);
     if (asks_now(l))
-        halve_vectors(rank_.f, static_cast<uint32_t>(l.predictor->in.n_rows),
-                      up_to_warps(l.predictor->in.n_rows), rank_half_);
+        halve_vectors(rank_.f, static_cast<uint32_t>(l.predictor->in.n_rows), up_to_warps(l.predictor->in.n_rows),
+                      rank_half_);
     batch_neurons(il, own);
     batch_neurons(il, std::exchange(visitors_, {}));
 }
@@ -697,17 +707,27 @@ void Session::batch_neurons(size_t il, const Neurons& neurons) {
     for (uint32_t begin = 0; begin < neurons.n; begin += PIECE) {
         const uint32_t n = std::min(PIECE, neurons.n - begin);
         auto multiplied = [&](const CardRows& rows, const float* bias, float* out) {
-            gemm_of<false>({from_row(rows, begin), n, x_half_, n_tokens(), bias ? bias + begin : nullptr, out, n,
-                            false});
+            gemm_of<false>(
+                {from_row(rows, begin), n, x_half_, n_tokens(), bias ? bias + begin : nullptr, out, n, false});
         };
         multiplied(neurons.select, neurons.select_bias, select_);
         if (neurons.up.data) multiplied(neurons.up, neurons.up_bias, up_);
-        BatchNeurons job{select_, neurons.up.data ? up_ : nullptr, nullptr, n, neurons.first + begin, 0, 0,
-                         activating(layer(il)), pass_.selective, scores_ + il, h_half_};
+        BatchNeurons job{select_,
+                         neurons.up.data ? up_ : nullptr,
+                         nullptr,
+                         n,
+                         neurons.first + begin,
+                         0,
+                         0,
+                         activating(layer(il)),
+                         pass_.selective,
+                         scores_ + il,
+                         h_half_};
         if (asks_now(layer(il))) forecast(layer(il), job);
         job.out.ld = h_half_.ld = up_to_warps(n);
         run(fire_neurons, n_tokens(), THREADS, 0, job);
-        gemm_of<true>({from_row(neurons.down, begin), n, h_half_, n_tokens(), nullptr, parts_, n_embd, n_batch_parts_ > 0});
+        gemm_of<true>(
+            {from_row(neurons.down, begin), n, h_half_, n_tokens(), nullptr, parts_, n_embd, n_batch_parts_ > 0});
         n_batch_parts_ = 1;
     }
 }

@@ -148,7 +148,8 @@ void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& kern
     machine.n_threads = size_t{block.x} * block.y * block.z;
     if (machine.n_threads == 0 || machine.n_threads > 1024 || machine.n_threads % WARP != 0 || block.y * block.z != 1)
         fail("a block of no whole warps, or of more than 1024 threads");
-    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) fail("an empty grid, or too large");
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
+        fail("an empty grid, or too large");
     if (shared > (48 << 10)) fail("more than 48 KiB of shared memory");
     while (machine.fibers.size() < machine.n_threads) machine.fibers.push_back(std::make_unique<Fiber>());
     machine.warps.resize(machine.n_threads / WARP);
@@ -156,7 +157,7 @@ void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& kern
     for (unsigned z = 0; z < grid.z; z++)
         for (unsigned y = 0; y < grid.y; y++)
             for (unsigned x = 0; x < grid.x; x++) {
-                machine.shared.reset(new uint8_t[shared]);  // as large as asked for, so that ASan sees its end
+                machine.shared.reset(new uint8_t[shared]);        // as large as asked for, so that ASan sees its end
                 std::memset(machine.shared.get(), 0xff, shared);  // NaN
                 machine.barrier = {};
                 for (Warp& w : machine.warps) w = {};

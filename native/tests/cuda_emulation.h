@@ -3,8 +3,9 @@
 // Stricter than a card: a barrier that some threads of a block never reach ends the program.
 #pragma once
 
-#include <chrono>
 #include <math.h>
+
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
