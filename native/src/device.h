@@ -50,6 +50,13 @@ struct NeuronCounts {
     uint64_t active = 0;    // whose activation is not 0: up was computed
     uint64_t fired = 0;     // whose h is not 0: down was added
     uint64_t asked = 0;     // about which the predictor was
+    NeuronCounts& operator+=(const NeuronCounts& other) {
+        computed += other.computed;
+        active += other.active;
+        fired += other.fired;
+        asked += other.asked;
+        return *this;
+    }
 };
 
 // One conversation on the device: KV cache of its layers, scratch, the two mailboxes.
@@ -78,8 +85,8 @@ class DeviceSession {
     virtual void add_inbox(size_t il) = 0;  // stream += inbox.x + down's bias
     virtual void leave() = 0;               // outbox.x = stream
     virtual void head() = 0;                // outbox.logits = output . norm(stream), of the last token or of all, uncut
-    // Scores of layer il's neurons here, in a selective batch: added to *score by the next wait().
-    virtual void count(size_t il, pi_layer_score* score) = 0;
+    // What the last ffn selected, in a selective batch, is added to *score, which nobody touches until the next wait().
+    virtual void count(pi_layer_score* score) = 0;
 
     // ---- in between
     virtual void start() = 0;     // sets the commands given so far going
@@ -87,7 +94,8 @@ class DeviceSession {
     // Waits until the ticket's commands are done, and starts them if need be. Throws what went wrong with any.
     virtual void wait(uint64_t ticket) = 0;
 
-    virtual void take_counts(std::span<NeuronCounts> layers) = 0;  // added to each; since the last call, when all is done
+    virtual void take_counts(
+        std::span<NeuronCounts> layers) = 0;  // added to each; since the last call, when all is done
     virtual uint64_t kv_bytes() const = 0;
     virtual uint64_t scratch_bytes() const = 0;  // on the device, without the KV cache
 };
