@@ -46,7 +46,7 @@ class Session final : public DeviceSession {
     void add_inbox(size_t il) override { give({Command::AddInbox, il}); }
     void leave() override { give({Command::Leave}); }
     void head() override { give({Command::Head}); }
-    void count(size_t il, pi_layer_score* score) override;
+    void count(pi_layer_score* score) override { asked_scores_.emplace_back(summed_, score); }
 
     void start() override;
     uint64_t mark() override;
@@ -397,7 +397,7 @@ void Session::begin(const Pass& pass) {
     pass_ = pass;
     visitors_ = {};
     guarded([&] {
-        const uint32_t half = cos_ ? config_.rotary_dim / 2 : 0;
+        const uint32_t half = weights_.rope_inv_freq ? config_.rotary_dim / 2 : 0;
         run(begin_pass, ceil_div(std::max<uint64_t>(1, pass.n * half), THREADS), THREADS, 0, state_,
             static_cast<uint32_t>(pass.position), n_tokens(), half, weights_.rope_inv_freq, config_.rope_scale, cos_,
             sin_);
@@ -417,9 +417,6 @@ void Session::embed(const int32_t* tokens) {
         run(embed_rows, n_tokens(), THREADS, 0, card_rows(weights_.output), ids, residual_);
     });
 }
-
-// The scores come with the wait() that follows.
-void Session::count(size_t il, pi_layer_score* score) { asked_scores_.emplace_back(il, score); }
 
 void Session::start() { flush(); }
 
@@ -457,12 +454,8 @@ void Session::take_counts(std::span<NeuronCounts> layers) {
     check(cudaMemcpyAsync(counts.data(), counts_, n_bytes, cudaMemcpyDeviceToHost, stream_), "cannot copy");
     check(cudaMemsetAsync(counts_, 0, n_bytes, stream_), "cannot clear memory");
     stream_.finish();
-    for (size_t il = 0; il < layers.size(); il++) {
-        layers[il].computed += counts[il].computed;
-        layers[il].active += counts[il].active;
-        layers[il].fired += counts[il].fired;
-        layers[il].asked += counts[il].asked;
-    }
+    for (size_t il = 0; il < layers.size(); il++)
+        layers[il] += {counts[il].computed, counts[il].active, counts[il].fired, counts[il].asked};
 }
 
 // ---- small steps
