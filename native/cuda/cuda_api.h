@@ -27,7 +27,7 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, c
 }
 
 __device__ __forceinline__ void* dynamic_shared() {
-    extern __shared__ uint4 memory[];
+    extern __shared__ __align__(128) uint4 memory[];
     return memory;
 }
 

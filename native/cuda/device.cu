@@ -1,5 +1,6 @@
 // The card as the engine sees it: what it is, its memory, its speeds.
 #include <chrono>
+#include <cstdlib>
 #include <vector>
 
 #include "context.h"
@@ -217,6 +218,7 @@ double CudaDevice::merge_seconds(uint64_t n) {
 // The driver answers, a card is there, and its context is made: what that takes is measured before and after.
 Device* open_device() {
     constexpr int FIRST = 0;
+    setenv("CUDA_MODULE_LOADING", "EAGER", 0);  // kernels come with the context, and count as it does
     int n_cards = 0;
     cudaError_t error = cudaGetDeviceCount(&n_cards);
     if (error == cudaErrorInsufficientDriver)

@@ -120,7 +120,7 @@ class Event {
 
 // Looks for the signal, without any call that would wait for the whole card.
 inline void wait_for_signal(const volatile uint64_t* seen, uint64_t n_done, cudaStream_t stream) {
-    constexpr int LOOKS = 1000;  // between questions whether work failed
+    constexpr int LOOKS = 10000;  // between questions whether work failed
     for (int look = 1; *seen < n_done; look++) {
         if (look % LOOKS != 0) continue;
         cudaError_t state = cudaStreamQuery(stream);

@@ -2,14 +2,13 @@
 
 #include <algorithm>
 #include <mutex>
-#include <set>
+#include <random>
 
 namespace emulation {
 
 namespace {
 
 constexpr size_t STACK_BYTES = 64 << 10, WARP = 32;
-constexpr size_t CARD_BYTES = 1u << 30;
 
 [[noreturn]] void fail(const char* what) {
     std::fprintf(stderr, "CUDA emulation: %s\n", what);
@@ -59,6 +58,7 @@ struct Machine {
     void* scheduler = nullptr;
     const std::function<void()>* kernel = nullptr;
     std::unique_ptr<uint8_t[]> shared;
+    std::minstd_rand draws;
 };
 Machine machine;
 std::recursive_mutex one_at_a_time;  // sessions of several threads share the machine
@@ -95,11 +95,15 @@ void prepare(Fiber& f) {
     f.done = false;
 }
 
+// In an order that changes from barrier to barrier, so that a barrier that is missing is seen in the results.
 void run_block() {
-    for (size_t n_done = 0; n_done < machine.n_threads;) {
-        size_t before = machine.n_changes;
+    size_t n = machine.n_threads;
+    for (size_t n_done = 0; n_done < n;) {
+        size_t before = machine.n_changes, draw = machine.draws();
+        size_t first = draw / 2 % n;
         n_done = 0;
-        for (size_t t = 0; t < machine.n_threads; t++) {
+        for (size_t i = 0; i < n; i++) {
+            size_t t = (first + (draw % 2 ? i : n - i)) % n;
             machine.running = t;
             if (!fiber().done) pi_change_fiber(&machine.scheduler, fiber().at);
             n_done += fiber().done;
@@ -189,6 +193,11 @@ std::mutex allocations;
 std::map<void*, size_t> allocated;
 size_t n_allocated = 0;
 
+size_t card_bytes() {
+    const char* bytes = std::getenv("CUDA_EMULATION_BYTES");
+    return bytes ? std::strtoull(bytes, nullptr, 10) : size_t{1} << 30;
+}
+
 }  // namespace
 }  // namespace emulation
 
@@ -213,13 +222,13 @@ cudaError_t cudaDeviceGetPCIBusId(char* out, int, int) {
 }
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
     std::lock_guard lock(allocations);
-    *total = CARD_BYTES;
-    *free = CARD_BYTES - n_allocated;
+    *total = card_bytes();
+    *free = *total - std::min(*total, n_allocated);
     return cudaSuccess;
 }
 cudaError_t cudaMalloc(void** out, size_t n) {
     std::lock_guard lock(allocations);
-    if (n > CARD_BYTES - n_allocated) return cudaErrorMemoryAllocation;
+    if (n + n_allocated > card_bytes()) return cudaErrorMemoryAllocation;
     *out = ::operator new(n, std::align_val_t(256));
     std::memset(*out, 0xff, n);  // NaN
     allocated[*out] = n;
