@@ -255,15 +255,19 @@ cudaError_t cudaFreeHost(void* p) {
     return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* p, int value, size_t n, cudaStream_t stream) {
-    enqueue(stream, [=] { std::memset(p, value, n); });
+    enqueue(stream, [=] {
+        if (n > 0) std::memset(p, value, n);
+    });
     return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind, cudaStream_t stream) {
-    enqueue(stream, [=] { std::memcpy(to, from, n); });
+    enqueue(stream, [=] {
+        if (n > 0) std::memcpy(to, from, n);
+    });
     return cudaSuccess;
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t n, cudaMemcpyKind) {
-    std::memcpy(to, from, n);
+    if (n > 0) std::memcpy(to, from, n);
     return cudaSuccess;
 }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* out, unsigned) {
