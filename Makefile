@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup native check test demo bench families fuzz asan cuda clean
+.PHONY: help setup native check test demo bench families fuzz asan tsan cuda clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -62,6 +62,11 @@ asan: $(READY) ## the native tests under ASan and UBSan
 	$(CONFIGURE) -B build/asan -DPI_TESTS=ON -DPI_SANITIZE=ON > /dev/null
 	$(BIN)/cmake --build build/asan
 	$(BIN)/ctest --test-dir build/asan --output-on-failure
+
+tsan: $(READY) ## the native tests of what runs in several threads, under TSan
+	$(CONFIGURE) -B build/tsan -DPI_TESTS=ON -DPI_TSAN=ON > /dev/null
+	$(BIN)/cmake --build build/tsan --target test_hybrid test_threads
+	$(BIN)/ctest --test-dir build/tsan --output-on-failure -R "hybrid|threads"
 
 cuda: $(READY) ## compile the CUDA part and its tests, which need a card to run; needs nvcc
 	$(CONFIGURE) -B build/cuda -DPI_CUDA=ON -DPI_TESTS=ON > /dev/null
