@@ -139,7 +139,7 @@ def fit(
     whole = Budget(ram, process, disk.whole - moved, beside, 0, 0, None)
     if whole.total <= ram:
         return whole
-    beside += contexts * disk_scratch_bytes(config, threads)
+    beside += contexts * disk_scratch_bytes(config, artifact.plans, threads)
     solver = _Solver(artifact, disk, cache_share, first)
     limits = solver.solve(ram - process - beside + moved)
     if limits is None:
