@@ -14,7 +14,7 @@ On a card rows are padded to 16 bytes and tensors to 256, beside its context and
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from powerinfer_tools.artifact.layout import BLOCK, MODE_PREDICTOR, LayerPlan, TensorPlan, tensor_table
+from powerinfer_tools.artifact.layout import BLOCK, MODE_PREDICTOR, LayerPlan, TensorPlan, matrix_type, tensor_table
 from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.errors import PowerinferError
 
@@ -131,10 +131,12 @@ def artifact_costs(
     head: str | None = None,
     contexts: int = 1,
     card_context: int = 0,
+    lends: bool = False,
 ) -> Costs:
     """The bytes of the artifact that `split` makes of these choices, run with `ctx_size` positions and `threads`.
 
-    head: the type of output.weight, where it is not `quant`; card_context: what a card takes before anything is there.
+    head: the type of output.weight, where it is not `quant`; card_context: what a card takes before anything is there;
+    lends: it has room for the neurons of a layer, lent for a prompt.
     """
     if len(plans) != config.n_layer:
         raise PowerinferError(f"expected one plan a layer ({config.n_layer}), found {len(plans)}", "mismatch")
@@ -155,7 +157,8 @@ def artifact_costs(
     kv = kv_bytes(config, 1, ctx_size)
     layers = tuple(_layer_costs(config, plan, part, kv) for plan, part in zip(plans, parts, strict=True))
     scratch = contexts * scratch_bytes(config, plans, ctx_size, threads)
-    card_fixed = card_context + contexts * card_scratch_bytes(config, plans, ctx_size) + CARD_TENSOR * len(table)
+    one = card_scratch_bytes(config, plans, ctx_size) + lends * visit_bytes(config, quant)
+    card_fixed = card_context + contexts * one + CARD_TENSOR * len(table)
     return Costs(layers, output, host, scratch, card_head, card_fixed, 4 * config.n_vocab, config.taking_part, contexts)
 
 
@@ -231,7 +234,8 @@ def card_scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int
     in tests, which works as the processor does.
 
     A token: residuals, normalised input, heads, queries, keys, values, predictor, sums; these in 16 bits, too; a piece
-    of neurons: gate, up, forecast, and what they give in 16 bits. For decoding parts of heads and sums, neurons, logits.
+    of neurons: gate, up, forecast, and what they give in 16 bits. For decoding: parts of heads and sums, neurons,
+    logits.
     """
     batch, d, q = min(BATCH, ctx_size), config.n_embd, config.n_head * config.head_dim
     rank = _up(max((plan.rank for plan in plans), default=0), CARD_LANES)
@@ -244,6 +248,13 @@ def card_scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int
     decode += 2 * config.n_ff + CARD_SEGMENTS + wide + heads + rank + 14 * config.n_layer
     card = 4 * (batch * token + decode) + 64 * CARD_TENSOR
     return max(card, scratch_bytes(config, plans, ctx_size, threads=1) + 4 * batch * d)
+
+
+def visit_bytes(config: Config, quant: str) -> int:
+    """Bytes on a card of a whole layer's neurons, which visit for a prompt."""
+    elements, size = BLOCK[matrix_type(quant, config.n_embd)]
+    row = _up(config.n_embd // elements * size, CARD_ROW)
+    return config.n_ff * (config.n_rows * row + 8) + 5 * CARD_TENSOR
 
 
 def mailbox_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int) -> int:
