@@ -155,7 +155,10 @@ def best_plan(problem: Problem, budgets: Budgets) -> Plan:
     found = Search(problem, objective, budgets).best(quick=True)
     if found.plan is None:
         raise infeasible(problem, objective, budgets)
-    return at_bounds(problem, found.plan, budgets)
+    none = np.zeros(problem.n_layer, np.int64)
+    bare = Plan(none > 0, False, none, none + problem.n_ff)
+    plans = [at_bounds(problem, plan, budgets) for plan in (found.plan, bare)]  # chunks may be too large for the first
+    return min((plan for plan in plans if problem.fits(plan, budgets)), key=problem.seconds, default=plans[0])
 
 
 def at_bounds(problem: Problem, plan: Plan, budgets: Budgets) -> Plan:
