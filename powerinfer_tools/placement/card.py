@@ -11,8 +11,9 @@ from powerinfer_tools.artifact.layout import LayerPlan
 from powerinfer_tools.artifact.read import Artifact
 from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.engine.engine import CardLimits
+from powerinfer_tools.engine.generate import PIECE
 from powerinfer_tools.engine.native import chunk_bounds
-from powerinfer_tools.placement.costs import BATCH, artifact_costs, visit_bytes
+from powerinfer_tools.placement.costs import artifact_costs, visit_bytes
 from powerinfer_tools.placement.machine import Machine
 from powerinfer_tools.placement.measure import cached_machine, device, measure_file
 from powerinfer_tools.placement.objective import time
@@ -92,7 +93,7 @@ def lending(artifact: Artifact, machine: Machine, vram: int, threads: int) -> in
         return 0
     products = config.n_ff * config.n_rows * config.n_embd
     tokens = int(np.ceil(room / copy * threads * PRODUCTS / products))
-    return tokens if tokens <= BATCH else 0
+    return tokens if tokens <= PIECE else 0
 
 
 def artifact_problem(

@@ -25,6 +25,7 @@ from powerinfer_tools.placement.costs import (
     TABLE,
     DiskCosts,
     disk_scratch_bytes,
+    is_head,
     kv_bytes,
     mailbox_bytes,
     scratch_bytes,
@@ -192,8 +193,7 @@ def moved_bytes(artifact: Artifact, plan: Plan) -> int:
             elif part in TABLE:
                 moved = 0
         else:
-            head = name.startswith("output") or (config.tied and name == "token_embd.weight")
-            moved = tensor.n_bytes * int(plan.head and head)
+            moved = tensor.n_bytes * int(plan.head and is_head(config, name))
         total += moved // PAGE * PAGE
     return total
 
