@@ -19,7 +19,7 @@ extern "C" {
 #define PI_API __attribute__((visibility("default")))
 #endif
 
-#define PI_ABI_VERSION 3u
+#define PI_ABI_VERSION 4u
 
 typedef enum {
     PI_OK = 0,
@@ -51,6 +51,7 @@ typedef struct {
     /* as held in memory: tensors (with a disk tier in whole pages, and only what stays), the disk tier's cache of
      * neurons, its tables and the buffers that reads arrive in */
     uint64_t resident_bytes, cache_bytes, disk_bytes;
+    uint64_t card_bytes, card_context_bytes; /* weights on the card; what it takes before anything is stored there */
 } pi_model_info;
 
 /* For a model that is larger than memory: some neurons stay in the file and are read when a token asks for them. */
@@ -62,6 +63,38 @@ typedef struct {
     uint32_t n_layer;
     const uint32_t* n_resident; /* [n_layer]: the first neurons of each layer, which stay in memory; at most n_ff */
 } pi_disk_params;
+
+typedef enum {
+    PI_DEVICE_CUDA = 1, /* the first card, through the library that holds the CUDA part */
+    PI_DEVICE_HOST = 2  /* a thread with memory of its own, in place of a card: for tests */
+} pi_device;
+
+/* What lies on a card: there, and not in the processor's memory. */
+typedef struct {
+    uint32_t struct_size;
+    uint32_t device;    /* pi_device */
+    uint32_t head;      /* not 0: the output head and its norm */
+    uint32_t lend_from; /* prompts of at least so many tokens are computed there with all neurons, copied for the time;
+                         * 0: none is */
+    uint64_t budget;    /* bytes there, everything counted: more is an error; 0: no limit */
+    uint32_t n_layer;
+    const uint8_t* dense;      /* [n_layer] not 0: the dense block: norms, attention with its KV cache, predictor_in */
+    const uint32_t* n_neurons; /* [n_layer] its first neurons: one of pi_chunk_bounds */
+} pi_card_params;
+
+typedef struct {
+    uint32_t struct_size;
+    char name[128];
+    uint64_t total_bytes, free_bytes, context_bytes; /* context: what it takes before anything is stored there */
+} pi_card_info;
+
+/* What pi_measure_card measures. */
+typedef enum {
+    PI_CARD_READ = 0,   /* bytes per second of reads there, as pi_measure_memory's */
+    PI_CARD_COPY = 1,   /* bytes per second from the processor's memory to there */
+    PI_CARD_LAUNCH = 2, /* seconds of one small step behind another */
+    PI_CARD_MERGE = 3   /* seconds: row_bytes there, one step, as many back and seen */
+} pi_card_measure;
 
 typedef struct {
     uint32_t struct_size;
@@ -92,6 +125,12 @@ typedef struct {
     uint64_t neurons_prefix, neurons_cache, neurons_disk;
     uint64_t disk_reads, disk_bytes, stream_bytes;
     uint64_t neurons_ahead, neurons_ahead_asked;
+    /* With a card, of decode. seconds_card: waiting for it. card_neurons: whose deciding row was computed there, and
+     * those of them that fired (neurons_computed and neurons_active count both sides); card_read_bytes: weights and KV
+     * that were read there; card_transfers, card_waits, card_bytes: vectors that crossed in either direction, times
+     * that one side waited for the other, and bytes that crossed. */
+    double seconds_card;
+    uint64_t card_neurons, card_neurons_fired, card_read_bytes, card_transfers, card_waits, card_bytes;
 } pi_stats;
 
 /* One layer's selection against the truth, counted by pi_score (neuron occurrences over tokens). */
@@ -116,14 +155,16 @@ PI_API void pi_set_log(void (*log)(int level, const char* message, void* user), 
 
 /* Checks the whole header: the container, the keys, every tensor that they demand. Reads no tensor data. */
 PI_API pi_status pi_check(const char* path);
-/* disk: NULL where all of the model lies in memory. */
-PI_API pi_status pi_model_open(const char* path, const pi_disk_params* disk, pi_model** out);
+/* disk: NULL where all of the model lies in memory; card: NULL where nothing lies on a card. */
+PI_API pi_status pi_model_open(const char* path, const pi_disk_params* disk, const pi_card_params* card,
+                               pi_model** out);
 PI_API void pi_model_close(pi_model* model);
 PI_API pi_status pi_model_get_info(const pi_model* model, pi_model_info* out);
 
 PI_API pi_status pi_session_open(pi_model* model, const pi_session_params* params, pi_session** out);
 PI_API void pi_session_close(pi_session* session);
 PI_API pi_status pi_session_bytes(const pi_session* session, uint64_t* kv_bytes, uint64_t* scratch_bytes);
+PI_API pi_status pi_session_card_bytes(const pi_session* session, uint64_t* kv_bytes, uint64_t* scratch_bytes);
 
 /* Appends tokens to the context through the matrix-matrix path (all neurons). logits: [n_vocab] of the last, or NULL.
  */
@@ -153,6 +194,17 @@ PI_API pi_status pi_measure_memory(uint32_t n_threads, uint64_t buffer_bytes, ui
 /* Measures the disk tier's reader on an open file, for so many seconds: reads of read_bytes (whole blocks of the
  * device; 4096 always will do) at random places, n_at_once in one go. Returns bytes per second. */
 PI_API pi_status pi_measure_file(int fd, uint32_t read_bytes, uint32_t n_at_once, double seconds, double* bytes_per_s);
+
+/* Where a layer's neurons can be divided between processor and card: bounds of the ranges whose sums are made on their
+ * own, from 0 to n_ff. frequency: [n_ff] as the artifact has it; taking_part: the share of neurons that any token's
+ * experts have, 1 where there are none. bounds: room for PI_MAX_BOUNDS. */
+#define PI_MAX_BOUNDS 25
+PI_API pi_status pi_chunk_bounds(const float* frequency, uint32_t n_ff, double taking_part, uint32_t* bounds,
+                                 uint32_t* n_bounds);
+PI_API pi_status pi_card_describe(uint32_t device, pi_card_info* out);
+/* The median of several. what: a pi_card_measure; the others as in pi_measure_memory. */
+PI_API pi_status pi_measure_card(uint32_t device, uint32_t what, uint64_t buffer_bytes, uint64_t row_bytes,
+                                 uint32_t stride_rows, double* out);
 
 #ifdef __cplusplus
 }

@@ -6,6 +6,7 @@
 #include <memory>
 #include <new>
 
+#include "device.h"
 #include "disk.h"
 #include "measure.h"
 #include "model.h"
@@ -65,6 +66,30 @@ void copy_out(const T& value, T* out) {
     out->struct_size = size;
 }
 
+void check_card(const pi_card_params& card) {
+    require(card.struct_size == sizeof(pi_card_params), "struct_size: expected that of pi_card_params");
+    require(card.dense && card.n_neurons, "card: expected dense and n_neurons, found NULL");
+    require(card.device == PI_DEVICE_CUDA || card.device == PI_DEVICE_HOST, "card: expected a pi_device");
+}
+
+std::unique_ptr<pi::Device> open_device(uint32_t device) {
+    require(device == PI_DEVICE_CUDA || device == PI_DEVICE_HOST, "device: expected a pi_device");
+    return device == PI_DEVICE_HOST ? pi::host_device() : pi::cuda_device();
+}
+
+double measure_card(pi::Device& device, uint32_t what, uint64_t buffer_bytes, uint64_t row_bytes, uint32_t stride) {
+    switch (what) {
+        case PI_CARD_READ:
+            return device.read_rate(buffer_bytes, row_bytes, stride);
+        case PI_CARD_COPY:
+            return device.copy_rate();
+        case PI_CARD_LAUNCH:
+            return device.launch_seconds();
+        default:
+            return device.merge_seconds(row_bytes / sizeof(float));
+    }
+}
+
 void check_sampling(const pi_sampling& s) {
     require(std::isfinite(s.temperature) && s.temperature >= 0, "temperature: expected a finite number of at least 0");
     require(s.top_p > 0 && s.top_p <= 1, "top_p: expected more than 0 and at most 1");
@@ -98,7 +123,7 @@ pi_status pi_check(const char* path) {
     });
 }
 
-pi_status pi_model_open(const char* path, const pi_disk_params* disk, pi_model** out) {
+pi_status pi_model_open(const char* path, const pi_disk_params* disk, const pi_card_params* card, pi_model** out) {
     return guarded([&] {
         require(path && out, "path and out: expected both, found NULL");
         require(!disk || disk->struct_size == sizeof(pi_disk_params), "struct_size: expected that of pi_disk_params");
@@ -106,7 +131,8 @@ pi_status pi_model_open(const char* path, const pi_disk_params* disk, pi_model**
         require(!disk || (disk->n_resident && disk->reader <= 2 && disk->n_slots <= MOST && disk->n_transit <= MOST),
                 "disk: expected n_resident, a reader from 0 to 2 and at most 2^24 slots and neurons in transit");
         auto model = std::unique_ptr<pi_model>(new pi_model{pi::Model(path)});
-        model->model.load(disk);
+        if (card) check_card(*card);
+        model->model.load(disk, card);
         *out = model.release();
     });
 }
@@ -118,9 +144,10 @@ pi_status pi_model_get_info(const pi_model* model, pi_model_info* out) {
         require(model && out, "model and out: expected both, found NULL");
         const pi::Model& m = model->model;
         const pi::Config& c = m.config;
-        pi_model_info info{sizeof(pi_model_info), c.n_layer,  c.n_embd,  c.n_ff,  c.n_head,
-                           c.n_head_kv,           c.head_dim, c.n_vocab, c.n_ctx, m.weight_bytes,
-                           m.weight_bytes,        0,          0};
+        pi_model_info info{sizeof(pi_model_info), c.n_layer,  c.n_embd,  c.n_ff,         c.n_head,
+                           c.n_head_kv,           c.head_dim, c.n_vocab, c.n_ctx,        m.weight_bytes,
+                           m.weight_bytes,        0,          0,         m.device_bytes, m.device_context};
+        for (auto [begin, end] : m.holes()) info.resident_bytes -= end - begin;
         if (m.disk) {
             info.resident_bytes = m.disk->weights_bytes();
             info.cache_bytes = m.disk->cache_bytes();
@@ -149,6 +176,14 @@ pi_status pi_session_bytes(const pi_session* session, uint64_t* kv_bytes, uint64
         require(session && kv_bytes && scratch_bytes, "session and outputs: expected all, found NULL");
         *kv_bytes = session->session.kv_bytes();
         *scratch_bytes = session->session.scratch_bytes();
+    });
+}
+
+pi_status pi_session_card_bytes(const pi_session* session, uint64_t* kv_bytes, uint64_t* scratch_bytes) {
+    return guarded([&] {
+        require(session && kv_bytes && scratch_bytes, "session and outputs: expected all, found NULL");
+        *kv_bytes = session->session.card_kv_bytes();
+        *scratch_bytes = session->session.card_scratch_bytes();
     });
 }
 
@@ -250,6 +285,44 @@ pi_status pi_measure_file(int fd, uint32_t read_bytes, uint32_t n_at_once, doubl
         struct stat info{};
         require(fstat(fd, &info) == 0 && info.st_size >= read_bytes, "fd: expected a file of at least read_bytes");
         *bytes_per_s = pi::measure_file(fd, static_cast<uint64_t>(info.st_size), read_bytes, n_at_once, seconds);
+    });
+}
+
+pi_status pi_chunk_bounds(const float* frequency, uint32_t n_ff, double taking_part, uint32_t* bounds,
+                          uint32_t* n_bounds) {
+    return guarded([&] {
+        require(frequency && bounds && n_bounds, "frequency and outputs: expected all, found NULL");
+        require(n_ff >= 1 && n_ff <= (1u << 24) && taking_part > 0 && taking_part <= 1,
+                "n_ff: expected 1 to 2^24; taking_part: more than 0 and at most 1");
+        std::vector<uint32_t> found = pi::chunk_bounds(frequency, n_ff, taking_part);
+        static_assert(PI_MAX_BOUNDS == pi::MAX_CHUNKS + 1);
+        std::copy(found.begin(), found.end(), bounds);
+        *n_bounds = static_cast<uint32_t>(found.size());
+    });
+}
+
+pi_status pi_card_describe(uint32_t device, pi_card_info* out) {
+    return guarded([&] {
+        require(out && out->struct_size == sizeof(pi_card_info), "struct_size: expected that of pi_card_info");
+        pi::DeviceInfo found = open_device(device)->info();
+        pi_card_info info{sizeof(pi_card_info), {}, found.total, found.free, found.context};
+        std::strncpy(info.name, found.name.c_str(), sizeof(info.name) - 1);
+        *out = info;
+    });
+}
+
+pi_status pi_measure_card(uint32_t device, uint32_t what, uint64_t buffer_bytes, uint64_t row_bytes,
+                          uint32_t stride_rows, double* out) {
+    return guarded([&] {
+        require(out, "out: expected a place for the result, found NULL");
+        require(what <= PI_CARD_MERGE, "what: expected a pi_card_measure");
+        bool reads = what == PI_CARD_READ;
+        require(!reads || (stride_rows >= 1 && row_bytes >= 128 && row_bytes % 128 == 0 &&
+                           buffer_bytes <= (uint64_t{1} << 36) && row_bytes <= buffer_bytes / stride_rows),
+                "row_bytes: expected a multiple of 128 and one picked row in the buffer of at most 64 GiB");
+        require(what != PI_CARD_MERGE || (row_bytes >= 4 && row_bytes <= (1u << 20)),
+                "row_bytes: expected 4 bytes to 1 MiB");
+        *out = measure_card(*open_device(device), what, buffer_bytes, row_bytes, stride_rows);
     });
 }
 

@@ -26,7 +26,7 @@ constexpr uint64_t MAX_ELEMENTS = (1ull << 40) - 1;  // of a tensor
 constexpr uint64_t MIN_ALIGNMENT = 8, MAX_ALIGNMENT = 4096, DEFAULT_ALIGNMENT = 32;
 
 // Carries a status across the engine; turned into a pi_status at the C interface.
-struct Error : std::runtime_error {
+struct PI_API Error : std::runtime_error {
     Error(pi_status status, const std::string& message) : std::runtime_error(message), status(status) {}
     pi_status status;
 };

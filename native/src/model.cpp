@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "device.h"
 #include "disk.h"
 #include "huge_pages.h"
 
@@ -86,22 +87,15 @@ Activation parse_activation(std::string_view name) {
                 "powerinfer.activation: expected relu, relu2, fatrelu, drelu or silu, found " + std::string(name));
 }
 
-// Ranges of neurons of about equal expected work: one for the deciding row, more where the neuron fires. decided: the
-// share of neurons that take part.
-std::vector<uint32_t> chunk_bounds(const float* frequency, uint32_t n_ff, double decided) {
-    uint32_t n = std::min(MAX_CHUNKS, n_ff);
-    std::vector<double> work(n_ff + 1, 0.0);
-    for (uint32_t i = 0; i < n_ff; i++) {
-        double share = frequency[i] >= 0 && frequency[i] <= 1 ? frequency[i] : 1.0;
-        work[i + 1] = work[i] + decided + 4.0 * share;
-    }
-    std::vector<uint32_t> bounds(n + 1, 0);
-    for (uint32_t c = 1; c < n; c++) {
-        auto at = std::lower_bound(work.begin(), work.end(), work[n_ff] * c / n) - work.begin();
-        bounds[c] = std::clamp<uint32_t>(static_cast<uint32_t>(at), bounds[c - 1], n_ff);
-    }
-    bounds[n] = n_ff;
-    return bounds;
+constexpr uintptr_t PAGE = 4096;
+
+uint8_t* page_down(uint8_t* p) { return p - reinterpret_cast<uintptr_t>(p) % PAGE; }
+uint8_t* page_up(uint8_t* p) { return page_down(p + PAGE - 1); }
+
+// Whole pages that nobody may read: what they would hold lies on a device.
+void forbid(uint8_t* begin, uint8_t* end) {
+    if (page_up(begin) < page_down(end))
+        mprotect(page_up(begin), static_cast<size_t>(page_down(end) - page_up(begin)), PROT_NONE);
 }
 
 std::string shape_text(const Tensor& t) {
@@ -112,11 +106,28 @@ std::string shape_text(const Tensor& t) {
 
 }  // namespace
 
+std::vector<uint32_t> chunk_bounds(const float* frequency, uint32_t n_ff, double taking_part) {
+    uint32_t n = std::min(MAX_CHUNKS, n_ff);
+    std::vector<double> work(n_ff + 1, 0.0);  // one for the deciding row, more where the neuron fires
+    for (uint32_t i = 0; i < n_ff; i++) {
+        double share = frequency[i] >= 0 && frequency[i] <= 1 ? frequency[i] : 1.0;
+        work[i + 1] = work[i] + taking_part + 4.0 * share;
+    }
+    std::vector<uint32_t> bounds(n + 1, 0);
+    for (uint32_t c = 1; c < n; c++) {
+        auto at = std::lower_bound(work.begin(), work.end(), work[n_ff] * c / n) - work.begin();
+        auto whole = static_cast<uint32_t>((at + QK / 2) / QK * QK);
+        bounds[c] = std::clamp<uint32_t>(whole, bounds[c - 1], n_ff);
+    }
+    bounds[n] = n_ff;
+    return bounds;
+}
+
 Model::Model(const char* path) {
     gguf_ = read_gguf_file(path, &fd_);
     try {
         read_config();
-        bind(nullptr);
+        bind({}, weights);
     } catch (...) {
         close(fd_);
         throw;
@@ -230,83 +241,91 @@ const Tensor& Model::expect(const std::string& name, std::initializer_list<uint6
     return *t;
 }
 
-Rows Model::matrix(const std::string& name, const uint8_t* base, uint64_t n, uint64_t n_rows, const char* types) const {
+// The tensor's first row on this side, NULL where it is on the other. Where a layer's neurons are divided, that of
+// neuron 0 on either.
+const uint8_t* Model::at(const Tensor& t, const Side& side) const {
+    if (side.device) {
+        auto found = side.on_device.find(&t);
+        return found == side.on_device.end() ? nullptr : found->second;
+    }
+    bool moved = std::ranges::any_of(shares_, [&](const Share& s) { return s.tensor == &t && s.moved; });
+    return side.base && !moved ? side.base + (t.offset - gguf_.data_offset) : nullptr;
+}
+
+Rows Model::matrix(const std::string& name, const Side& side, uint64_t n, uint64_t n_rows, const char* types) const {
     const Tensor& t = expect(name + ".weight", {n, n_rows}, types);
-    Rows rows{t.type, n, n_rows, row_bytes(t.type, n), nullptr};
-    if (base) rows.data = base + (t.offset - gguf_.data_offset);
-    return rows;
+    return {t.type, n, n_rows, side.device ? side.device->row_bytes(t.type, n) : row_bytes(t.type, n), at(t, side)};
 }
 
-const float* Model::vector(const std::string& name, const uint8_t* base, uint64_t n, bool required) const {
+const float* Model::vector(const std::string& name, const Side& side, uint64_t n, bool required) const {
     if (!required && !gguf_.find(name)) return nullptr;
-    const Tensor& t = expect(name, {n}, "F32");
-    return base ? reinterpret_cast<const float*>(base + (t.offset - gguf_.data_offset)) : nullptr;
+    return reinterpret_cast<const float*>(at(expect(name, {n}, "F32"), side));
 }
 
-Norm Model::norm(const std::string& name, const uint8_t* base) const {
+Norm Model::norm(const std::string& name, const Side& side) const {
     bool biased = config.norm == NormKind::Layer;
-    return {vector(name + ".weight", base, config.n_embd, true),
-            biased ? vector(name + ".bias", base, config.n_embd, true) : nullptr};
+    return {vector(name + ".weight", side, config.n_embd, true),
+            biased ? vector(name + ".bias", side, config.n_embd, true) : nullptr};
 }
 
-Linear Model::linear(const std::string& name, const uint8_t* base, uint64_t n, uint64_t n_rows) const {
-    return {matrix(name, base, n, n_rows), vector(name + ".bias", base, n_rows, false)};
+Linear Model::linear(const std::string& name, const Side& side, uint64_t n, uint64_t n_rows) const {
+    return {matrix(name, side, n, n_rows), vector(name + ".bias", side, n_rows, false)};
 }
 
-void Model::bind(const uint8_t* base) {
+void Model::bind(const Side& side, Weights& out) {
     const Config& c = config;
     bound_.assign(gguf_.tensors.size(), false);
-    weights.token_embd = matrix("token_embd", base, c.n_embd, c.n_vocab);
-    if (c.learned_positions) weights.position_embd = matrix("position_embd", base, c.n_embd, c.n_ctx);
-    if (c.rotary_dim > 0) weights.rope_inv_freq = vector(INV_FREQ, base, c.rotary_dim / 2, true);
-    weights.layers.assign(c.n_layer, Layer{});
-    for (uint32_t i = 0; i < c.n_layer; i++) bind_layer(i, base);
-    weights.output_norm = norm("output_norm", base);
-    weights.output = c.tied ? weights.token_embd : matrix("output", base, c.n_embd, c.n_vocab);
+    out.token_embd = matrix("token_embd", side, c.n_embd, c.n_vocab);
+    if (c.learned_positions) out.position_embd = matrix("position_embd", side, c.n_embd, c.n_ctx);
+    if (c.rotary_dim > 0) out.rope_inv_freq = vector(INV_FREQ, side, c.rotary_dim / 2, true);
+    out.layers.assign(c.n_layer, Layer{});
+    for (uint32_t i = 0; i < c.n_layer; i++) bind_layer(i, side, out.layers[i]);
+    out.output_norm = norm("output_norm", side);
+    out.output = c.tied ? out.token_embd : matrix("output", side, c.n_embd, c.n_vocab);
     auto unbound = std::find(bound_.begin(), bound_.end(), false);
     if (unbound != bound_.end())
         throw Error(PI_ERROR_MISMATCH, gguf_.tensors[static_cast<size_t>(unbound - bound_.begin())].name +
                                            ": expected no such tensor, found one");
 }
 
-void Model::bind_layer(uint32_t i, const uint8_t* base) {
+void Model::bind_layer(uint32_t i, const Side& side, Layer& layer) {
     const Config& c = config;
     std::string b = "blk." + std::to_string(i) + ".";
-    Layer& layer = weights.layers[i];
-    layer.attn_norm = norm(b + "attn_norm", base);
-    layer.q = linear(b + "attn_q", base, c.n_embd, c.q_dim());
-    layer.k = linear(b + "attn_k", base, c.n_embd, c.kv_dim());
-    layer.v = linear(b + "attn_v", base, c.n_embd, c.kv_dim());
-    layer.o = linear(b + "attn_output", base, c.q_dim(), c.n_embd);
+    layer.attn_norm = norm(b + "attn_norm", side);
+    layer.q = linear(b + "attn_q", side, c.n_embd, c.q_dim());
+    layer.k = linear(b + "attn_k", side, c.n_embd, c.kv_dim());
+    layer.v = linear(b + "attn_v", side, c.n_embd, c.kv_dim());
+    layer.o = linear(b + "attn_output", side, c.q_dim(), c.n_embd);
     layer.rotates = rotary_[i];
-    layer.ffn_norm = norm(b + "ffn_norm", base);
+    layer.ffn_norm = norm(b + "ffn_norm", side);
 
     bool apart = modes_[i] == 1;
     uint64_t rows = c.n_rows() - (apart ? 1 : 0);
     const Tensor& t = expect(b + "ffn_neurons.weight", {c.n_embd, rows, c.n_ff}, "F32, F16, Q8_0 or Q4_0");
-    uint64_t size = row_bytes(t.type, c.n_embd);
-    const uint8_t* bundles = base ? base + (t.offset - gguf_.data_offset) : nullptr;
+    uint64_t size = side.device ? side.device->row_bytes(t.type, c.n_embd) : row_bytes(t.type, c.n_embd);
+    const uint8_t* bundles = at(t, side);
     auto part = [&](uint64_t k) {
         return Rows{t.type, c.n_embd, c.n_ff, size * rows, bundles ? bundles + k * size : nullptr};
     };
     layer.apart = apart;
-    layer.select = apart ? matrix(b + "ffn_select", base, c.n_embd, c.n_ff) : part(0);
+    layer.select = apart ? matrix(b + "ffn_select", side, c.n_embd, c.n_ff) : part(0);
     if (c.gated) layer.up = part(apart ? 0 : 1);
     layer.down = part(rows - 1);
-    const float* up_bias = vector(b + "ffn_up.bias", base, c.n_ff, false);
-    layer.select_bias = c.gated ? vector(b + "ffn_gate.bias", base, c.n_ff, false) : up_bias;
+    const float* up_bias = vector(b + "ffn_up.bias", side, c.n_ff, false);
+    layer.select_bias = c.gated ? vector(b + "ffn_gate.bias", side, c.n_ff, false) : up_bias;
     layer.up_bias = c.gated ? up_bias : nullptr;
-    layer.down_bias = vector(b + "ffn_down.bias", base, c.n_embd, false);
+    layer.down_bias = vector(b + "ffn_down.bias", side, c.n_embd, false);
     layer.threshold = thresholds_[i];
     layer.always = apart ? 0 : always_[i];
+    layer.last = c.n_ff;
 
     expect(b + "ffn_order.weight", {c.n_ff}, "I32");
-    const float* frequency = vector(b + "ffn_frequency.weight", base, c.n_ff, true);
+    const float* frequency = vector(b + "ffn_frequency.weight", side, c.n_ff, true);
     const Experts& experts = c.experts;
     if (experts.n > 0) {
-        layer.router = matrix(b + "ffn_router", base, c.n_embd, experts.n, "F32");
+        layer.router = matrix(b + "ffn_router", side, c.n_embd, experts.n, "F32");
         const Tensor& expert = expect(b + "ffn_expert.weight", {c.n_ff}, "I32");
-        if (base) layer.expert = reinterpret_cast<const int32_t*>(base + (expert.offset - gguf_.data_offset));
+        layer.expert = reinterpret_cast<const int32_t*>(at(expert, side));
     }
     double decided = experts.n > 0 ? static_cast<double>(experts.n_used) / experts.n : 1.0;
     if (frequency) layer.chunks = chunk_bounds(frequency, c.n_ff, decided);
@@ -315,8 +334,8 @@ void Model::bind_layer(uint32_t i, const uint8_t* base) {
     uint64_t rank = in && in->n_dims == 2 ? in->ne[1] : 0;
     uint64_t asked = c.n_ff - layer.always;
     layer.predictor =
-        Predictor{matrix(b + "predictor_in", base, c.n_embd, rank), matrix(b + "predictor_out", base, rank, asked),
-                  vector(b + "predictor_out.bias", base, asked, true)};
+        Predictor{matrix(b + "predictor_in", side, c.n_embd, rank), matrix(b + "predictor_out", side, rank, asked),
+                  vector(b + "predictor_out.bias", side, asked, true)};
 }
 
 // Every stored order must be a permutation: anything else means damaged data.
@@ -358,24 +377,27 @@ void Model::check_experts(const uint8_t* base) const {
     }
 }
 
-void Model::load(const pi_disk_params* limits) {
+void Model::load(const pi_disk_params* limits, const pi_card_params* card) {
+    if (card) open_device(*card);
     if (limits)
         open_disk(*limits);
     else
         read_all();
-    close(fd_);
-    fd_ = -1;
     for (const Tensor& t : gguf_.tensors) weight_bytes += t.n_bytes;
     const uint8_t* base = disk ? disk->data() : arena_;
     check_orders(base);
     if (config.experts.n > 0) check_experts(base);
-    bind(base);
+    bind({.base = base}, weights);
     for (uint32_t i = 0; i < config.rotary_dim / 2; i++)
         if (!std::isfinite(weights.rope_inv_freq[i]))
             throw Error(PI_ERROR_MALFORMED, std::string(INV_FREQ) + ": expected finite numbers, found another");
+    if (card) divide(*card);
+    close(fd_);
+    fd_ = -1;
     if (!disk) return;
     for (uint32_t i = 0; i < config.n_layer; i++)
-        disk->expect(i, vector("blk." + std::to_string(i) + ".ffn_frequency.weight", base, config.n_ff, true));
+        disk->expect(i,
+                     vector("blk." + std::to_string(i) + ".ffn_frequency.weight", {.base = base}, config.n_ff, true));
 }
 
 void Model::open_disk(const pi_disk_params& limits) {
@@ -405,16 +427,31 @@ void Model::read_all() {
     if (memory == MAP_FAILED)
         throw Error(PI_ERROR_MEMORY, "cannot allocate " + std::to_string(arena_bytes_) + " bytes for the weights");
     arena_ = static_cast<uint8_t*>(memory);
-    use_huge_pages(arena_, arena_bytes_);
-    for (uint64_t done = 0; done < n;) {
-        ssize_t got = pread(fd_, arena_ + done, std::min<uint64_t>(n - done, 64u << 20),
-                            static_cast<off_t>(gguf_.data_offset + done));
+    uint64_t at = gguf_.data_offset;
+    for (auto [begin, end] : holes()) {
+        read_to_arena(at, begin);
+        at = end;
+    }
+    read_to_arena(at, gguf_.file_bytes);
+    mprotect(arena_, arena_bytes_, PROT_READ);
+    for (auto [begin, end] : holes()) forbid(arena_ + (begin - gguf_.data_offset), arena_ + (end - gguf_.data_offset));
+}
+
+void Model::read_to_arena(uint64_t begin, uint64_t end) {
+    uint8_t* to = arena_ + (begin - gguf_.data_offset);
+    use_huge_pages(page_down(to), static_cast<size_t>(page_up(to + (end - begin)) - page_down(to)));
+    read_range(begin, end, to);
+}
+
+// [begin, end) of the file
+void Model::read_range(uint64_t begin, uint64_t end, uint8_t* to) const {
+    for (uint64_t at = begin; at < end;) {
+        ssize_t got = pread(fd_, to + (at - begin), std::min<uint64_t>(end - at, 64u << 20), static_cast<off_t>(at));
         if (got < 0 && errno == EINTR) continue;
         if (got < 0) throw Error(PI_ERROR_IO, std::string("cannot read the tensor data: ") + std::strerror(errno));
         if (got == 0) throw Error(PI_ERROR_TRUNCATED, "the file became shorter while it was read");
-        done += static_cast<uint64_t>(got);
+        at += static_cast<uint64_t>(got);
     }
-    mprotect(arena_, arena_bytes_, PROT_READ);
 }
 
 }  // namespace pi

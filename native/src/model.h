@@ -1,6 +1,7 @@
 // The model's vocabulary: sizes, weights, and where a neuron's rows lie. Shapes in comments, fastest dimension last.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -92,6 +93,10 @@ struct Layer {
     uint32_t always = 0;                 // neurons [0, always) are computed unasked
     std::optional<Predictor> predictor;
     std::vector<uint32_t> chunks;  // (n_chunks + 1): bounds of the ranges of neurons that are summed on their own
+    // What lies on this side, where there are two (device.h): the dense block, neurons [first, last), whole chunks.
+    // Rows of neurons begin with neuron 0 all the same.
+    bool dense = true;
+    uint32_t first = 0, last = 0;
 };
 
 struct Weights {
@@ -103,7 +108,20 @@ struct Weights {
     std::vector<Layer> layers;
 };
 
+class Device;
 class DiskTier;
+
+// Where the tensors of one side lie: as in the file, from `base` on, or on a device, each where it was put. NULL: the
+// tensor is on the other side, or shapes are checked only.
+struct Side {
+    const uint8_t* base = nullptr;
+    const Device* device = nullptr;
+    std::map<const Tensor*, const uint8_t*> on_device{};
+};
+
+// Bounds of a layer's chunks: ranges of about equal expected work, multiples of QK. taking_part: the share of neurons
+// whose deciding row is computed.
+std::vector<uint32_t> chunk_bounds(const float* frequency, uint32_t n_ff, double taking_part);
 
 class Model {
    public:
@@ -113,31 +131,62 @@ class Model {
     Model(const Model&) = delete;
     Model& operator=(const Model&) = delete;
 
-    // Reads the tensor data into huge pages and binds `weights`. limits: NULL, or which neurons stay on disk.
-    void load(const pi_disk_params* limits = nullptr);
+    // Reads the tensor data into huge pages and binds `weights`. limits: NULL, or which neurons stay on disk; card:
+    // NULL, or what lies on a device.
+    void load(const pi_disk_params* limits = nullptr, const pi_card_params* card = nullptr);
 
     Config config{};
     Weights weights;
     uint64_t weight_bytes = 0;
     std::unique_ptr<DiskTier> disk;  // NULL where all is in memory
+    // With a card, else NULL, empty and 0.
+    std::unique_ptr<Device> device;
+    Weights on_device;
+    uint64_t device_bytes = 0;    // of the weights there
+    uint64_t device_context = 0;  // bytes that it takes before anything is stored
+    uint64_t device_budget = 0;   // 0: none
+    uint32_t lend_from = 0;       // tokens of a batch that is worth lending neurons for; 0: none is
+
+    // (begin, end) of what is not read into the processor's memory, in the file's order.
+    std::vector<std::pair<uint64_t, uint64_t>> holes() const;
 
    private:
     void read_config();
     void read_structure();
     void read_rope(const std::string& arch);
     void read_experts();
-    void bind(const uint8_t* base);  // base: where the data section lies, or NULL to check shapes only
-    void bind_layer(uint32_t i, const uint8_t* base);
+    void bind(const Side& side, Weights& out);
+    void bind_layer(uint32_t i, const Side& side, Layer& layer);
     void read_all();
     void open_disk(const pi_disk_params& limits);
+    void read_to_arena(uint64_t begin, uint64_t end);
+    void read_range(uint64_t begin, uint64_t end, uint8_t* to) const;
+
+    // model_device.cpp. What lies on the device, of one tensor: its first rows, all of them but where neurons are
+    // divided. moved: the whole tensor, which the processor has no use for.
+    struct Share {
+        const Tensor* tensor;
+        uint64_t n, n_rows, file_bytes, device_offset;
+        bool moved, copied;  // copied: it lies in the processor's memory, too
+    };
+    void open_device(const pi_card_params& card);
+    void check_card(const pi_card_params& card) const;
+    void share(const std::string& name, uint64_t n, uint64_t n_rows, bool moved, bool copied = false);
+    void share_norm(const std::string& name);
+    void share_linear(const std::string& name);
+    void share_block(uint32_t i);
+    void share_neurons(uint32_t i, uint32_t n);
+    void store(const Share& share, uint8_t* to) const;
+    void divide(const pi_card_params& card);
     void check_orders(const uint8_t* base) const;
     void check_experts(const uint8_t* base) const;
 
-    Rows matrix(const std::string& name, const uint8_t* base, uint64_t n, uint64_t n_rows,
+    const uint8_t* at(const Tensor& t, const Side& side) const;
+    Rows matrix(const std::string& name, const Side& side, uint64_t n, uint64_t n_rows,
                 const char* types = "F32, F16, Q8_0 or Q4_0") const;
-    const float* vector(const std::string& name, const uint8_t* base, uint64_t n, bool required) const;
-    Norm norm(const std::string& name, const uint8_t* base) const;
-    Linear linear(const std::string& name, const uint8_t* base, uint64_t n, uint64_t n_rows) const;
+    const float* vector(const std::string& name, const Side& side, uint64_t n, bool required) const;
+    Norm norm(const std::string& name, const Side& side) const;
+    Linear linear(const std::string& name, const Side& side, uint64_t n, uint64_t n_rows) const;
     const Tensor& expect(const std::string& name, std::initializer_list<uint64_t> ne, const char* types) const;
 
     Gguf gguf_;
@@ -148,6 +197,8 @@ class Model {
     std::vector<uint32_t> always_;
     std::vector<float> thresholds_;
     std::vector<bool> rotary_;
+    std::vector<Share> shares_;  // by offset in the file
+    uint8_t* device_memory_ = nullptr;
     mutable std::vector<bool> bound_;  // tensors that the model uses; others in the file are an error
 };
 

@@ -111,6 +111,8 @@ class Session {
     pi_stats stats{};
     uint64_t kv_bytes() const { return keys_.bytes() + values_.bytes(); }
     uint64_t scratch_bytes() const { return scratch_bytes_; }
+    uint64_t card_kv_bytes() const { return 0; }
+    uint64_t card_scratch_bytes() const { return 0; }
 
    private:
     void check_tokens(const int32_t* tokens, size_t n) const;

@@ -31,7 +31,8 @@ def default_ctx(n_ctx_train: int) -> int:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Sizes in elements; weight_bytes of all tensors; resident, cache and disk_bytes: as held in memory."""
+    """Sizes in elements; weight_bytes of all tensors; resident, cache and disk_bytes: as held in memory; card_bytes:
+    of the weights on a card, card_context_bytes: what it takes before anything is stored there."""
 
     n_layer: int
     n_embd: int
@@ -45,6 +46,28 @@ class ModelInfo:
     resident_bytes: int
     cache_bytes: int
     disk_bytes: int
+    card_bytes: int
+    card_context_bytes: int
+
+
+@dataclass(frozen=True)
+class CardLimits:
+    """What lies on a card, and not in memory. dense: of each layer whether its dense block does (norms, attention with
+    its KV cache, predictor_in); neurons: how many of each layer's first do, one of native.chunk_bounds; head: the
+    output head; budget: bytes there, everything counted, 0: no limit; lend_from: prompts of at least so many tokens
+    are computed there with all neurons, 0: none is; device: cuda, or host (a thread in its place, for tests)."""
+
+    dense: tuple[bool, ...]
+    neurons: tuple[int, ...]
+    head: bool = False
+    budget: int = 0
+    lend_from: int = 0
+    device: str = "cuda"
+
+    def __post_init__(self) -> None:
+        if len(self.dense) != len(self.neurons):
+            found = f"{len(self.dense)} and {len(self.neurons)}"
+            raise PowerinferError(f"card: expected as many values in dense as in neurons, found {found}", "usage")
 
 
 @dataclass(frozen=True)
@@ -102,6 +125,13 @@ class Stats:
     stream_bytes: int
     neurons_ahead: int
     neurons_ahead_asked: int
+    seconds_card: float
+    card_neurons: int
+    card_neurons_fired: int
+    card_read_bytes: int
+    card_transfers: int
+    card_waits: int
+    card_bytes: int
 
     @property
     def active_ratio(self) -> float:
@@ -123,14 +153,16 @@ class Model:
     """An artifact's weights in memory, read only: any number of engines may share them.
 
     limits: the neurons that stay on disk, which engines then read for each other, one call after the other.
+    card: what lies on a card instead.
     """
 
-    def __init__(self, path: Path | str, limits: DiskLimits | None = None) -> None:
+    def __init__(self, path: Path | str, limits: DiskLimits | None = None, card: CardLimits | None = None) -> None:
         self._lib = native.library()
         self.handle = c.c_void_p()
         self.path = Path(path)
-        params = None if limits is None else c.byref(_disk_params(limits))
-        native.check(self._lib.pi_model_open(os.fsencode(path), params, c.byref(self.handle)), str(path))
+        disk = None if limits is None else c.byref(_disk_params(limits))
+        there = None if card is None else c.byref(_card_params(card))
+        native.check(self._lib.pi_model_open(os.fsencode(path), disk, there, c.byref(self.handle)), str(path))
         info = native.CModelInfo(struct_size=c.sizeof(native.CModelInfo))
         native.check(self._lib.pi_model_get_info(self.handle, c.byref(info)))
         self.info = ModelInfo(**{name: getattr(info, name) for name in ModelInfo.__dataclass_fields__})
@@ -257,6 +289,12 @@ class Engine:
         native.check(self._lib.pi_session_bytes(self._session, c.byref(kv), c.byref(scratch)))
         return kv.value, scratch.value
 
+    def card_memory(self) -> tuple[int, int]:
+        """Bytes of the KV cache and of scratch on the card."""
+        kv, scratch = c.c_uint64(), c.c_uint64()
+        native.check(self._lib.pi_session_card_bytes(self._session, c.byref(kv), c.byref(scratch)))
+        return kv.value, scratch.value
+
     def _logits(self, rows: int) -> Logits | None:
         return np.empty((rows, self.info.n_vocab), np.float32) if rows else None
 
@@ -269,6 +307,19 @@ def _disk_params(limits: DiskLimits) -> native.CDiskParams:
         n_transit=limits.transit,
         n_layer=len(limits.resident),
         n_resident=(c.c_uint32 * len(limits.resident))(*limits.resident),
+    )
+
+
+def _card_params(card: CardLimits) -> native.CCardParams:
+    return native.CCardParams(
+        struct_size=c.sizeof(native.CCardParams),
+        device=native.DEVICES[card.device],
+        head=card.head,
+        lend_from=card.lend_from,
+        budget=card.budget,
+        n_layer=len(card.neurons),
+        dense=(c.c_uint8 * len(card.dense))(*card.dense),
+        n_neurons=(native.u32 * len(card.neurons))(*card.neurons),
     )
 
 

@@ -7,9 +7,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from powerinfer_tools.errors import PowerinferError
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 LIBRARY = {"linux": "libpowerinfer.so", "darwin": "libpowerinfer.dylib", "win32": "powerinfer.dll"}
 KINDS = {
     1: "usage",
@@ -23,6 +26,9 @@ KINDS = {
 }
 KERNELS = {"best": 0, "scalar": 1, "avx2": 2, "avx512": 3}
 READERS = {"best": 0, "io_uring": 1, "threads": 2}
+DEVICES = {"cuda": 1, "host": 2}
+CARD_MEASURES = {"read": 0, "copy": 1, "launch": 2, "merge": 3}
+MAX_BOUNDS = 25
 MODES = {"auto": 0, "dense": 1, "gate": 2, "predictor": 3}
 
 u32, u64, size_t, f32, f64 = c.c_uint32, c.c_uint64, c.c_size_t, c.c_float, c.c_double
@@ -34,7 +40,7 @@ class CModelInfo(c.Structure):
     _fields_ = [
         ("struct_size", u32),
         *((n, u32) for n in "n_layer n_embd n_ff n_head n_head_kv head_dim n_vocab n_ctx_train".split()),
-        *((f"{n}_bytes", u64) for n in "weight resident cache disk".split()),
+        *((f"{n}_bytes", u64) for n in "weight resident cache disk card card_context".split()),
     ]
 
 
@@ -42,6 +48,24 @@ class CDiskParams(c.Structure):
     _fields_ = [
         *((n, u32) for n in "struct_size reader n_slots n_transit n_layer".split()),
         ("n_resident", c.POINTER(u32)),
+    ]
+
+
+class CCardParams(c.Structure):
+    _fields_ = [
+        *((n, u32) for n in "struct_size device head lend_from".split()),
+        ("budget", u64),
+        ("n_layer", u32),
+        ("dense", c.POINTER(c.c_uint8)),
+        ("n_neurons", c.POINTER(u32)),
+    ]
+
+
+class CCardInfo(c.Structure):
+    _fields_ = [
+        ("struct_size", u32),
+        ("name", c.c_char * 128),
+        *((f"{n}_bytes", u64) for n in "total free context".split()),
     ]
 
 
@@ -59,6 +83,8 @@ class CStats(c.Structure):
         ("seconds_disk", f64),
         *((n, u64) for n in "neurons_prefix neurons_cache neurons_disk disk_reads disk_bytes stream_bytes".split()),
         *((n, u64) for n in "neurons_ahead neurons_ahead_asked".split()),
+        ("seconds_card", f64),
+        *((f"card_{n}", u64) for n in "neurons neurons_fired read_bytes transfers waits bytes".split()),
     ]
 
 
@@ -84,12 +110,13 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pi_last_error": (c.c_char_p, []),
     "pi_kernels": (c.c_char_p, [u32]),
     "pi_check": (c.c_int, [c.c_char_p]),
-    "pi_model_open": (c.c_int, [c.c_char_p, P(CDiskParams), P(handle)]),
+    "pi_model_open": (c.c_int, [c.c_char_p, P(CDiskParams), P(CCardParams), P(handle)]),
     "pi_model_close": (None, [handle]),
     "pi_model_get_info": (c.c_int, [handle, P(CModelInfo)]),
     "pi_session_open": (c.c_int, [handle, P(CSessionParams), P(handle)]),
     "pi_session_close": (None, [handle]),
     "pi_session_bytes": (c.c_int, [handle, P(u64), P(u64)]),
+    "pi_session_card_bytes": (c.c_int, [handle, P(u64), P(u64)]),
     "pi_prefill": (c.c_int, [handle, i32_p, size_t, f32_p]),
     "pi_decode": (c.c_int, [handle, c.c_int32, f32_p]),
     "pi_score": (c.c_int, [handle, i32_p, size_t, f32_p, P(CLayerScore)]),
@@ -101,6 +128,9 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pi_session_reset_stats": (c.c_int, [handle]),
     "pi_measure_memory": (c.c_int, [u32, u64, u64, u32, u32, P(f64)]),
     "pi_measure_file": (c.c_int, [c.c_int, u32, u32, f64, P(f64)]),
+    "pi_chunk_bounds": (c.c_int, [f32_p, u32, f64, P(u32), P(u32)]),
+    "pi_card_describe": (c.c_int, [u32, P(CCardInfo)]),
+    "pi_measure_card": (c.c_int, [u32, u32, u64, u64, u32, P(f64)]),
 }
 
 
@@ -164,6 +194,35 @@ def measure_file(fd: int, read_bytes: int, n_at_once: int, seconds: float) -> fl
     rate = f64()
     check(library().pi_measure_file(fd, read_bytes, n_at_once, seconds, c.byref(rate)))
     return rate.value
+
+
+def chunk_bounds(frequency: npt.NDArray[np.float32], taking_part: float = 1.0) -> list[int]:
+    """Where a layer's neurons can be divided between processor and card, from 0 to their number.
+
+    taking_part: the share of neurons that any token's experts have.
+    """
+    values = np.ascontiguousarray(frequency, np.float32)
+    bounds, n = (u32 * MAX_BOUNDS)(), u32()
+    check(library().pi_chunk_bounds(values.ctypes.data_as(f32_p), len(values), taking_part, bounds, c.byref(n)))
+    return list(bounds[: n.value])
+
+
+def describe_card(device: str = "cuda") -> tuple[str, int, int, int]:
+    """The card's name, and bytes: its memory, what of it is free, what it takes before anything is stored there."""
+    info = CCardInfo(struct_size=c.sizeof(CCardInfo))
+    check(library().pi_card_describe(DEVICES[device], c.byref(info)))
+    return info.name.decode("utf-8", "replace"), info.total_bytes, info.free_bytes, info.context_bytes
+
+
+def measure_card(
+    what: str, device: str = "cuda", *, buffer_bytes: int = 0, row_bytes: int = 1 << 20, stride_rows: int = 1
+) -> float:
+    """Of a card: read (bytes per second, as measure_memory), copy (bytes per second to there), launch (seconds of one
+    small step behind another), merge (seconds: row_bytes there, one step, as many back)."""
+    result = f64()
+    arguments = CARD_MEASURES[what], buffer_bytes, row_bytes, stride_rows, c.byref(result)
+    check(library().pi_measure_card(DEVICES[device], *arguments))
+    return result.value
 
 
 def kernels(which: int = 0) -> str | None:
