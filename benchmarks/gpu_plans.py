@@ -145,6 +145,11 @@ def at_bounds(problem: Problem, plan: Plan, bounds: Bounds) -> Plan:
     return _plan(problem, plan.dense, plan.head, np.array(k1))
 
 
+def same(a: Plan, b: Plan) -> bool:
+    """Whether they have the same on the card."""
+    return bool(a.head) == bool(b.head) and np.array_equal(a.dense, b.dense) and np.array_equal(a.vram, b.vram)
+
+
 def _plan(problem: Problem, dense: Bools, head: bool, k1: Ints) -> Plan:
     """Nothing on disk."""
     return Plan(dense, head, k1, np.full(problem.n_layer, problem.n_ff))

@@ -22,6 +22,7 @@ Logits = npt.NDArray[np.float32]
 
 OURS, HOTTEST, RANDOM, LAYERS, PROCESSOR = "ours", "hottest first", "random", "whole layers, dense", "processor alone"
 WARM_UP, CHECKED = 4, 16  # decoded tokens
+HOST_TIMES, HOST_MERGE_S = 10, 1e-7  # of the made-up card: times as fast as memory; one hand-over
 SPARE = 1.2  # of the bytes that contenders take: what must be free for all to be loaded at once
 TIE = 0.05  # of the standard deviation of a token's logits: closer than that, either of two may be the likeliest
 
@@ -123,18 +124,22 @@ def measure(case: Case, model: Path, rounds: int) -> dict[str, Any]:
 
 
 def measured(case: Case) -> Machine:
-    """The machine with so many threads, and its card."""
+    """The machine with so many threads, and its card; for the host device one is made up, so that plans use it."""
+    machine = measure_machine(case.threads)
+    if case.device == "host":
+        rows = tuple((size, HOST_TIMES * speed) for size, speed in machine.ram.rows)
+        return replace(machine, vram=Tier(0, HOST_TIMES * machine.ram.sequential, rows, HOST_MERGE_S))
     rows = tuple(
         (size, measure_card("read", case.device, buffer_bytes=BUFFER_BYTES, row_bytes=size, stride_rows=STRIDE_ROWS))
         for size in ROW_BYTES
     )
     sequential = measure_card("read", case.device, buffer_bytes=BUFFER_BYTES)
     merge = measure_card("merge", case.device, row_bytes=4 * case.shape.n_embd)
-    return replace(measure_machine(case.threads), vram=Tier(0, sequential, rows, merge / 2))
+    return replace(machine, vram=Tier(0, sequential, rows, merge / 2))
 
 
 def all_contenders(case: Case, machine: Machine, vram: int, context: int) -> list[Contender]:
-    """Those that differ. vram: without the context, which the engine counts in a budget."""
+    """Those whose plan is not ours by another way. vram: without the context, which the engine counts in a budget."""
     bounds = plans.bounds_of(case.shape, case.active)
     sparse = plans.sparse_problem(case.shape, case.quant, case.active, machine, case.ctx_size)
     dense = plans.dense_problem(case.shape, case.quant, machine, case.ctx_size)
@@ -146,10 +151,7 @@ def all_contenders(case: Case, machine: Machine, vram: int, context: int) -> lis
         Contender(LAYERS, "dense", plans.whole_layers(dense, vram), dense),
         Contender(PROCESSOR, "auto", plans.nothing(sparse), sparse),
     ]
-    different: dict[Any, Contender] = {}
-    for c in contenders:
-        different.setdefault((c.mode, bool(c.plan.head), tuple(c.plan.dense), tuple(c.plan.vram)), c)
-    return list(different.values())
+    return [c for c in contenders if c.name not in (HOTTEST, RANDOM) or not plans.same(c.plan, contenders[0].plan)]
 
 
 def run(model: Model, mode: str, case: Case) -> Run:
@@ -198,8 +200,8 @@ def logits(model: Model, mode: str, case: Case) -> Logits:
 
 
 def agreement(found: Logits, expected: Logits) -> dict[str, Any]:
-    """nmse; equal: bit for bit; same_tokens: of positions, the share with the same likeliest token; far_tokens: of those
-    with another, how many differ by more than TIE."""
+    """nmse; equal: bit for bit; same_tokens: of positions, the share with the same likeliest token; far_tokens: of the
+    others, how many differ by more than TIE."""
     chosen, best = found.argmax(-1), expected.argmax(-1)
     each = np.arange(len(expected))
     behind = (expected[each, best] - expected[each, chosen]) / expected.std(-1)
