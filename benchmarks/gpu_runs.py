@@ -84,7 +84,7 @@ def write(small: Small, quant: str, kind: str, path: Path) -> Artifact:
     fields = WIDE | small.fields
     fields.setdefault("thresholds", (0.0,) * fields.get("n_layer", 2))
     checkpoint = DrawnCheckpoint(drawn_config(**fields), small.biases)
-    how = {"predictor": kind == "predictor", "input": small.input}
+    how: dict[str, Any] = {"predictor": kind == "predictor", "input": small.input}
     return write_artifact(checkpoint, path, quant=quant, always=40, slack=SLACK, **how)
 
 
@@ -106,9 +106,7 @@ def placements(artifact: Artifact, device: str) -> dict[str, CardLimits]:
         "neurons": limits(none, all_of, False),
         "half of the neurons": limits(none, half, False),
         "dense blocks and half of the neurons, lent the others": limits([True] * n, half, True, LENT),
-        "last layer": limits(
-            last(config), [n if there else 0 for n, there in zip(all_of, last(config), strict=True)], True
-        ),
+        "last layer": limits([*none[1:], 1], [*none[1:], config.n_ff], True),
     }
     for i in range(3):
         drawn = [int(rng.choice(row)) for row in bounds]
