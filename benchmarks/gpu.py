@@ -53,16 +53,24 @@ from powerinfer_tools.placement.measure import cores
 ACTIVE = {"falcon-40b": 0.05, "llama-2-7b": 0.1, "mistral-7b": 0.1, "opt-6.7b": 0.03}
 LAYERS = {"falcon-40b": {"q4_0": 16, "f16": 8}, "llama-2-7b": {"q4_0": 32, "f16": 16}}
 DEFAULT_LAYERS = {"q4_0": 32, "f16": 16}
-BUDGETS = (1.0, 0.75, 0.5, 0.25, 0.1)
+BUDGETS = (0.25, 1.0, 0.1, 0.5, 0.75)  # in the order of what they tell
 FEW_THREADS = 8
-TRIAL = {  # on the host device
-    "falcon-40b": Shape("falcon-40b", 3, 256, 1024, 4, 2, arch="falcon", n_vocab=320, n_ctx=128),
-    "llama-2-7b": Shape("llama-2-7b", 3, 256, 704, 4, 4, n_vocab=320, n_ctx=128),
+SIZES_OF_TRIAL: dict[str, Any] = {
+    "n_layer": 3,
+    "n_embd": 256,
+    "n_ff": 1024,
+    "n_head": 4,
+    "n_head_kv": 2,
+    "n_vocab": 320,
 }
 PROMPT, DECODE = 128, 32  # tokens
 PROMPT_TRIAL, DECODE_TRIAL = 24, 8
 PC_HIGH_VRAM = 24 * GIB
 LEFT = 3  # exit status
+
+
+Save = Callable[[], None]
+MeasureRow = Callable[[Case, Path, int], dict[str, Any]]
 
 
 def cases(given: argparse.Namespace) -> list[Case]:
@@ -71,7 +79,8 @@ def cases(given: argparse.Namespace) -> list[Case]:
     tokens = (PROMPT_TRIAL, DECODE_TRIAL) if host else (PROMPT, DECODE)
 
     def shape(name: str, quant: str) -> Shape:
-        scaled = TRIAL[name] if host else replace(SHAPES[name], n_layer=LAYERS.get(name, DEFAULT_LAYERS)[quant])
+        n_layer = LAYERS.get(name, DEFAULT_LAYERS)[quant]
+        scaled = replace(SHAPES[name], **(SIZES_OF_TRIAL if host else {"n_layer": n_layer}))
         return replace(scaled, n_layer=given.layers or scaled.n_layer)
 
     every = product(given.shapes, given.quants, given.budgets, given.threads)
@@ -81,20 +90,21 @@ def cases(given: argparse.Namespace) -> list[Case]:
     ]
 
 
-def run(document: Document, todo: list[Case], given: argparse.Namespace, row: Callable[..., Any]) -> list[Case]:
-    """Measures row after row into the document and the output; returns those for which no time was left."""
-    end = time.monotonic() + given.time_limit
-    longest = 0.0
+def fill(document: Document, given: argparse.Namespace, save: Save, row: MeasureRow) -> int:
+    """Measures the rows that are asked for and not there yet, and saves after each; returns how many are left."""
+    document["foretold"] = foretell(given)
+    todo = [case for case in cases(given) if not done(document, case)]
+    end, longest = time.monotonic() + given.time_limit, 0.0
     with Files(given.folder, given.keep) as files:
         for at, case in enumerate(todo):
-            if time.monotonic() + longest > end:
-                return todo[at:]
             start = time.monotonic()
+            if start + longest > end:
+                return len(todo) - at
             say(f"{at + 1} of {len(todo)}: {case.key}")
             document["rows"][case.key] = {"case": asdict(case), **row(case, files.of(case), given.rounds)}
             longest = max(longest, time.monotonic() - start)
-            write(document, given.output)
-    return []
+            save()
+    return 0
 
 
 class Files:
@@ -167,15 +177,20 @@ def foretold(on: Machine, name: str, quant: str, vram: int) -> dict[str, Any]:
     }
 
 
-def opened(given: argparse.Namespace) -> Document:
-    """What the output holds, or a new document. Errors: it holds what another device measured."""
-    document = {"device": given.device, "card": describe_card(given.device)[0], "machine": machine({}), "rows": {}}
-    if not given.output.exists():
+def fresh(device: str) -> Document:
+    """A document without rows."""
+    return {"device": device, "card": describe_card(device)[0], "machine": machine({}), "rows": {}, "foretold": []}
+
+
+def opened(output: Path, device: str) -> Document:
+    """What the output holds, or a new document. Errors: it holds what another machine or device measured."""
+    document = fresh(device)
+    if not output.exists():
         return document
-    before: Document = json.loads(given.output.read_text())
+    before: Document = json.loads(output.read_text())
     found, expected = (f"{one['card']} beside {one['machine']['processor']}" for one in (before, document))
     if found != expected:
-        raise PowerinferError(f"{given.output}: expected rows of {expected}, found rows of {found}", "mismatch")
+        raise PowerinferError(f"{output}: expected rows of {expected}, found rows of {found}", "mismatch")
     return before
 
 
@@ -193,29 +208,27 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def parse(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    all_cores = cores()
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which rows, and how they are measured."""
+    n = cores()
     parser.add_argument("--device", choices=("cuda", "host"), default="cuda", help="host: a thread in place of a card")
-    parser.add_argument("--shapes", nargs="+", default=list(TRIAL), choices=ACTIVE)
+    parser.add_argument("--shapes", nargs="+", default=list(LAYERS), choices=ACTIVE)
     parser.add_argument("--quants", nargs="+", default=["q4_0", "f16"], choices=("q4_0", "f16"))
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS), help="shares of the model")
-    parser.add_argument(
-        "-t", "--threads", nargs="+", type=int, default=sorted({all_cores, min(FEW_THREADS, all_cores)})
-    )
+    parser.add_argument("-t", "--threads", nargs="+", type=int, default=sorted({n, min(FEW_THREADS, n)}, reverse=True))
     parser.add_argument("--layers", type=int, help="of every model, in place of what LAYERS says")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--time-limit", type=float, default=float("inf"), help="seconds: no row begins that would end later"
-    )
+    parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds: what would end later waits")
     parser.add_argument("--folder", type=Path, default=Path(".cache/shapes"), help="where models are written: 14 GB")
     parser.add_argument("--keep", action="store_true", help="keep the models")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add_options(parser)
     parser.add_argument("--show", action="store_true", help="measure nothing")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the JSON document")
-    given = parser.parse_args(words)
-    if given.device == "host" and (unknown := set(given.shapes) - TRIAL.keys()):
-        parser.error(f"--shapes: expected some of {', '.join(TRIAL)} on the host device, found {', '.join(unknown)}")
-    return given
+    return parser.parse_args()
 
 
 def main() -> int:
@@ -224,17 +237,15 @@ def main() -> int:
         print(markdown(json.loads(given.output.read_text())))
         return 0
     try:
-        document = opened(given)
+        document = opened(given.output, given.device)
     except PowerinferError as error:
         say(str(error))
         return 1
-    document["foretold"] = foretell(given)
-    asked = cases(given)
-    left = run(document, [case for case in asked if not done(document, case)], given, in_a_process)
+    left = fill(document, given, lambda: write(document, given.output), in_a_process)
     write(document, given.output)
     say(markdown(document))
     if left:
-        say(f"{len(left)} rows of {len(asked)} are left: the same command goes on")
+        say(f"{left} rows are left: the same command goes on")
         return LEFT
     return 0 if all(sound(row) for row in document["rows"].values()) else 1
 

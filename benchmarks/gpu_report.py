@@ -107,11 +107,16 @@ def sound(row: Row) -> bool:
 
 def markdown(document: Document) -> str:
     """All of it."""
-    rows = [row for row in document["rows"].values() if "error" not in row]
+    rows = sorted((row for row in document["rows"].values() if "error" not in row), key=order)
     parts = [] if document["device"] != "host" else [HOST]
     parts += [rows_table(rows), counters_table(rows), measures_table(list(measures(rows)))]
     parts += [f"FAILED: {key}: {row['error']}" for key, row in document["rows"].items() if "error" in row]
     return "\n\n".join([*parts, foretold_table(document["foretold"], rows)])
+
+
+def order(row: Row) -> tuple[str, int, float]:
+    """By model, threads and budget, the largest first."""
+    return model(row), -row["case"]["threads"], -row["case"]["share"]
 
 
 HOST = "THE HOST DEVICE STANDS IN FOR A CARD: this tries the script out, and its times mean nothing."

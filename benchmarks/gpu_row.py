@@ -164,8 +164,13 @@ def run(model: Model, mode: str, case: Case) -> Run:
         prefill_s = seconds(lambda: engine.prefill(prompt))
         engine.reset_stats()
         decode_s = seconds(lambda: [engine.decode(token) for token in tokens])
-        used = model.info.card_bytes + model.info.card_context_bytes + sum(engine.card_memory())
-        return Run(decode_s / len(tokens) * 1e3, len(prompt) / prefill_s, engine.stats(), used)
+        return Run(decode_s / len(tokens) * 1e3, len(prompt) / prefill_s, engine.stats(), on_card(engine))
+
+
+def on_card(engine: Engine) -> int:
+    """All bytes there, as the engine counts them."""
+    info = engine.model.info
+    return info.card_bytes + info.card_context_bytes + sum(engine.card_memory())
 
 
 def ids(case: Case, model: Model) -> tuple[list[int], list[int]]:
