@@ -86,6 +86,12 @@ def nothing(problem: Problem) -> Plan:
     return _plan(problem, np.zeros(problem.n_layer, bool), False, np.zeros(problem.n_layer, np.int64))
 
 
+def budget(problem: Problem, share: float) -> int:
+    """Bytes of the card: a share of all weights and KV cache there, and what beside them does not shrink with them."""
+    whole = card_bytes(problem, everything(problem))
+    return int(share * (whole - problem.costs.scratch)) + problem.costs.scratch
+
+
 def found(problem: Problem, vram: int, bounds: Bounds) -> Plan:
     """The plan that the program finds for so many bytes of the card."""
     best = Search(problem, time(problem), Budgets(vram, problem.costs.needed)).best().plan

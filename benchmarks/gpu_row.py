@@ -105,22 +105,25 @@ class Run:
 
 def measure(case: Case, model: Path, rounds: int) -> dict[str, Any]:
     """The row: every contender's figures, one a round, and what they depend on."""
-    machine, context = measured(case), describe_card(case.device)[3]
-    sparse = plans.sparse_problem(case.shape, case.quant, case.active, machine, case.ctx_size)
-    vram = int(case.share * plans.card_bytes(sparse, plans.everything(sparse)))
-    contenders = all_contenders(case, machine, vram, context)
+    machine = measured(case)
+    contenders = all_contenders(case, machine)
     models = Models(contenders, model, case.device)
     agreements = compare(case, contenders, models)
+    runs = in_turn(contenders, rounds, lambda c: run(models.of(c), c.mode, case))
+    return {
+        "machine": machine.to_json(),
+        "vram": contenders[0].budget,
+        "contenders": {c.name: figures(c, runs[c.name]) | {"agreement": agreements[c.name]} for c in contenders},
+    }
+
+
+def in_turn(contenders: list[Contender], rounds: int, once: Callable[[Contender], Run]) -> dict[str, list[Run]]:
+    """All contenders one after the other, and that again each round, so that the machine's drift meets all alike."""
     runs: dict[str, list[Run]] = {c.name: [] for c in contenders}
     for _ in range(rounds):
         for c in contenders:
-            runs[c.name].append(run(models.of(c), c.mode, case))
-    return {
-        "machine": machine.to_json(),
-        "vram": vram + context,
-        "context": context,
-        "contenders": {c.name: figures(c, runs[c.name]) | {"agreement": agreements[c.name]} for c in contenders},
-    }
+            runs[c.name].append(once(c))
+    return runs
 
 
 def measured(case: Case) -> Machine:
@@ -138,12 +141,13 @@ def measured(case: Case) -> Machine:
     return replace(machine, vram=Tier(0, sequential, rows, merge / 2))
 
 
-def all_contenders(case: Case, machine: Machine, vram: int, context: int) -> list[Contender]:
-    """Those whose plan is not ours by another way. vram: without the context, which the engine counts in a budget."""
+def all_contenders(case: Case, machine: Machine) -> list[Contender]:
+    """Ours first, and those whose plan is not ours by another way."""
     bounds = plans.bounds_of(case.shape, case.active)
     sparse = plans.sparse_problem(case.shape, case.quant, case.active, machine, case.ctx_size)
     dense = plans.dense_problem(case.shape, case.quant, machine, case.ctx_size)
-    budget = vram + context
+    vram = plans.budget(sparse, case.share)
+    budget = vram + describe_card(case.device)[3]
     contenders = [
         Contender(OURS, "auto", plans.found(sparse, vram, bounds), sparse, budget),
         Contender(HOTTEST, "auto", plans.hottest_first(sparse, vram, bounds), sparse, budget),
