@@ -7,12 +7,14 @@ A layer falls into parts that can be placed apart:
              biases. It goes to vram with its neuron; a neuron on disk leaves it in ram
     bundle   the neuron's rows in ffn_neurons: on vram, ram or disk
     table    ffn_order and ffn_frequency: in ram, not read while decoding
+
+On a card rows are padded to 16 bytes and tensors to 256, beside its context and the scratch of what runs there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from powerinfer_tools.artifact.layout import MODE_PREDICTOR, LayerPlan, TensorPlan, tensor_table
+from powerinfer_tools.artifact.layout import BLOCK, MODE_PREDICTOR, LayerPlan, TensorPlan, tensor_table
 from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.errors import PowerinferError
 
@@ -25,6 +27,9 @@ QUERIES, TILE_ROWS = 32, 16  # tokens whose attention is computed at once; posit
 PIECE = 256  # neurons of an expert that a batch computes at once
 CHUNKS = 24  # partial sums of an FFN
 
+# on a card (native/src/model_device.cpp, native/cuda)
+CARD_ROW, CARD_TENSOR = 16, 256  # what rows and tensors are padded to
+
 # with neurons on disk (native/src/disk.cpp)
 PAGE = 4096
 TABLE_ROWS = 256  # of the embedding that are read together
@@ -35,6 +40,16 @@ BESIDE = ("ffn_expert.weight", "ffn_select.weight", "ffn_gate.bias", "ffn_up.bia
 PREDICTOR = ("predictor_out.weight", "predictor_out.bias")
 TABLE = ("ffn_order.weight", "ffn_frequency.weight")
 BUNDLE = "ffn_neurons.weight"
+
+
+@dataclass(frozen=True)
+class OnCard:
+    """Bytes of one layer on a card, rows padded: the block without its KV cache; the others are per neuron."""
+
+    dense: int
+    bundle: int
+    beside: int
+    predictor: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,7 @@ class LayerCosts:
     predictor: int
     always: int
     n_ff: int
+    on_card: OnCard
 
     def stored_beside(self, n: int) -> int:
         """Bytes beside the bundles of stored neurons [0, n)."""
@@ -67,16 +83,22 @@ class LayerCosts:
 
 @dataclass(frozen=True)
 class Costs:
-    """Bytes of an artifact and of what runs it. head: output matrix and norm; host: embeddings and the like, in ram.
+    """Bytes of an artifact and of what runs it. head: output matrix and norm; host: embeddings and the like, in ram;
+    scratch: of the processor, of all contexts; card_head: the head on a card; card_fixed: what a card's context,
+    scratch and padding take as soon as it is used; logits: of one token.
 
-    taking_part: of the neurons, the share that any token's experts have.
+    taking_part: of the neurons, the share that any token's experts have; contexts: KV caches and scratches.
     """
 
     layers: tuple[LayerCosts, ...]
     head: int
     host: int
     scratch: int
+    card_head: int
+    card_fixed: int
+    logits: int
     taking_part: float = 1.0
+    contexts: int = 1
 
     @property
     def weights(self) -> int:
@@ -85,8 +107,8 @@ class Costs:
 
     @property
     def kv(self) -> int:
-        """Bytes of the KV cache."""
-        return sum(layer.kv for layer in self.layers)
+        """Bytes of the KV caches."""
+        return self.contexts * sum(layer.kv for layer in self.layers)
 
     @property
     def needed(self) -> int:
@@ -103,40 +125,46 @@ def artifact_costs(
     ctx_size: int,
     threads: int = 1,
     head: str | None = None,
+    contexts: int = 1,
+    card_context: int = 0,
 ) -> Costs:
     """The bytes of the artifact that `split` makes of these choices, run with `ctx_size` positions and `threads`.
 
-    head: the type of output.weight, where it is not `quant`.
+    head: the type of output.weight, where it is not `quant`; card_context: what a card takes before anything is there.
     """
     if len(plans) != config.n_layer:
         raise PowerinferError(f"expected one plan a layer ({config.n_layer}), found {len(plans)}", "mismatch")
     if not 1 <= ctx_size <= config.n_ctx:
         raise PowerinferError(f"--ctx-size: expected 1 to {config.n_ctx}, found {ctx_size}", "usage")
     parts: list[dict[str, TensorPlan]] = [{} for _ in plans]
-    output = host = 0
-    for tensor in tensor_table(config, list(plans), quant, biases, head):
+    output = host = card_head = 0
+    table = tensor_table(config, list(plans), quant, biases, head)
+    for tensor in table:
         if tensor.name.startswith("blk."):
             _, number, name = tensor.name.split(".", 2)
             parts[int(number)][name] = tensor
         elif tensor.name.startswith("output") or (config.tied and tensor.name == "token_embd.weight"):
             output += tensor.n_bytes
+            card_head += _card_bytes(tensor)
         else:
             host += tensor.n_bytes
     kv = kv_bytes(config, 1, ctx_size)
     layers = tuple(_layer_costs(config, plan, part, kv) for plan, part in zip(plans, parts, strict=True))
-    scratch = scratch_bytes(config, plans, ctx_size, threads)
-    return Costs(layers, output, host, scratch, config.taking_part)
+    scratch = contexts * scratch_bytes(config, plans, ctx_size, threads)
+    card_fixed = card_context + contexts * card_scratch_bytes(config, plans, ctx_size) + CARD_TENSOR * len(table)
+    return Costs(layers, output, host, scratch, card_head, card_fixed, 4 * config.n_vocab, config.taking_part, contexts)
 
 
 def _layer_costs(config: Config, plan: LayerPlan, tensors: dict[str, TensorPlan], kv: int) -> LayerCosts:
-    def total(names: Sequence[str]) -> int:
-        return sum(tensors[name].n_bytes for name in names if name in tensors)
+    def total(names: Sequence[str], size: Callable[[TensorPlan], int] = lambda tensor: tensor.n_bytes) -> int:
+        return sum(size(tensors[name]) for name in names if name in tensors)
 
     apart = (BUNDLE, *BESIDE, *PREDICTOR, *TABLE)
+    block = [name for name in tensors if name not in apart]
     bundle = tensors[BUNDLE]
     asked = config.n_ff - plan.always
     return LayerCosts(
-        dense=total([name for name in tensors if name not in apart]),
+        dense=total(block),
         kv=kv,
         table=total(TABLE),
         bundle=bundle.n_bytes // config.n_ff,
@@ -145,7 +173,22 @@ def _layer_costs(config: Config, plan: LayerPlan, tensors: dict[str, TensorPlan]
         predictor=total(PREDICTOR) // asked if asked else 0,
         always=plan.always if plan.mode == MODE_PREDICTOR else config.n_ff,
         n_ff=config.n_ff,
+        on_card=OnCard(
+            dense=total(block, _card_bytes),
+            bundle=_card_bytes(bundle) // config.n_ff,
+            beside=total(BESIDE, _card_bytes) // config.n_ff,
+            predictor=total(PREDICTOR, _card_bytes) // asked if asked else 0,
+        ),
     )
+
+
+def _card_bytes(tensor: TensorPlan) -> int:
+    """Bytes of a tensor on a card, its rows padded; numbers of neurons are one row, whose padding is the tensor's."""
+    if len(tensor.shape) == 1:
+        return tensor.n_bytes
+    elements, size = BLOCK[tensor.type]
+    row = tensor.shape[0] // elements * size
+    return tensor.n_bytes // row * (-(-row // CARD_ROW) * CARD_ROW)
 
 
 def kv_bytes(config: Config, n_layer: int, n_positions: int) -> int:
@@ -176,6 +219,11 @@ def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, thr
     gathered = 0 if config.experts is None else config.n_ff + batch * (1 + d) + PIECE * (3 * d + 2)
     blocks = wide // 32 + rank // 32 + batch * -(-max(wide, together, rank) // 32)  # of 32 numbers
     return 4 * (threads * thread + decode + gathered + batch * token) + 40 * blocks  # scale, sum and 32 bytes
+
+
+def card_scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int) -> int:
+    """The most that a session takes on a card beside its KV cache."""
+    return scratch_bytes(config, plans, ctx_size, threads=1)
 
 
 @dataclass(frozen=True)

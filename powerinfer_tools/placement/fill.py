@@ -85,7 +85,7 @@ class Fill:
     def _per_neuron(self) -> Ints:
         """[layer, segment]: bytes of a neuron in vram."""
         p = self.problem
-        return (p.bundle + p.beside)[:, None] + (self.k[:, :-1] >= p.always[:, None]) * p.predictor[:, None]
+        return p.card_neuron[:, None] + (self.k[:, :-1] >= p.always[:, None]) * p.card_predictor[:, None]
 
     def _ram_density(self) -> Floats:
         """[layer, segment]: what a byte of ram saves."""

@@ -9,6 +9,10 @@ Time (design: each device computes its whole share, one merge a layer). With k1 
     token = sum of layers + output head + half a hand-over wherever the hidden state changes sides.
 
 What is read for every token (beside the bundles) moves at the sequential bandwidth, picked rows at that of their size.
+In vram each step of a block, of a layer's neurons and of the head takes a launch, and the logits are copied back.
+
+A hand-over: the FFN's input to the other side and a sum back. Where the block is in ram the processor computes its
+share meanwhile, so that less of it is seen: the time is then an upper bound, by a hand-over a layer at most.
 """
 
 from dataclasses import dataclass
@@ -26,6 +30,9 @@ Floats = npt.NDArray[np.float64]
 Index = Any  # an int or an array of ints
 Bools = npt.NDArray[np.bool_]
 NONE, SOME, ALL = range(3)  # of a layer's neurons are in vram
+
+# small steps of the card (native/cuda), one behind another
+BLOCK_STEPS, FFN_STEPS, HEAD_STEPS = 7, 3, 2
 
 
 class Firing(Protocol):
@@ -77,6 +84,10 @@ class Problem:
         layers = costs.layers
         self.dense = np.array([layer.dense for layer in layers], np.int64)
         self.kv = np.array([layer.kv for layer in layers], np.int64)
+        self.block = self.dense + costs.contexts * self.kv
+        self.card_block = np.array([layer.on_card.dense for layer in layers], np.int64) + costs.contexts * self.kv
+        self.card_neuron = np.array([layer.on_card.bundle + layer.on_card.beside for layer in layers], np.int64)
+        self.card_predictor = np.array([layer.on_card.predictor for layer in layers], np.int64)
         self.bundle = np.array([layer.bundle for layer in layers], np.int64)
         self.first = np.array([layer.first for layer in layers], np.int64)
         self.beside = np.array([layer.beside for layer in layers], np.int64)
@@ -100,6 +111,10 @@ class Problem:
         """Bytes of all that is theirs."""
         return self.bundle_bytes(i, k) + self.beside_bytes(i, k)
 
+    def card_bytes(self, i: Index, k: Index) -> Any:
+        """Bytes of all that is theirs, in vram."""
+        return k * self.card_neuron[i] + np.maximum(0, k - self.always[i]) * self.card_predictor[i]
+
     def asked(self, i: Index, k: Index) -> Any:
         """Neurons whose first row (or bundle on disk) is expected to be read for a token."""
         prefix = np.where(self.first[i] > 0, np.minimum(k, self.always[i]), 0)
@@ -111,7 +126,8 @@ class Problem:
         """Expected time of computing from vram or ram."""
         first, rest, _ = self._row_seconds[tier]
         beside = self.costs.taking_part * self.beside_bytes(i, k)
-        return beside / tier.sequential + self.asked(i, k) * first[i] + self.fired[i, k] * rest[i]
+        seconds = beside / tier.sequential + self.asked(i, k) * first[i] + self.fired[i, k] * rest[i]
+        return seconds + np.where(np.asarray(k) > 0, FFN_STEPS * tier.launch_s, 0.0)
 
     def disk_seconds(self, i: Index, k: Index) -> Any:
         """Expected time of computing with the bundles on disk, one read each, and what lies beside them in ram."""
@@ -156,12 +172,15 @@ class Problem:
     @property
     def head_seconds(self) -> tuple[float, float]:
         """Time of the output head in ram and in vram."""
-        on_card = self.costs.head / self.vram.sequential if self.machine.vram else np.inf
-        return self.costs.head / self.machine.ram.sequential, on_card
+        in_ram = self.costs.head / self.machine.ram.sequential
+        if self.machine.vram is None:
+            return in_ram, np.inf
+        copied = self.costs.logits / self.vram.copy if self.vram.copy else 0.0
+        return in_ram, self.costs.head / self.vram.sequential + HEAD_STEPS * self.vram.launch_s + copied
 
     def dense_seconds(self, tier: Tier) -> Floats:
         """Time of each layer's dense block and KV reads, the context half full."""
-        seconds: Floats = (self.dense + self.kv / 2) / tier.sequential
+        seconds: Floats = (self.dense + self.kv / 2) / tier.sequential + BLOCK_STEPS * tier.launch_s
         return seconds
 
     def ffn_seconds(self, i: Index, k1: Index, k2: Index) -> tuple[Any, Any]:
@@ -221,13 +240,14 @@ class Problem:
         return np.minimum(np.maximum(least, 1), self.n_ff + 1).astype(np.int64)
 
     def bytes(self, plan: Plan) -> tuple[Any, Any, Any]:
-        """Bytes in vram, ram and on disk, with KV cache and scratch."""
-        costs, blocks = self.costs, self.dense + self.kv
+        """Bytes in vram, ram and on disk, with KV cache and scratch; in vram with its context and padding, too."""
+        costs = self.costs
         beside = self.beside_bytes(self.each, plan.vram)
-        card = (blocks * plan.dense + plan.vram * self.bundle + beside).sum(axis=-1) + costs.head * plan.head
-        card = card + np.where(card > 0, costs.scratch, 0)
+        neurons = self.card_bytes(self.each, plan.vram)
+        card = (self.card_block * plan.dense + neurons).sum(axis=-1) + costs.card_head * plan.head
+        card = card + np.where(card > 0, costs.card_fixed, 0)
         left = self.beside_bytes(self.each, np.full(self.n_layer, self.n_ff)) - beside
-        left = left + blocks * ~plan.dense + (plan.ram - plan.vram) * self.bundle
+        left = left + self.block * ~plan.dense + (plan.ram - plan.vram) * self.bundle
         ram = left.sum(axis=-1) + costs.head * np.logical_not(plan.head) + costs.host + costs.scratch
         ram = ram + sum(layer.table for layer in costs.layers)
         return card, ram, ((self.n_ff - plan.ram) * self.bundle).sum(axis=-1)
