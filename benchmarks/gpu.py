@@ -25,6 +25,7 @@ Rows are written as they are measured, and a run goes on from what its output al
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -46,7 +47,7 @@ from benchmarks.report import machine
 from benchmarks.shapes import SHAPES, Shape, write_shape
 from powerinfer_tools.engine.native import describe_card
 from powerinfer_tools.errors import PowerinferError
-from powerinfer_tools.files import atomic_write
+from powerinfer_tools.files import atomic_write, sha256_bytes, sha256_file
 from powerinfer_tools.placement import Machine
 from powerinfer_tools.placement.measure import cores
 
@@ -178,19 +179,29 @@ def foretold(on: Machine, name: str, quant: str, vram: int) -> dict[str, Any]:
 
 
 def fresh(device: str) -> Document:
-    """A document without rows."""
-    return {"device": device, "card": describe_card(device)[0], "machine": machine({}), "rows": {}, "foretold": []}
+    """A document without rows. From here on this process, and those that it starts, take this device for a card."""
+    os.environ["POWERINFER_DEVICE"] = device
+    about = {"device": device, "card": describe_card(device)[0], "machine": machine({}), "sources": sources()}
+    return about | {"rows": {}, "foretold": []}
+
+
+def sources() -> str:
+    """Digest of the engine's."""
+    native = Path(__file__).parents[1] / "native"
+    return sha256_bytes(b"".join(sha256_file(path).encode() for path in sorted(native.rglob("*.*"))))[:16]
 
 
 def opened(output: Path, device: str) -> Document:
-    """What the output holds, or a new document. Errors: it holds what another machine or device measured."""
+    """What the output holds, or a new document. Errors: it holds what was measured elsewhere, or of other sources."""
     document = fresh(device)
     if not output.exists():
         return document
     before: Document = json.loads(output.read_text())
-    found, expected = (f"{one['card']} beside {one['machine']['processor']}" for one in (before, document))
+    found, expected = (
+        f"{one['card']} beside {one['machine']['processor']}, sources {one['sources']}" for one in (before, document)
+    )
     if found != expected:
-        raise PowerinferError(f"{output}: expected rows of {expected}, found rows of {found}", "mismatch")
+        raise PowerinferError(f"{output}: expected figures of {expected}, found those of {found}", "mismatch")
     return before
 
 

@@ -72,7 +72,15 @@ def _problem(
     config = shape_config(shape)
     biases = frozenset(name for name in Planted(config).names())
     plans = [plan] * config.n_layer
-    costs = artifact_costs(config, plans, quant=quant, biases=biases, ctx_size=ctx_size, threads=machine.threads)
+    costs = artifact_costs(
+        config,
+        plans,
+        quant=quant,
+        biases=biases,
+        ctx_size=ctx_size,
+        threads=machine.threads,
+        card_context=machine.vram.context if machine.vram is not None else 0,
+    )
     return Problem(costs, Fires(fires, config.n_layer), machine)
 
 
@@ -88,8 +96,8 @@ def nothing(problem: Problem) -> Plan:
 
 def budget(problem: Problem, share: float) -> int:
     """Bytes of the card: a share of all weights and KV cache there, and what beside them does not shrink with them."""
-    whole = card_bytes(problem, everything(problem))
-    return int(share * (whole - problem.costs.scratch)) + problem.costs.scratch
+    fixed = problem.costs.card_fixed
+    return fixed + int(share * (card_bytes(problem, everything(problem)) - fixed))
 
 
 def found(problem: Problem, vram: int, bounds: Bounds) -> Plan:

@@ -13,9 +13,9 @@ import numpy.typing as npt
 from benchmarks import gpu_plans as plans
 from benchmarks.shapes import Shape
 from powerinfer_tools.engine import CardLimits, Engine, Model, Stats
-from powerinfer_tools.engine.native import describe_card, measure_card
+from powerinfer_tools.engine.native import describe_card
+from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement import Machine, Tier, measure_machine
-from powerinfer_tools.placement.measure import BUFFER_BYTES, ROW_BYTES, STRIDE_ROWS
 from powerinfer_tools.placement.problem import Plan, Problem
 
 Logits = npt.NDArray[np.float32]
@@ -129,16 +129,12 @@ def in_turn(contenders: list[Contender], rounds: int, once: Callable[[Contender]
 def measured(case: Case) -> Machine:
     """The machine with so many threads, and its card; for the host device one is made up, so that plans use it."""
     machine = measure_machine(case.threads)
+    if machine.vram is None:
+        raise PowerinferError("; ".join(machine.notes), "unsupported")
     if case.device == "host":
         rows = tuple((size, HOST_TIMES * speed) for size, speed in machine.ram.rows)
         return replace(machine, vram=Tier(0, HOST_TIMES * machine.ram.sequential, rows, HOST_MERGE_S))
-    rows = tuple(
-        (size, measure_card("read", case.device, buffer_bytes=BUFFER_BYTES, row_bytes=size, stride_rows=STRIDE_ROWS))
-        for size in ROW_BYTES
-    )
-    sequential = measure_card("read", case.device, buffer_bytes=BUFFER_BYTES)
-    merge = measure_card("merge", case.device, row_bytes=4 * case.shape.n_embd)
-    return replace(machine, vram=Tier(0, sequential, rows, merge / 2))
+    return machine
 
 
 def all_contenders(case: Case, machine: Machine) -> list[Contender]:
@@ -146,13 +142,12 @@ def all_contenders(case: Case, machine: Machine) -> list[Contender]:
     bounds = plans.bounds_of(case.shape, case.active)
     sparse = plans.sparse_problem(case.shape, case.quant, case.active, machine, case.ctx_size)
     dense = plans.dense_problem(case.shape, case.quant, machine, case.ctx_size)
-    vram = plans.budget(sparse, case.share)
-    budget = vram + describe_card(case.device)[3]
+    budget = plans.budget(sparse, case.share)
     contenders = [
-        Contender(OURS, "auto", plans.found(sparse, vram, bounds), sparse, budget),
-        Contender(HOTTEST, "auto", plans.hottest_first(sparse, vram, bounds), sparse, budget),
-        Contender(RANDOM, "auto", plans.drawn(sparse, vram, bounds), sparse, budget),
-        Contender(LAYERS, "dense", plans.whole_layers(dense, vram), dense),
+        Contender(OURS, "auto", plans.found(sparse, budget, bounds), sparse, budget),
+        Contender(HOTTEST, "auto", plans.hottest_first(sparse, budget, bounds), sparse, budget),
+        Contender(RANDOM, "auto", plans.drawn(sparse, budget, bounds), sparse, budget),
+        Contender(LAYERS, "dense", plans.whole_layers(dense, budget), dense),
         Contender(PROCESSOR, "auto", plans.nothing(sparse), sparse),
     ]
     return [c for c in contenders if c.name not in (HOTTEST, RANDOM) or not plans.same(c.plan, contenders[0].plan)]
@@ -196,7 +191,7 @@ def compare(case: Case, contenders: list[Contender], models: Models) -> dict[str
     agreements: dict[str, dict[str, Any] | None] = {PROCESSOR: None}
     for c in contenders:
         if c is not alone:
-            agreements[c.name] = agreement(logits(models.of(c), c.mode, case), expected[c.mode])
+            agreements[c.name] = agreement_of(logits(models.of(c), c.mode, case), expected[c.mode])
     return agreements
 
 
@@ -208,7 +203,7 @@ def logits(model: Model, mode: str, case: Case) -> Logits:
         return np.array([engine.decode(token, logits=True) for token in tokens[:CHECKED]])
 
 
-def agreement(found: Logits, expected: Logits) -> dict[str, Any]:
+def agreement_of(found: Logits, expected: Logits) -> dict[str, Any]:
     """nmse; equal: bit for bit; same_tokens: of positions, the share with the same likeliest token; far_tokens: of the
     others, how many differ by more than TIE."""
     chosen, best = found.argmax(-1), expected.argmax(-1)

@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.gpu_row import Logits, agreement
+from benchmarks.gpu_row import Logits, agreement_of
 from powerinfer_tools.artifact import Artifact
 from powerinfer_tools.engine import CardLimits, Engine, Model
 from powerinfer_tools.engine.native import chunk_bounds
@@ -130,7 +130,7 @@ def outputs(model: Model, mode: str) -> dict[str, Logits]:
 
 def judge(found: dict[str, Logits], expected: dict[str, Logits], quant: str, device: str) -> dict[str, Any]:
     """The worst of a run's parts, and whether it is good enough."""
-    parts = {name: agreement(found[name], expected[name]) for name in expected}
+    parts = {name: agreement_of(found[name], expected[name]) for name in expected}
     worst = max(part["nmse"] for part in parts.values())
     far = sum(part["far_tokens"] for part in parts.values())
     equal = all(part["equal"] for part in parts.values())
