@@ -184,7 +184,7 @@ PI_API pi_status pi_seed(pi_session* session, uint64_t seed);
 PI_API pi_status pi_sample(pi_session* session, const pi_sampling* sampling, const int32_t* recent, size_t n_recent,
                            int32_t* token);
 
-PI_API pi_status pi_session_get_stats(const pi_session* session, pi_stats* out);
+PI_API pi_status pi_session_get_stats(pi_session* session, pi_stats* out);
 PI_API pi_status pi_session_reset_stats(pi_session* session);
 
 /* Measures memory reads with n_threads: bytes are read in sequence, or as `row_bytes` long rows of which one in

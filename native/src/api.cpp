@@ -240,16 +240,16 @@ pi_status pi_sample(pi_session* session, const pi_sampling* sampling, const int3
         pi::Session& s = session->session;
         require(s.has_logits, "nothing to sample from: no token was run since the session was opened or truncated");
         for (size_t i = 0; i < n_recent; i++)
-            require(recent[i] >= 0 && static_cast<uint32_t>(recent[i]) < s.model.config.n_vocab,
+            require(recent[i] >= 0 && static_cast<uint32_t>(recent[i]) < s.config.n_vocab,
                     "recent: a token id is out of range");
-        *token = s.sampler.sample(s.logits.data(), s.model.config.n_vocab, *sampling, recent, n_recent);
+        *token = s.sampler.sample(s.logits.data(), s.config.n_vocab, *sampling, recent, n_recent);
     });
 }
 
-pi_status pi_session_get_stats(const pi_session* session, pi_stats* out) {
+pi_status pi_session_get_stats(pi_session* session, pi_stats* out) {
     return guarded([&] {
         require(session && out, "session and out: expected both, found NULL");
-        pi_stats stats = session->session.stats;
+        pi_stats stats = session->session.read_stats();
         stats.struct_size = sizeof(pi_stats);
         copy_out(stats, out);
     });
@@ -258,7 +258,7 @@ pi_status pi_session_get_stats(const pi_session* session, pi_stats* out) {
 pi_status pi_session_reset_stats(pi_session* session) {
     return guarded([&] {
         require(session, "session: expected one, found NULL");
-        session->session.stats = pi_stats{};
+        session->session.reset_stats();
     });
 }
 

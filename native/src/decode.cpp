@@ -2,13 +2,12 @@
 // of neurons, computes the deciding rows of those it lets through, then up and down of those that fire, and keeps its
 // own partial sum. The ranges are fixed, so the sums are the same for any number of threads.
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <numeric>
 #include <utility>
 
-#include "session.h"
+#include "side.h"
 
 namespace pi {
 
@@ -23,38 +22,13 @@ size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-void Session::decode(int32_t token, float* logits_out) {
-    check_tokens(&token, 1);
-    std::unique_lock<std::mutex> turn = take_turn();
-    auto start = std::chrono::steady_clock::now();
+void Side::start_clock() {
     std::fill_n(spent_, +N_PARTS, 0);
     mark_ = ticks();
-    embed(&token, 1, hidden_.data());
-    set_angles(position, 1);
-    bool parallel_blocks = model.config.parallel;
-    bool routed_early = model.config.experts.routed_by == RoutedBy::LayerInput;
-    for (size_t il = 0; il < model.weights.layers.size(); il++) {
-        const Layer& layer = model.weights.layers[il];
-        if (routed_early) route(layer, hidden_.data());
-        normalise(layer.attn_norm, hidden_.data(), x_.f.data());
-        if (parallel_blocks) std::copy_n(hidden_.data(), model.config.n_embd, entry_.data());
-        attention(layer, il);
-        ffn(layer, il, parallel_blocks ? entry_.data() : hidden_.data());
-    }
-    if (model.disk) collect_disk_counts();
-    position++;
-    output_head(hidden_.data());
-    stats.n_decode++;
-    stats.bytes_head += model.weights.output.n_rows * model.weights.output.row_size();
-    stats.bytes_decode =
-        stats.bytes_attention + stats.bytes_predictor + stats.bytes_gate + stats.bytes_updown + stats.bytes_head;
-    if (logits_out) std::memcpy(logits_out, logits.data(), logits.bytes());
-    lap(OTHER);
-    collect_seconds(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
 }
 
 // Counts the ticks since the last call.
-void Session::lap(Part part) {
+void Side::lap(Part part) {
     uint64_t now = ticks();
     spent_[part] += now - mark_;
     mark_ = now;
@@ -63,7 +37,7 @@ void Session::lap(Part part) {
 // One parallel step, whose items' time counts as `part` (or as what they noted themselves), and the threads' waiting
 // as SYNC.
 template <class Task>
-void Session::parallel(Part part, size_t n_items, Task&& task) {
+void Side::parallel(Part part, size_t n_items, Task&& task) {
     lap(OTHER);
     pool_.run(n_items, task);
     lap(SYNC);
@@ -80,7 +54,7 @@ void Session::parallel(Part part, size_t n_items, Task&& task) {
 }
 
 // The parts of a token that took so many seconds.
-void Session::collect_seconds(double seconds) {
+void Side::collect_seconds(double seconds) {
     double* sums[N_PARTS] = {};
     sums[ATTENTION] = &stats.seconds_attention;
     sums[PREDICTOR] = &stats.seconds_predictor;
@@ -88,6 +62,7 @@ void Session::collect_seconds(double seconds) {
     sums[UPDOWN] = &stats.seconds_updown;
     sums[HEAD] = &stats.seconds_head;
     sums[DISK] = &stats.seconds_disk;
+    sums[CARD] = &stats.seconds_card;
     sums[OTHER] = &stats.seconds_other;
     sums[SYNC] = &stats.seconds_sync;
     double all = 0;
@@ -96,14 +71,14 @@ void Session::collect_seconds(double seconds) {
         *sums[p] += static_cast<double>(std::exchange(spent_[p], 0)) / std::max(all, 1.0) * seconds;
 }
 
-Vector Session::quantised(Activations& x, size_t n) {
+Vector Side::quantised(Activations& x, size_t n) {
     if (n % QK != 0) return {x.f.data(), {}};
     ops.quantize_x8(n, x.f.data(), x.x8(0));
     return x.both();
 }
 
 // out (+)= rows . x + bias for each job, all in one parallel step
-void Session::project(Part part, std::initializer_list<Job> jobs, Vector x) {
+void Side::project(Part part, std::initializer_list<Job> jobs, Vector x) {
     size_t n_items = 0;
     for (const Job& job : jobs) n_items += ceil_div(job.linear->rows.n_rows, ITEM_ROWS);
     parallel(part, n_items, [&](size_t item, uint32_t) {
@@ -121,20 +96,24 @@ void Session::project(Part part, std::initializer_list<Job> jobs, Vector x) {
     });
 }
 
-// hidden += o . attention(x), x in x_
-void Session::attention(const Layer& layer, size_t il) {
-    const Config& c = model.config;
+// hidden += o . attention(norm(hidden))
+void Side::attention_token(size_t il) {
+    const Config& c = config;
+    const Layer& layer = weights.layers[il];
+    if (c.experts.routed_by == RoutedBy::LayerInput) route(layer, hidden_.data());
+    normalise(layer.attn_norm, hidden_.data(), x_.f.data());
+    if (c.parallel) std::copy_n(hidden_.data(), c.n_embd, entry_.data());
     project(ATTENTION, {{&layer.q, q_.data()}, {&layer.k, k_.data()}, {&layer.v, v_.data()}}, quantised(x_, c.n_embd));
     parallel(ATTENTION, c.n_head_kv, [&](size_t head, uint32_t) {
         size_t at = head * c.head_dim;
         prepare_heads(layer, &k_[at], 1, 0);
-        store_kv(il, static_cast<uint32_t>(head), position, &k_[at], &v_[at]);
+        store_kv(il, static_cast<uint32_t>(head), pass_.position, &k_[at], &v_[at]);
     });
     bool by_head = c.head_dim % QK == 0 && !c.sub_norms;  // each head is quantised where it is computed
     parallel(ATTENTION, c.n_head, [&](size_t head, uint32_t thread) {
         size_t at = head * c.head_dim;
         prepare_heads(layer, &q_[at], 1, 0);
-        attend(il, static_cast<uint32_t>(head), position + 1, &q_[at], &x_.f[at], workers_[thread]);
+        attend(il, static_cast<uint32_t>(head), pass_.position + 1, &q_[at], &x_.f[at], workers_[thread]);
         if (by_head) ops.quantize_x8(c.head_dim, &x_.f[at], x_.x8(at));
     });
     if (c.sub_norms) unit_rms(c.q_dim(), x_.f.data());
@@ -142,55 +121,63 @@ void Session::attention(const Layer& layer, size_t il) {
     project(ATTENTION, {{&layer.o, hidden_.data(), true}}, x);
     for (const Linear* linear : {&layer.q, &layer.k, &layer.v, &layer.o})
         stats.bytes_attention += linear->rows.n_rows * linear->rows.row_size();
-    stats.bytes_attention += 2 * sizeof(uint16_t) * c.kv_dim() * (position + 1);
+    stats.bytes_attention += 2 * sizeof(uint16_t) * c.kv_dim() * (pass_.position + 1);
 }
 
-// hidden += ffn(normalised stream)
-void Session::ffn(const Layer& layer, size_t il, const float* stream) {
-    const Config& c = model.config;
-    Vector rank{};
+void Side::prepare_token(const Layer& layer, const float* stream) {
+    const Config& c = config;
     if (asks(layer) && c.predictor_on_stream) {
         std::copy_n(stream, c.n_embd, x_.f.data());
-        rank = predictor_rank(*layer.predictor, quantised(x_, c.n_embd));
+        ffn_rank_ = predictor_rank(*layer.predictor, quantised(x_, c.n_embd));
     }
     normalise(layer.ffn_norm, stream, x_.f.data());
     if (c.experts.routed_by == RoutedBy::FfnInput) route(layer, x_.f.data());
-    Vector x = quantised(x_, c.n_embd);
-    if (asks(layer) && !c.predictor_on_stream) rank = predictor_rank(*layer.predictor, x);
-    if (asks(layer)) {
-        const Rows& in = layer.predictor->in;
-        stats.bytes_predictor += in.n_rows * in.row_size();
-    }
-    if (model.disk && model.disk->holds(il))
-        ffn_from_disk(layer, il, x, rank);
-    else
-        ffn_chunks(layer, x, rank);
-    sum_chunks(layer);
-    collect_counts(layer);
+    ffn_x_ = quantised(x_, c.n_embd);
+    if (!asks(layer)) return;
+    if (!c.predictor_on_stream) ffn_rank_ = predictor_rank(*layer.predictor, ffn_x_);
+    const Rows& in = layer.predictor->in;
+    stats.bytes_predictor += in.n_rows * in.row_size();
+}
+
+void Side::take_token(const Layer& layer, const float* x, const float* rank) {
+    std::copy_n(x, config.n_embd, x_.f.data());
+    ffn_x_ = quantised(x_, config.n_embd);
+    if (!asks(layer)) return;
+    size_t n = layer.predictor->out.n;
+    std::copy_n(rank, n, rank_.f.data());
+    ffn_rank_ = quantised(rank_, n);
 }
 
 // The predictor's hidden layer, in rank_.
-Vector Session::predictor_rank(const Predictor& predictor, Vector x) {
+Vector Side::predictor_rank(const Predictor& predictor, Vector x) {
     Linear in{predictor.in, nullptr};
     project(PREDICTOR, {{&in, rank_.f.data()}}, x);
     size_t n = in.rows.n_rows;
-    if (model.config.predictor_relu)
+    if (config.predictor_relu)
         for (size_t i = 0; i < n; i++) rank_.f[i] = rank_.f[i] <= 0 ? 0 : rank_.f[i];
     return quantised(rank_, n);
 }
 
+// The chunks whose neurons are on this side.
+Side::Range Side::own_chunks(const Layer& layer) const {
+    Range own{0, layer.chunks.size() - 1};
+    while (own.begin < own.end && layer.chunks[own.begin] < layer.first) own.begin++;
+    while (own.begin < own.end && layer.chunks[own.end] > layer.last) own.end--;
+    return own;
+}
+
 // partial_ = what each chunk of neurons adds
-void Session::ffn_chunks(const Layer& layer, Vector x, Vector rank) {
-    size_t n_chunks = layer.chunks.size() - 1;
+void Side::ffn_chunks(const Layer& layer, Vector x, Vector rank) {
+    Range own = own_chunks(layer);
     bool backwards = mode_ == PI_MODE_DENSE;  // there the last chunks are the largest: they come first
-    parallel(UPDOWN, n_chunks, [&](size_t item, uint32_t thread) {
-        ffn_chunk(layer, backwards ? n_chunks - 1 - item : item, x, rank, workers_[thread]);
+    parallel(UPDOWN, own.end - own.begin, [&](size_t item, uint32_t thread) {
+        ffn_chunk(layer, backwards ? own.end - 1 - item : own.begin + item, x, rank, workers_[thread]);
     });
 }
 
 // Of the candidates in [lo, hi) those whose deciding row is computed, ascending, in w.asked. A forecast that is no
 // number (damaged weights) lets through: it may cost time, never the answer.
-size_t Session::ask(const Layer& layer, uint32_t lo, uint32_t hi, Vector rank, Worker& w) {
+size_t Side::ask(const Layer& layer, uint32_t lo, uint32_t hi, Vector rank, Worker& w) {
     const Predictor& p = *layer.predictor;
     size_t n_candidates = candidates(layer, lo, hi, w), n = 0;
     while (n < n_candidates && w.asked[n] < layer.always) n++;
@@ -202,12 +189,12 @@ size_t Session::ask(const Layer& layer, uint32_t lo, uint32_t hi, Vector rank, W
         w.asked[n] = rows[k] + layer.always;
         n += !(w.logit[k] + p.bias[rows[k]] < 0);
     }
-    w.n_asked += n_asked;
+    w.n.asked += n_asked;
     return n;
 }
 
 // out[k] = row ids[k] . x; in_order: the ids follow one another
-void Session::matvec_at(const Rows& rows, const uint32_t* ids, size_t n, bool in_order, Vector x, float* out) const {
+void Side::matvec_at(const Rows& rows, const uint32_t* ids, size_t n, bool in_order, Vector x, float* out) const {
     if (n == 0) return;
     if (in_order)
         ops.matvec(rows.type, rows.n, rows.row(ids[0]), rows.stride, n, x, out);
@@ -216,11 +203,11 @@ void Session::matvec_at(const Rows& rows, const uint32_t* ids, size_t n, bool in
 }
 
 // partial_[chunk] = sum over the chunk's neurons of activation(select . x) * (up . x) * down
-void Session::ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w) {
+void Side::ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w) {
     uint32_t lo = layer.chunks[chunk], hi = layer.chunks[chunk + 1];
     uint32_t block = std::max<uint32_t>(static_cast<uint32_t>(BLOCK_BYTES / layer.down.stride) / 8 * 8, 8);
-    float* sum = &partial_[chunk * model.config.n_embd];
-    std::fill_n(sum, model.config.n_embd, 0.0f);
+    float* sum = &partial_[chunk * config.n_embd];
+    std::fill_n(sum, config.n_embd, 0.0f);
     size_t n_active = 0;
     if (asks(layer)) {
         uint64_t begin = ticks();
@@ -239,13 +226,13 @@ void Session::ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank,
     finish_chunk(chunk, n_active, w);
 }
 
-void Session::finish_chunk(size_t chunk, size_t n_active, Worker& w) {
+void Side::finish_chunk(size_t chunk, size_t n_active, Worker& w) {
     chunk_fired_[chunk] = n_active > 0;
     squares_[chunk] = std::exchange(w.squares, 0.0);
 }
 
 // w.pre = activation(select . x) of these neurons
-void Session::decide(const Layer& layer, const uint32_t* ids, size_t n, Vector x, Worker& w) {
+void Side::decide(const Layer& layer, const uint32_t* ids, size_t n, Vector x, Worker& w) {
     uint64_t begin = ticks();
     const Rows& select = layer.select;
     if (layer.apart) {  // no predictor: these are all candidates
@@ -259,17 +246,17 @@ void Session::decide(const Layer& layer, const uint32_t* ids, size_t n, Vector x
     w.spent[GATE] += ticks() - begin;
 }
 
-void Session::finish_deciding(const Layer& layer, const uint32_t* ids, size_t n, Worker& w) {
+void Side::finish_deciding(const Layer& layer, const uint32_t* ids, size_t n, Worker& w) {
     if (layer.select_bias)
         for (size_t i = 0; i < n; i++) w.pre[i] += layer.select_bias[ids[i]];
     activate(layer, n, w.pre.data());
     for (size_t i = 0; layer.expert && i < n; i++) w.pre[i] *= routes_[layer.expert[ids[i]]];
-    w.n_computed += n;
+    w.n.computed += n;
 }
 
 // sum += pre * (up . x) * down of those neurons whose pre is not 0, or of all in dense mode; how many these are
-size_t Session::add_neurons(const Layer& layer, const uint32_t* ids, const float* pre, size_t n, Vector x, float* sum,
-                            Worker& w) {
+size_t Side::add_neurons(const Layer& layer, const uint32_t* ids, const float* pre, size_t n, Vector x, float* sum,
+                         Worker& w) {
     const Rows& up = layer.up;
     size_t n_active = 0;
     for (size_t i = 0; i < n; i++) {
@@ -285,7 +272,7 @@ size_t Session::add_neurons(const Layer& layer, const uint32_t* ids, const float
 }
 
 // The same for all of [lo, lo + n), read in the order in which they lie.
-size_t Session::add_bundles(const Layer& layer, uint32_t lo, size_t n, Vector x, float* sum, Worker& w) {
+size_t Side::add_bundles(const Layer& layer, uint32_t lo, size_t n, Vector x, float* sum, Worker& w) {
     uint64_t begin = ticks();
     const Rows& select = layer.select;
     size_t n_rows = layer.up.data ? 2 : 1;
@@ -303,7 +290,7 @@ size_t Session::add_bundles(const Layer& layer, uint32_t lo, size_t n, Vector x,
 }
 
 // sum += w.a * w.up * down of the neurons w.active; next: see add_rows
-void Session::add_down(const Layer& layer, size_t n, const uint8_t* next, float* sum, Worker& w) {
+void Side::add_down(const Layer& layer, size_t n, const uint8_t* next, float* sum, Worker& w) {
     const Rows& down = layer.down;
     float* h = w.a.data();
     if (layer.up.data) {
@@ -312,9 +299,9 @@ void Session::add_down(const Layer& layer, size_t n, const uint8_t* next, float*
         apply_up(n, w.a.data(), w.up.data());
         h = w.up.data();
     }
-    w.n_active += n;
-    for (size_t i = 0; i < n; i++) w.n_fired += h[i] != 0;
-    if (model.config.sub_norms)
+    w.n.active += n;
+    for (size_t i = 0; i < n; i++) w.n.fired += h[i] != 0;
+    if (config.sub_norms)
         for (size_t i = 0; i < n; i++) w.squares += double(h[i]) * h[i];
     ops.add_rows(down.type, down.n, down.data, down.stride, places(w.active.data(), n, w), h, n, next, sum);
 }
@@ -322,65 +309,64 @@ void Session::add_down(const Layer& layer, size_t n, const uint8_t* next, float*
 // ---- layers with neurons on disk (disk.h)
 
 // The same as ffn_chunks. Where every neuron is needed, or more than there is room for, the layer is read whole.
-void Session::ffn_from_disk(const Layer& layer, size_t il, Vector x, Vector rank) {
-    DiskTier& disk = *model.disk;
+void Side::ffn_from_disk(const Layer& layer, size_t il, Vector x, Vector rank) {
     bool picks = asks(layer) || layer.expert || (layer.apart && mode_ != PI_MODE_DENSE);
     if (picks && fetch(layer, il, x, rank)) return;
     lap(OTHER);
-    disk.start_stream(il);
-    disk.end_stream();
+    disk->start_stream(il);
+    disk->end_stream();
     lap(DISK);
     ffn_chunks(layer, x, rank);
-    disk.release(il);
+    disk->release(il);
 }
 
 // Chooses first, then computes what is in memory while the rest is read. False where that is too much.
-bool Session::fetch(const Layer& layer, size_t il, Vector x, Vector rank) {
-    DiskTier& disk = *model.disk;
-    size_t n_chunks = layer.chunks.size() - 1;
+bool Side::fetch(const Layer& layer, size_t il, Vector x, Vector rank) {
+    Range own = own_chunks(layer);
+    size_t n_chunks = own.end - own.begin;
     parallel(layer.apart ? GATE : PREDICTOR, n_chunks,
-             [&](size_t chunk, uint32_t thread) { choose(layer, chunk, x, rank, workers_[thread]); });
+             [&](size_t item, uint32_t thread) { choose(layer, own.begin + item, x, rank, workers_[thread]); });
     std::array<std::span<const uint32_t>, MAX_CHUNKS> chosen;
-    for (size_t c = 0; c < n_chunks; c++) chosen[c] = {&chosen_[layer.chunks[c]], n_chosen_[c]};
-    bool fits = disk.request(il, {chosen.data(), n_chunks});
+    for (size_t c = own.begin; c < own.end; c++) chosen[c] = {&chosen_[layer.chunks[c]], n_chosen_[c]};
+    bool fits = disk->request(il, {chosen.data(), own.end});
     lap(DISK);
     if (!fits) {
-        for (Worker& w : workers_) w.n_asked = w.n_computed = 0;  // counted again when all is there
+        for (Worker& w : workers_) w.n = {};  // counted again when all is there
         return false;
     }
-    places_ = disk.places(il);
+    places_ = disk->places(il);
     look_ahead(il + 1);
     // Every thread begins with chunks of frequent neurons, which are in memory: item p of thread t is chunk p * n + t.
     size_t n_threads = workers_.size();
     std::array<size_t, MAX_CHUNKS> order;
     for (size_t t = 0, item = 0; t < n_threads; t++)
-        for (size_t c = t; c < n_chunks; c += n_threads) order[item++] = c;
+        for (size_t c = t; c < n_chunks; c += n_threads) order[item++] = own.begin + c;
     parallel(UPDOWN, n_chunks, [&](size_t item, uint32_t thread) {
         Worker& w = workers_[thread];
         uint64_t begin = ticks();
-        model.disk->bring(order[item]);
+        disk->bring(order[item]);
         w.spent[DISK] += ticks() - begin;
         fetched_chunk(layer, order[item], x, w);
     });
     places_ = nullptr;
-    disk.finish();
+    disk->finish();
     return true;
 }
 
 // While the layer before waits for the disk: asks layer il's predictor, with the residual as it is now, before that
 // layer's FFN and this one's attention have changed it. What it lets through most surely is read behind the rest.
-void Session::look_ahead(size_t il) {
-    DiskTier& disk = *model.disk;
-    if (il == model.config.n_layer || !asks(model.weights.layers[il]) || !disk.pays_ahead(il)) return;
-    const Layer& layer = model.weights.layers[il];
-    if (layer.expert) return;  // whose turn it will be is not known yet
-    if (model.config.predictor_on_stream)
-        std::copy_n(hidden_.data(), model.config.n_embd, ahead_x_.f.data());
+void Side::look_ahead(size_t il) {
+    if (il == config.n_layer || !asks(weights.layers[il]) || !disk->pays_ahead(il)) return;
+    const Layer& layer = weights.layers[il];
+    if (layer.expert) return;                                   // whose turn it will be is not known yet
+    if (!weights.layers[il - 1].dense || !layer.dense) return;  // the residual, or what normalises it, is elsewhere
+    if (config.predictor_on_stream)
+        std::copy_n(hidden_.data(), config.n_embd, ahead_x_.f.data());
     else
         normalise(layer.ffn_norm, hidden_.data(), ahead_x_.f.data());
     const Predictor& p = *layer.predictor;
-    Vector rank = predictor_rank(p, quantised(ahead_x_, model.config.n_embd));
-    uint32_t first = std::max(disk.first_cold(il), layer.always), n_ff = model.config.n_ff;
+    Vector rank = predictor_rank(p, quantised(ahead_x_, config.n_embd));
+    uint32_t first = std::max(disk->first_cold(il), layer.always), n_ff = config.n_ff;
     parallel(PREDICTOR, ceil_div(n_ff - first, AHEAD_ROWS), [&](size_t item, uint32_t) {
         uint32_t lo = first + static_cast<uint32_t>(item * AHEAD_ROWS), at = lo - layer.always;
         size_t n = std::min<size_t>(AHEAD_ROWS, n_ff - lo);
@@ -389,17 +375,17 @@ void Session::look_ahead(size_t il) {
     });
     size_t n = 0;
     for (uint32_t i = first; i < n_ff; i++)
-        if (ahead_logit_[i] >= 0 && !disk.here(il, i)) ahead_[n++] = i;
+        if (ahead_logit_[i] >= 0 && !disk->here(il, i)) ahead_[n++] = i;
     size_t most = std::min(n, AHEAD);
     std::nth_element(&ahead_[0], &ahead_[most], &ahead_[n], [&](uint32_t a, uint32_t b) {
         return ahead_logit_[a] != ahead_logit_[b] ? ahead_logit_[a] > ahead_logit_[b] : a < b;
     });
     std::sort(&ahead_[0], &ahead_[most]);
-    disk.request_ahead(il, {&ahead_[0], most});
+    disk->request_ahead(il, {&ahead_[0], most});
 }
 
 // chosen_ of a chunk: what the predictor lets through, what fires where a matrix apart says so, or all candidates
-void Session::choose(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w) {
+void Side::choose(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w) {
     uint32_t lo = layer.chunks[chunk], hi = layer.chunks[chunk + 1];
     if (lo == hi) {
         n_chosen_[chunk] = 0;
@@ -416,7 +402,7 @@ void Session::choose(const Layer& layer, size_t chunk, Vector x, Vector rank, Wo
 }
 
 // What ffn_chunk does, with neurons that are chosen and at hand.
-void Session::fetched_chunk(const Layer& layer, size_t chunk, Vector x, Worker& w) {
+void Side::fetched_chunk(const Layer& layer, size_t chunk, Vector x, Worker& w) {
     const uint32_t* ids = &chosen_[layer.chunks[chunk]];
     const float* pre = &chosen_pre_[layer.chunks[chunk]];
     size_t n = n_chosen_[chunk];
@@ -424,26 +410,26 @@ void Session::fetched_chunk(const Layer& layer, size_t chunk, Vector x, Worker& 
         decide(layer, ids, n, x, w);
         pre = w.pre.data();
     }
-    float* sum = &partial_[chunk * model.config.n_embd];
-    std::fill_n(sum, model.config.n_embd, 0.0f);
+    float* sum = &partial_[chunk * config.n_embd];
+    std::fill_n(sum, config.n_embd, 0.0f);
     finish_chunk(chunk, add_neurons(layer, ids, pre, n, x, sum, w), w);
 }
 
 // Where the kernels find these neurons.
-const uint32_t* Session::places(const uint32_t* ids, size_t n, Worker& w) const {
+const uint32_t* Side::places(const uint32_t* ids, size_t n, Worker& w) const {
     if (!places_) return ids;
     for (size_t i = 0; i < n; i++) w.places[i] = places_[ids[i]];
     return w.places.data();
 }
 
 // Sessions of one model share what is read from disk: one call after the other.
-std::unique_lock<std::mutex> Session::take_turn() const {
-    return model.disk ? std::unique_lock(model.disk->in_use) : std::unique_lock<std::mutex>();
+std::unique_lock<std::mutex> Side::take_turn() const {
+    return disk ? std::unique_lock(disk->in_use) : std::unique_lock<std::mutex>();
 }
 
-void Session::collect_disk_counts() {
-    model.disk->check();
-    DiskTier::Counts counts = model.disk->take_counts();
+void Side::collect_disk_counts() {
+    disk->check();
+    DiskTier::Counts counts = disk->take_counts();
     stats.neurons_prefix += counts.from_prefix;
     stats.neurons_cache += counts.from_cache;
     stats.neurons_disk += counts.from_disk;
@@ -454,52 +440,54 @@ void Session::collect_disk_counts() {
     stats.neurons_ahead_asked += counts.ahead_asked;
 }
 
-// hidden += the chunks' partial sums, in the order of the chunks, + bias; the sums over the norm of all h with
-// sub_norms
-void Session::sum_chunks(const Layer& layer) {
-    const Config& c = model.config;
-    size_t n_embd = c.n_embd, n_chunks = layer.chunks.size() - 1;
-    double squares = std::accumulate(squares_, squares_ + n_chunks, 0.0);
+// The chunks' partial sums, in the order of the chunks; over the norm of all h with sub_norms
+void Side::sum_chunks(const Layer& layer, const Chain& chain) {
+    const Config& c = config;
+    size_t n_embd = c.n_embd;
+    Range own = own_chunks(layer);
+    double squares = std::accumulate(squares_ + own.begin, squares_ + own.end, 0.0);
     float scale = c.sub_norms ? static_cast<float>(1 / std::sqrt(squares / c.n_ff + c.norm_eps)) : 1.0f;
     parallel(UPDOWN, ceil_div(n_embd, SUM_COLUMNS), [&](size_t item, uint32_t) {
         size_t begin = item * SUM_COLUMNS, n = std::min(SUM_COLUMNS, n_embd - begin);
         float sums[SUM_COLUMNS];
-        for (size_t i = 0; i < n; i++) sums[i] = layer.down_bias ? layer.down_bias[begin + i] : 0.0f;
-        for (size_t chunk = 0; chunk < n_chunks; chunk++) {
+        for (size_t i = 0; i < n; i++) sums[i] = chain.before ? chain.before[begin + i] : 0.0f;
+        for (size_t chunk = own.begin; chunk < own.end; chunk++) {
             if (!chunk_fired_[chunk]) continue;
             const float* sum = &partial_[chunk * n_embd + begin];
             for (size_t i = 0; i < n; i++) sums[i] += scale * sum[i];
         }
-        for (size_t i = 0; i < n; i++) hidden_[begin + i] += sums[i];
+        if (chain.out) {
+            std::copy_n(sums, n, chain.out + begin);
+            return;
+        }
+        const float* bias = layer.down_bias;
+        for (size_t i = 0; i < n; i++) hidden_[begin + i] += sums[i] + (bias ? bias[begin + i] : 0.0f);
     });
 }
 
-void Session::collect_counts(const Layer& layer) {
-    uint64_t up = layer.up.data ? layer.up.row_size() : 0;
-    uint64_t asked = layer.predictor ? layer.predictor->out.row_size() + sizeof(float) : 0;
-    for (Worker& w : workers_) {
-        stats.bytes_predictor += w.n_asked * asked;
-        stats.neurons_computed += w.n_computed;
-        stats.neurons_active += w.n_fired;
-        stats.bytes_gate += w.n_computed * layer.select.row_size();
-        stats.bytes_updown += w.n_active * up + w.n_fired * layer.down.row_size();  // add_rows skips what is 0
-        w.n_asked = w.n_computed = w.n_active = w.n_fired = 0;
-    }
-    stats.neurons_total += model.config.n_ff;
+void Side::add_sum(size_t il, const float* sum) {
+    const float* bias = weights.layers[il].down_bias;
+    size_t n = config.n_embd;
+    parallel(UPDOWN, pass_.n, [&](size_t t, uint32_t) {
+        float* out = stream() + t * n;
+        for (size_t i = 0; i < n; i++) out[i] += sum[t * n + i] + (bias ? bias[i] : 0.0f);
+    });
 }
 
-// logits = output . norm(hidden), capped
-void Session::output_head(float* hidden) {
-    normalise(model.weights.output_norm, hidden, x_.f.data());
-    Linear head{model.weights.output, nullptr};
-    project(HEAD, {{&head, logits.data()}}, quantised(x_, model.config.n_embd));
-    cap(logits.data(), model.config.n_vocab);
-    has_logits = true;
+void Side::collect_counts(NeuronCounts& sum) {
+    for (Worker& w : workers_) sum += std::exchange(w.n, {});
+}
+
+// logits = output . norm(hidden)
+void Side::head_token(const float* hidden, float* logits) {
+    normalise(weights.output_norm, hidden, x_.f.data());
+    Linear head{weights.output, nullptr};
+    project(HEAD, {{&head, logits}}, quantised(x_, config.n_embd));
 }
 
 // What is no finite number stays so: sampling refuses it.
-void Session::cap(float* logits, size_t n) {
-    float most = model.config.softcap;
+void Side::cap(float* logits, size_t n) {
+    float most = config.softcap;
     if (most == 0) return;
     parallel(HEAD, ceil_div(n, SUM_COLUMNS), [&](size_t item, uint32_t) {
         for (size_t i = item * SUM_COLUMNS; i < std::min(n, (item + 1) * SUM_COLUMNS); i++)

@@ -15,13 +15,14 @@
 // Sums are chains in the order of the neurons, the device's first: the same however the neurons are divided. Where one
 // side has all of them, nothing crosses.
 //
-// Commands are carried out in the order given, beside the caller. None fails at once: errors come out of wait().
+// Commands are carried out in the order given, beside the caller. None fails at once: errors come out of wait(), of
+// every one from then on, and what is left is dropped.
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
-#include <vector>
 
 #include "model.h"
 
@@ -43,12 +44,19 @@ struct Mailbox {
     float* logits = nullptr;  // (n, n_vocab) outbox only; n = 1 but in a selective pass
 };
 
-// Neurons on the device, over the layers and tokens of a pass that was decoded.
-struct DeviceCounts {
+// Neurons of a layer on one side, over the tokens that were decoded.
+struct NeuronCounts {
     uint64_t computed = 0;  // whose deciding row was
     uint64_t active = 0;    // whose activation is not 0: up was computed
     uint64_t fired = 0;     // whose h is not 0: down was added
     uint64_t asked = 0;     // about which the predictor was
+    NeuronCounts& operator+=(const NeuronCounts& other) {
+        computed += other.computed;
+        active += other.active;
+        fired += other.fired;
+        asked += other.asked;
+        return *this;
+    }
 };
 
 // One conversation on the device: KV cache of its layers, scratch, the two mailboxes.
@@ -62,14 +70,14 @@ class DeviceSession {
     virtual void begin(const Pass& pass) = 0;
     virtual void enter() = 0;  // stream = inbox.x
     // stream = rows of the output matrix, where that lies here and is the embedding, too; learned positions are not
-    // added
+    // added. The tokens stay there until the next wait().
     virtual void embed(const int32_t* tokens) = 0;
     virtual void attention(size_t il) = 0;    // entry = stream; stream += attention(norm(stream))
     virtual void prepare_ffn(size_t il) = 0;  // x = norm(entry where blocks are parallel, else stream); rank, if asked
     virtual void give_ffn_input(size_t il) = 0;  // outbox.x, .rank = x, rank
     virtual void take_ffn_input(size_t il) = 0;  // x, rank = inbox.x, .rank
     // The rest of the layer's neurons, as they lie in the processor's memory: this pass's ffn(il) computes them, too.
-    // Batches only. They stay there until the next wait().
+    // In batches that are not selective. They stay there until the next wait().
     virtual void lend(size_t il, const Layer& home) = 0;
     virtual void ffn(size_t il) = 0;        // sum = what the neurons here add
     virtual void give_sum() = 0;            // outbox.sum = sum
@@ -77,8 +85,8 @@ class DeviceSession {
     virtual void add_inbox(size_t il) = 0;  // stream += inbox.x + down's bias
     virtual void leave() = 0;               // outbox.x = stream
     virtual void head() = 0;                // outbox.logits = output . norm(stream), of the last token or of all, uncut
-    // Scores of layer il's neurons here, in a selective batch: added to *score by the next wait().
-    virtual void count(size_t il, pi_layer_score* score) = 0;
+    // What the last ffn selected, in a selective batch, is added to *score, which nobody touches until the next wait().
+    virtual void count(pi_layer_score* score) = 0;
 
     // ---- in between
     virtual void start() = 0;     // sets the commands given so far going
@@ -86,7 +94,8 @@ class DeviceSession {
     // Waits until the ticket's commands are done, and starts them if need be. Throws what went wrong with any.
     virtual void wait(uint64_t ticket) = 0;
 
-    virtual DeviceCounts take_counts() = 0;  // since the last call; only when all is done
+    virtual void take_counts(
+        std::span<NeuronCounts> layers) = 0;  // added to each; since the last call, when all is done
     virtual uint64_t kv_bytes() const = 0;
     virtual uint64_t scratch_bytes() const = 0;  // on the device, without the KV cache
 };

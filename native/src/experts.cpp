@@ -3,7 +3,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "session.h"
+#include "side.h"
 
 namespace pi {
 
@@ -29,21 +29,21 @@ void weigh(const Experts& experts, float* routes) {
 }  // namespace
 
 // routes_ = the experts' weights for one token; x: what the router sees
-void Session::route(const Layer& layer, const float* x) {
+void Side::route(const Layer& layer, const float* x) {
     Linear router{layer.router, nullptr};
     project(PREDICTOR, {{&router, routes_.data()}}, {x, {}});
-    weigh(model.config.experts, routes_.data());
+    weigh(config.experts, routes_.data());
     stats.bytes_predictor += router.rows.n_rows * router.rows.row_size();
 }
 
 // The same for a batch; x: (n, n_embd)
-void Session::route_batch(const Layer& layer, const float* x, size_t n) {
+void Side::route_batch(const Layer& layer, const float* x, size_t n) {
     gemm(layer.router, nullptr, x, n, b_routes_.data(), false);
-    pool_.run(n, [&](size_t t, uint32_t) { weigh(model.config.experts, &b_routes_[t * model.config.experts.n]); });
+    pool_.run(n, [&](size_t t, uint32_t) { weigh(config.experts, &b_routes_[t * config.experts.n]); });
 }
 
 // Neurons of [lo, hi) that take part, ascending, in w.asked: of the chosen experts, or all of them.
-size_t Session::candidates(const Layer& layer, uint32_t lo, uint32_t hi, Worker& w) const {
+size_t Side::candidates(const Layer& layer, uint32_t lo, uint32_t hi, Worker& w) const {
     size_t n = 0;
     for (uint32_t i = lo; i < hi; i++) {
         w.asked[n] = i;
@@ -54,9 +54,9 @@ size_t Session::candidates(const Layer& layer, uint32_t lo, uint32_t hi, Worker&
 
 // What ffn_batch does, a piece of an expert after the other: its rows are brought together, and meet the tokens that
 // chose it.
-void Session::experts_batch(const Layer& layer, size_t n, bool selective) {
-    const Config& c = model.config;
-    size_t each = c.n_ff / c.experts.n;
+void Side::experts_batch(const Layer& layer) {
+    const Config& c = config;
+    size_t each = c.n_ff / c.experts.n, n = pass_.n;
     sort_members(layer);
     for (size_t t = 0; layer.down_bias && t < n; t++)
         for (size_t j = 0; j < c.n_embd; j++) b_hidden_[t * c.n_embd + j] += layer.down_bias[j];
@@ -73,28 +73,30 @@ void Session::experts_batch(const Layer& layer, size_t n, bool selective) {
                         gather(layer.select_bias, 0, ids, m),
                         gather(layer.up_bias, 1, ids, m),
                         nullptr,
+                        0,
                         e,
                         ids,
                         takers_.data()};
             quantise_batch(b_taken_.data(), n_takers, c.n_embd);
-            meet(group, b_taken_.data(), n_takers, selective);
+            fire(group, b_taken_.data(), n_takers);
+            gemm_down(group, n_takers, {});
         }
     }
 }
 
 // members_ = the layer's neurons, those of expert 0 first
-void Session::sort_members(const Layer& layer) {
-    const Config& c = model.config;
+void Side::sort_members(const Layer& layer) {
+    const Config& c = config;
     std::array<uint32_t, MAX_EXPERTS> next;
     for (uint32_t e = 0; e < c.experts.n; e++) next[e] = e * (c.n_ff / c.experts.n);
     for (uint32_t i = 0; i < c.n_ff; i++) members_[next[layer.expert[i]]++] = i;
 }
 
 // takers_ = the tokens that chose an expert, b_taken_ their inputs; how many these are
-size_t Session::gather_tokens(uint32_t expert, size_t n) {
-    size_t n_takers = 0, n_embd = model.config.n_embd;
+size_t Side::gather_tokens(uint32_t expert, size_t n) {
+    size_t n_takers = 0, n_embd = config.n_embd;
     for (size_t t = 0; t < n; t++) {
-        if (b_routes_[t * model.config.experts.n + expert] == 0) continue;
+        if (b_routes_[t * config.experts.n + expert] == 0) continue;
         takers_[n_takers] = static_cast<uint32_t>(t);
         std::copy_n(&b_x_[t * n_embd], n_embd, &b_taken_[n_takers++ * n_embd]);
     }
@@ -102,7 +104,7 @@ size_t Session::gather_tokens(uint32_t expert, size_t n) {
 }
 
 // These rows, one after the other; nothing where there are none.
-Rows Session::gather(const Rows& rows, size_t part, const uint32_t* ids, size_t n) {
+Rows Side::gather(const Rows& rows, size_t part, const uint32_t* ids, size_t n) {
     if (!rows.data) return rows;
     uint64_t size = rows.row_size();
     uint8_t* to = &piece_rows_[part * PIECE * rows.n * sizeof(float)];
@@ -110,7 +112,7 @@ Rows Session::gather(const Rows& rows, size_t part, const uint32_t* ids, size_t 
     return {rows.type, rows.n, n, size, to};
 }
 
-const float* Session::gather(const float* bias, size_t part, const uint32_t* ids, size_t n) {
+const float* Side::gather(const float* bias, size_t part, const uint32_t* ids, size_t n) {
     if (!bias) return nullptr;
     float* to = &piece_bias_[part * PIECE];
     for (size_t i = 0; i < n; i++) to[i] = bias[ids[i]];

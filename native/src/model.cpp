@@ -243,7 +243,7 @@ const Tensor& Model::expect(const std::string& name, std::initializer_list<uint6
 
 // The tensor's first row on this side, NULL where it is on the other. Where a layer's neurons are divided, that of
 // neuron 0 on either.
-const uint8_t* Model::at(const Tensor& t, const Side& side) const {
+const uint8_t* Model::at(const Tensor& t, const Addresses& side) const {
     if (side.device) {
         auto found = side.on_device.find(&t);
         return found == side.on_device.end() ? nullptr : found->second;
@@ -252,27 +252,28 @@ const uint8_t* Model::at(const Tensor& t, const Side& side) const {
     return side.base && !moved ? side.base + (t.offset - gguf_.data_offset) : nullptr;
 }
 
-Rows Model::matrix(const std::string& name, const Side& side, uint64_t n, uint64_t n_rows, const char* types) const {
+Rows Model::matrix(const std::string& name, const Addresses& side, uint64_t n, uint64_t n_rows,
+                   const char* types) const {
     const Tensor& t = expect(name + ".weight", {n, n_rows}, types);
     return {t.type, n, n_rows, side.device ? side.device->row_bytes(t.type, n) : row_bytes(t.type, n), at(t, side)};
 }
 
-const float* Model::vector(const std::string& name, const Side& side, uint64_t n, bool required) const {
+const float* Model::vector(const std::string& name, const Addresses& side, uint64_t n, bool required) const {
     if (!required && !gguf_.find(name)) return nullptr;
     return reinterpret_cast<const float*>(at(expect(name, {n}, "F32"), side));
 }
 
-Norm Model::norm(const std::string& name, const Side& side) const {
+Norm Model::norm(const std::string& name, const Addresses& side) const {
     bool biased = config.norm == NormKind::Layer;
     return {vector(name + ".weight", side, config.n_embd, true),
             biased ? vector(name + ".bias", side, config.n_embd, true) : nullptr};
 }
 
-Linear Model::linear(const std::string& name, const Side& side, uint64_t n, uint64_t n_rows) const {
+Linear Model::linear(const std::string& name, const Addresses& side, uint64_t n, uint64_t n_rows) const {
     return {matrix(name, side, n, n_rows), vector(name + ".bias", side, n_rows, false)};
 }
 
-void Model::bind(const Side& side, Weights& out) {
+void Model::bind(const Addresses& side, Weights& out) {
     const Config& c = config;
     bound_.assign(gguf_.tensors.size(), false);
     out.token_embd = matrix("token_embd", side, c.n_embd, c.n_vocab);
@@ -288,7 +289,7 @@ void Model::bind(const Side& side, Weights& out) {
                                            ": expected no such tensor, found one");
 }
 
-void Model::bind_layer(uint32_t i, const Side& side, Layer& layer) {
+void Model::bind_layer(uint32_t i, const Addresses& side, Layer& layer) {
     const Config& c = config;
     std::string b = "blk." + std::to_string(i) + ".";
     layer.attn_norm = norm(b + "attn_norm", side);

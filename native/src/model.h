@@ -1,6 +1,7 @@
 // The model's vocabulary: sizes, weights, and where a neuron's rows lie. Shapes in comments, fastest dimension last.
 #pragma once
 
+#include <atomic>
 #include <map>
 #include <memory>
 #include <optional>
@@ -113,7 +114,7 @@ class DiskTier;
 
 // Where the tensors of one side lie: as in the file, from `base` on, or on a device, each where it was put. NULL: the
 // tensor is on the other side, or shapes are checked only.
-struct Side {
+struct Addresses {
     const uint8_t* base = nullptr;
     const Device* device = nullptr;
     std::map<const Tensor*, const uint8_t*> on_device{};
@@ -142,10 +143,11 @@ class Model {
     // With a card, else NULL, empty and 0.
     std::unique_ptr<Device> device;
     Weights on_device;
-    uint64_t device_bytes = 0;    // of the weights there
-    uint64_t device_context = 0;  // bytes that it takes before anything is stored
-    uint64_t device_budget = 0;   // 0: none
-    uint32_t lend_from = 0;       // tokens of a batch that is worth lending neurons for; 0: none is
+    uint64_t device_bytes = 0;                       // of the weights there
+    uint64_t device_context = 0;                     // bytes that it takes before anything is stored
+    uint64_t device_budget = 0;                      // 0: none
+    mutable std::atomic<uint64_t> session_bytes{0};  // there, of open sessions
+    uint32_t lend_from = 0;                          // tokens of a batch that is worth lending neurons for; 0: none is
 
     // (begin, end) of what is not read into the processor's memory, in the file's order.
     std::vector<std::pair<uint64_t, uint64_t>> holes() const;
@@ -155,8 +157,8 @@ class Model {
     void read_structure();
     void read_rope(const std::string& arch);
     void read_experts();
-    void bind(const Side& side, Weights& out);
-    void bind_layer(uint32_t i, const Side& side, Layer& layer);
+    void bind(const Addresses& side, Weights& out);
+    void bind_layer(uint32_t i, const Addresses& side, Layer& layer);
     void read_all();
     void open_disk(const pi_disk_params& limits);
     void read_to_arena(uint64_t begin, uint64_t end);
@@ -181,12 +183,12 @@ class Model {
     void check_orders(const uint8_t* base) const;
     void check_experts(const uint8_t* base) const;
 
-    const uint8_t* at(const Tensor& t, const Side& side) const;
-    Rows matrix(const std::string& name, const Side& side, uint64_t n, uint64_t n_rows,
+    const uint8_t* at(const Tensor& t, const Addresses& side) const;
+    Rows matrix(const std::string& name, const Addresses& side, uint64_t n, uint64_t n_rows,
                 const char* types = "F32, F16, Q8_0 or Q4_0") const;
-    const float* vector(const std::string& name, const Side& side, uint64_t n, bool required) const;
-    Norm norm(const std::string& name, const Side& side) const;
-    Linear linear(const std::string& name, const Side& side, uint64_t n, uint64_t n_rows) const;
+    const float* vector(const std::string& name, const Addresses& side, uint64_t n, bool required) const;
+    Norm norm(const std::string& name, const Addresses& side) const;
+    Linear linear(const std::string& name, const Addresses& side, uint64_t n, uint64_t n_rows) const;
     const Tensor& expect(const std::string& name, std::initializer_list<uint64_t> ne, const char* types) const;
 
     Gguf gguf_;

@@ -130,7 +130,7 @@ std::vector<std::pair<uint64_t, uint64_t>> Model::holes() const {
 
 // Binds the device's side, and tells each side's layers what is theirs.
 void Model::divide(const pi_card_params& card) {
-    Side side{.device = device.get()};
+    Addresses side{.device = device.get()};
     for (const Share& s : shares_) side.on_device[s.tensor] = device_memory_ + s.device_offset;
     bind(side, on_device);
     for (uint32_t i = 0; i < config.n_layer; i++) {

@@ -1,243 +1,67 @@
-// What one conversation needs beside the weights: KV cache, scratch, threads. decode.cpp runs one token through the
-// sparse path, batch.cpp many through the matrix-matrix path.
+// One conversation: what runs tokens through the model and keeps the logits of the last one. Where some of the model
+// lies on a device, hybrid.cpp says which side does what, and when.
 #pragma once
 
-#include <algorithm>
-#include <array>
-#include <initializer_list>
-#include <memory>
-#include <new>
-#include <utility>
-#include <vector>
-
-#include "disk.h"
-#include "huge_pages.h"
-#include "model.h"
 #include "sampler.h"
-#include "threads.h"
-#include "ticks.h"
+#include "side.h"
 
 namespace pi {
 
-constexpr size_t BATCH = 256;  // tokens that go through the matrix-matrix path together, at most
-static_assert(BATCH <= TABLE_ROWS);
-constexpr size_t DOWN_COLUMNS = 64;     // columns of the down projection that one item of a batch computes
-constexpr size_t PACKED_FLOATS = 8192;  // a packed tile: 512 elements of 16 rows, or 128 rows of 64 columns
-constexpr size_t PACKED_BLOCKS = 16;    // the same in 8 bits: 512 elements of 32 rows or columns
-constexpr size_t PIECE = 256;           // neurons of an expert that a batch computes together
-constexpr size_t QUERIES = 32;          // tokens of a batch whose attention is computed together
-
-// A buffer whose start is aligned to a cache line, a large one's to a huge page.
-template <class T>
-class Buffer {
-   public:
-    void resize(size_t n) {
-        n_ = n;
-        size_t align = bytes() < HUGE_PAGE ? 64 : HUGE_PAGE;
-        memory_ = {static_cast<T*>(::operator new[]((n + 1) * sizeof(T), std::align_val_t(align))), Delete{align}};
-        if (align == HUGE_PAGE) use_huge_pages(memory_.get(), bytes());
-        std::fill_n(memory_.get(), n, T{});
-    }
-    T* data() { return memory_.get(); }
-    const T* data() const { return memory_.get(); }
-    T& operator[](size_t i) { return memory_.get()[i]; }
-    const T& operator[](size_t i) const { return memory_.get()[i]; }
-    size_t bytes() const { return n_ * sizeof(T); }
-
-   private:
-    struct Delete {
-        size_t align = 64;
-        void operator()(T* p) const { ::operator delete[](static_cast<void*>(p), std::align_val_t(align)); }
-    };
-    std::unique_ptr<T[], Delete> memory_;
-    size_t n_ = 0;
-};
-
-// A vector and its quantised form.
-struct Activations {
-    Buffer<float> f;       // (n,)
-    Buffer<float> d, sum;  // (n / 32,)
-    Buffer<int8_t> q;      // (n,)
-
-    MutableX8 x8(size_t begin) { return {&d[begin / QK], &sum[begin / QK], &q[begin]}; }
-    Vector both() const { return {f.data(), {d.data(), sum.data(), q.data()}}; }
-};
-
-// Where the time of a token goes. OTHER is what one thread does alone; SYNC is waiting for other threads.
-enum Part { ATTENTION, PREDICTOR, GATE, UPDOWN, HEAD, DISK, OTHER, SYNC, N_PARTS };
-
-// Neurons and tokens of a batch that are computed together: all of a layer's and of the batch's, or a piece of an
-// expert and the tokens that chose it. Rows and biases: of these neurons, in order.
-struct Group {
-    const Layer& layer;
-    Rows select, up, down;
-    const float *select_bias, *up_bias, *down_bias;
-    uint32_t expert = 0;
-    const uint32_t *neurons = nullptr, *tokens = nullptr;  // NULL: all
-    size_t neuron(size_t i) const { return neurons ? neurons[i] : i; }
-    size_t token(size_t k) const { return tokens ? tokens[k] : k; }
-};
-
-// One thread's scratch.
-struct Worker {
-    Buffer<uint32_t> asked, active;   // (n_ff,) indices of neurons
-    Buffer<uint32_t> places;          // (n_ff,) where these lie, with a disk tier
-    Buffer<float> logit, pre, a, up;  // (n_ff,)
-    Buffer<float> scores;             // (QUERIES, n_ctx, rounded up to whole tiles) attention
-    Buffer<float> packed;             // (PACKED_FLOATS,)
-    Buffer<Packed8> packed8;          // (PACKED_BLOCKS,)
-    Buffer<float> tile;               // (BATCH, DOWN_COLUMNS)
-    pi_layer_score counted;           // of one layer and batch
-    double squares = 0;               // of the present chunk's h, where these are normalised
-    uint64_t n_asked = 0, n_computed = 0, n_active = 0, n_fired = 0;  // neurons since the last collect_counts
-    uint64_t spent[N_PARTS] = {};                                     // ticks, likewise
-};
-
-class Session {
+class Session : public Side {
    public:
     Session(const Model& model, const pi_session_params& params);
+    // device: NULL, or what has the rest of the model, there. lend_from: tokens of a batch; 0: nothing is lent
+    Session(const Config& config, const Weights& weights, DiskTier* disk, const pi_session_params& params,
+            const Weights& there, std::unique_ptr<DeviceSession> device, uint32_t lend_from);
+    ~Session();
 
     void prefill(const int32_t* tokens, size_t n, float* logits_out);
     void decode(int32_t token, float* logits_out);
     void score(const int32_t* tokens, size_t n, float* logits_out, pi_layer_score* scores);
     void truncate(size_t n);
 
-    const Model& model;
-    const Ops& ops;
-    size_t n_ctx, position = 0;
+    size_t position = 0;
     bool has_logits = false;
     Buffer<float> logits;  // (n_vocab,) of the last token
     Sampler sampler;
-    pi_stats stats{};
-    uint64_t kv_bytes() const { return keys_.bytes() + values_.bytes(); }
-    uint64_t scratch_bytes() const { return scratch_bytes_; }
-    uint64_t card_kv_bytes() const { return 0; }
-    uint64_t card_scratch_bytes() const { return 0; }
+    const pi_stats& read_stats();
+    void reset_stats();
+    uint64_t scratch_bytes() const { return Side::scratch_bytes() + logits.bytes() + mailbox_bytes(); }
+    uint64_t card_kv_bytes() const { return device_ ? device_->kv_bytes() : 0; }
+    uint64_t card_scratch_bytes() const { return device_ ? device_->scratch_bytes() : 0; }
 
    private:
     void check_tokens(const int32_t* tokens, size_t n) const;
-    void embed(const int32_t* tokens, size_t n, float* out);
-    void normalise(const Norm& norm, const float* x, float* out) const;
-    void set_angles(size_t pos, size_t n);
-    void prepare_heads(const Layer& layer, float* x, uint32_t n_heads, size_t t);
-    void unit_rms(size_t n, float* x) const;
-    void store_kv(size_t il, uint32_t head, size_t pos, const float* k, const float* v);
-    void attend(size_t il, uint32_t head, size_t n_pos, const float* q, float* out, Worker& w);
-    void activate(const Layer& layer, size_t n, float* a) const;
-    void apply_up(size_t n, const float* a, float* up) const;
+    void run(const Pass& pass, const int32_t* tokens, float* logits_out, pi_layer_score* scores);
+    void run_here(const int32_t* tokens, float* logits_out, pi_layer_score* scores);
 
-    // decode.cpp
-    struct Job {
-        const Linear* linear;
-        float* out;
-        bool add = false;  // to what out holds
-    };
-    Vector quantised(Activations& x, size_t n);
-    void project(Part part, std::initializer_list<Job> jobs, Vector x);
-    void attention(const Layer& layer, size_t il);
-    void ffn(const Layer& layer, size_t il, const float* stream);
-    Vector predictor_rank(const Predictor& predictor, Vector x);
-    void ffn_chunks(const Layer& layer, Vector x, Vector rank);
-    void ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w);
-    void ffn_from_disk(const Layer& layer, size_t il, Vector x, Vector rank);
-    bool fetch(const Layer& layer, size_t il, Vector x, Vector rank);
-    void look_ahead(size_t il);
-    void choose(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w);
-    void fetched_chunk(const Layer& layer, size_t chunk, Vector x, Worker& w);
-    const uint32_t* places(const uint32_t* ids, size_t n, Worker& w) const;
-    void finish_chunk(size_t chunk, size_t n_active, Worker& w);
-    void collect_disk_counts();
-    std::unique_lock<std::mutex> take_turn() const;
-    void decide(const Layer& layer, const uint32_t* ids, size_t n, Vector x, Worker& w);
-    void finish_deciding(const Layer& layer, const uint32_t* ids, size_t n, Worker& w);
-    size_t add_neurons(const Layer& layer, const uint32_t* ids, const float* pre, size_t n, Vector x, float* sum,
-                       Worker& w);
-    size_t add_bundles(const Layer& layer, uint32_t lo, size_t n, Vector x, float* sum, Worker& w);
-    void add_down(const Layer& layer, size_t n, const uint8_t* next, float* sum, Worker& w);
-    template <class Task>
-    void parallel(Part part, size_t n_items, Task&& task);
-    void lap(Part part);
-    size_t ask(const Layer& layer, uint32_t lo, uint32_t hi, Vector rank, Worker& w);
-    void matvec_at(const Rows& rows, const uint32_t* ids, size_t n, bool in_order, Vector x, float* out) const;
-    void sum_chunks(const Layer& layer);
-    void collect_counts(const Layer& layer);
-    void collect_seconds(double seconds);
-    void output_head(float* hidden);
-    void cap(float* logits, size_t n);
-    bool asks(const Layer& layer) const { return layer.predictor && mode_ != PI_MODE_DENSE && mode_ != PI_MODE_GATE; }
+    // hybrid.cpp
+    void run_on_both(const int32_t* tokens, float* logits_out, pi_layer_score* scores);
+    void begin_on_both(const int32_t* tokens);
+    void finish_on_both(float* logits_out);
+    void layer_with_block_here(size_t il, pi_layer_score* score);
+    void layer_with_block_there(size_t il, pi_layer_score* score);
+    void ffn_there(size_t il, bool lent);
+    void send_stream();
+    void bring_stream();
+    void send_ffn_input(size_t il);
+    void read_ffn_input(size_t il);
+    bool lends(size_t il) const;
+    void await(uint64_t ticket);
+    void await_all();
+    void settle();
+    void crossed(size_t n);
+    void count_reads_there();
+    void read_stats_there();
 
-    // experts.cpp
-    void route(const Layer& layer, const float* x);
-    void route_batch(const Layer& layer, const float* x, size_t n);
-    size_t candidates(const Layer& layer, uint32_t lo, uint32_t hi, Worker& w) const;
-    void experts_batch(const Layer& layer, size_t n, bool selective);
-    void sort_members(const Layer& layer);
-    size_t gather_tokens(uint32_t expert, size_t n);
-    Rows gather(const Rows& rows, size_t part, const uint32_t* ids, size_t n);
-    const float* gather(const float* bias, size_t part, const uint32_t* ids, size_t n);
+    uint64_t mailbox_bytes() const;
 
-    // batch.cpp
-    void forward_batch(const int32_t* tokens, size_t n, bool selective, pi_layer_score* scores);
-    void stream_on(size_t il);
-    void normalise_batch(const Norm& norm, const float* stream, size_t n);
-    void quantise_token(const float* x, size_t len, size_t t);
-    void quantise_batch(const float* x, size_t n, size_t len);
-    void attention_batch(const Layer& layer, size_t il, size_t n);
-    void attend_queries(size_t il, uint32_t head, size_t first, size_t n, Worker& w);
-    void score_queries(size_t il, uint32_t head, size_t first, size_t n, Worker& w);
-    void mix_queries(size_t il, uint32_t head, size_t first, size_t n, Worker& w);
-    void ffn_batch(const Layer& layer, const float* stream, size_t n, bool selective, pi_layer_score* score);
-    void meet(const Group& group, const float* x, size_t n, bool selective);
-    void activate_token(const Group& group, size_t k, pi_layer_score* score);
-    void predict_batch(const Layer& layer, const float* x, size_t n);
-    void gemm(const Rows& rows, const float* bias, const float* x, size_t n, float* out, bool add);
-    void tile_of_rows(const Rows& rows, size_t begin, size_t m, const float* x, size_t n, Worker& w);
-    void tile_of_rows8(const Rows& rows, size_t begin, size_t m, size_t n, Worker& w);
-    void gemm_down(const Group& group, const float* h, size_t n);
-    void tile_of_columns(const Rows& rows, size_t begin, size_t m, const float* x, size_t ldx, size_t n, Worker& w);
-    void tile_of_columns8(const Rows& rows, size_t begin, size_t n, Worker& w);
-
-    uint16_t* key(size_t il, uint32_t head, size_t pos) { return &keys_[kv_index(il, head, pos)]; }
-    uint16_t* value(size_t il, uint32_t head, size_t pos) { return &values_[kv_index(il, head, pos)]; }
-    size_t ld_scores() const { return (n_ctx + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS; }
-    size_t kv_index(size_t il, uint32_t head, size_t pos) const {
-        return ((il * model.config.n_head_kv + head) * n_ctx + pos) * model.config.head_dim;
-    }
-
-    pi_mode mode_;
-    bool uncut_;
-    Pool pool_;
-    std::vector<Worker> workers_;
-    Buffer<uint16_t> keys_, values_;  // (n_layer, n_head_kv, n_ctx, head_dim) float16
-    Buffer<float> cos_, sin_;         // (min(BATCH, n_ctx), rotary_dim / 2)
-    Buffer<float> hidden_;            // (n_embd,) the residual stream
-    Buffer<float> entry_;             // (n_embd,) what it was before attention, where the FFN reads that
-    Activations x_;                   // (max(n_embd, q_dim),) a normalised input, or what attention gave
-    Activations rank_;                // (max rank,) the predictor's hidden layer
-    Buffer<float> routes_;            // (n_experts,) the weight of each, 0: not chosen
-    Buffer<float> q_, k_, v_;         // (q_dim,) (kv_dim,) (kv_dim,)
-    Buffer<float> partial_;           // (n_chunks, n_embd) each chunk's share of the FFN
-    bool chunk_fired_[MAX_CHUNKS] = {};
-    double squares_[MAX_CHUNKS] = {};  // of each chunk's h, where these are normalised
-    Buffer<float> position_row_;       // (n_embd,) with learned positions
-    // with a disk tier
-    Buffer<uint32_t> chosen_;   // (n_ff,) neurons that a layer computes, each chunk's from its first place on
-    Buffer<float> chosen_pre_;  // (n_ff,) what their deciding rows gave, where these were computed already
-    std::array<size_t, MAX_CHUNKS> n_chosen_{};
-    Activations ahead_x_;               // (n_embd,) what the next layer's FFN would read if it came now
-    Buffer<float> ahead_logit_;         // (n_ff,) what its predictor says of its cold neurons
-    Buffer<uint32_t> ahead_;            // (n_ff,) those that may be worth a read
-    const uint32_t* places_ = nullptr;  // of the present layer's neurons; NULL: each lies in its own
-    // batch.cpp: (min(BATCH, n_ctx), .) each
-    Buffer<float> b_hidden_, b_entry_, b_x_, b_q_, b_k_, b_v_, b_select_, b_up_, b_rank_, b_asked_, b_routes_;
-    // with experts: a layer's neurons by expert, (n_ff,); those that chose the present one, (batch,), and their inputs,
-    // (batch, n_embd); the rows of a piece of it, (3, PIECE) of at most n_embd floats, and their biases, (2, PIECE)
-    Buffer<uint32_t> members_, takers_;
-    Buffer<float> b_taken_, piece_bias_;
-    Buffer<uint8_t> piece_rows_;
-    Buffer<BatchX8> b_q8_;  // what a quantised matrix is multiplied with, in blocks: the last one filled up with zeros
-    uint64_t scratch_bytes_ = 0;
-    uint64_t spent_[N_PARTS] = {}, mark_ = 0;  // ticks of the present token, by part; when they were last counted
+    const Model* model_ = nullptr;  // whose device counts this session's bytes
+    const Weights& there_;
+    std::unique_ptr<DeviceSession> device_;
+    uint32_t lend_from_;
+    bool away_ = false;                         // whether the stream is on the device
+    std::vector<pi_layer_score> scores_there_;  // (n_layer,) of a selective pass
 };
 
 }  // namespace pi
