@@ -58,6 +58,8 @@ class Relaxation:
         if self.uses_disk:  # all from ram and disk, with [0, k) in ram
             self.shared = self.in_ram + objective.disk(each, full) - objective.disk(each, self.k)
         self.between_ram, self.between_disk = np.array([objective.short(i, k) for i, k in enumerate(self.k)]).T
+        if not p.divisible:
+            self.between_ram = np.zeros(p.n_layer)
 
     def worth(self, prices: Prices) -> float:
         """What the budgets are worth, but for what always stays in ram."""
@@ -154,8 +156,10 @@ class Relaxation:
 
 
 def knots(problem: Problem, objective: Objective) -> Ints:
-    """[n_layer, n_knots]: places of k1 and k2 that are looked at; every neuron of a small layer."""
+    """[n_layer, n_knots]: places of k1 and k2 that are looked at; every neuron of a small layer; all that k1 may be."""
     n_ff = problem.n_ff
+    if not problem.divisible:
+        return problem.bounds
     if n_ff <= KNOTS:
         return np.tile(np.arange(n_ff + 1), (problem.n_layer, 1))
     rows = []

@@ -118,13 +118,14 @@ def _best(problem: Problem, limits: dict[str, int | None], objective: str) -> tu
     cost = time(problem) if objective == "time" else misses(problem)
     found = Search(problem, cost, budgets).best()
     if found.plan is None:
-        raise _infeasible(problem, cost, budgets)
+        raise infeasible(problem, cost, budgets)
     if objective == "time":
         return found.plan, found.bound * 1e3
     return fastest_in_ram(problem, found.plan, budgets), problem.impact(found.plan) + found.cost - found.bound
 
 
-def _infeasible(problem: Problem, objective: Objective, budgets: Budgets) -> PowerinferError:
+def infeasible(problem: Problem, objective: Objective, budgets: Budgets) -> PowerinferError:
+    """What says that no plan fits, and which ram would do."""
     least = smallest_ram(problem, objective, budgets.vram)
     beside = f" beside --vram {budgets.vram}" if budgets.vram else ""
     return PowerinferError(

@@ -15,6 +15,7 @@ A hand-over: the FFN's input to the other side and a sum back. Where the block i
 share meanwhile, so that less of it is seen: the time is then an upper bound, by a hand-over a layer at most.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -75,8 +76,18 @@ class Budgets:
 class Problem:
     """Costs, firing frequencies and a machine: everything that judges a plan."""
 
-    def __init__(self, costs: Costs, firing: Firing, machine: Machine, let_through: Floats | None = None) -> None:
-        """let_through: neurons that each layer's predictor lets through per firing one (at least 1, the default)."""
+    def __init__(
+        self,
+        costs: Costs,
+        firing: Firing,
+        machine: Machine,
+        let_through: Floats | None = None,
+        bounds: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """let_through: neurons that each layer's predictor lets through per firing one (at least 1, the default).
+
+        bounds: what k1 of each layer may be, from 0 to n_ff; any number where there are none.
+        """
         self.costs, self.machine = costs, machine
         self.n_layer, self.n_ff = firing.n_layer, firing.n_ff
         self.fired = _cumulative(firing)
@@ -94,8 +105,15 @@ class Problem:
         self.predictor = np.array([layer.predictor for layer in layers], np.int64)
         self.always = np.array([layer.always for layer in layers], np.int64)
         self.each = np.arange(self.n_layer)
+        self.divisible = bounds is None
+        self.bounds = padded(bounds or [(0, self.n_ff)] * self.n_layer)
         tiers = [tier for tier in (machine.vram, machine.ram, machine.disk) if tier is not None]
         self._row_seconds = {tier: self._seconds_of_rows(tier) for tier in tiers}
+
+    @property
+    def fewest(self) -> Ints:
+        """The fewest neurons of each layer that can be in vram, if any are."""
+        return np.ones(self.n_layer, np.int64) if self.divisible else self.bounds[:, 1]
 
     # Bytes and reads of stored neurons [0, k) of layer i; i and k broadcast.
 
@@ -256,6 +274,12 @@ class Problem:
         """Within both budgets, to the byte."""
         card, ram, _ = self.bytes(plan)
         return (card <= budgets.vram) & (ram <= budgets.ram)
+
+
+def padded(rows: Sequence[Sequence[int]]) -> Ints:
+    """Rising numbers of each layer in rows of equal length: the last is repeated."""
+    longest = max(map(len, rows))
+    return np.array([[*row, *[row[-1]] * (longest - len(row))] for row in rows], np.int64)
 
 
 def _cumulative(firing: Firing) -> Floats:

@@ -55,16 +55,17 @@ class Search:
         self.relaxation = Relaxation(problem, objective, budgets)
         self.family = Family(Fill(problem, objective))
 
-    def best(self) -> Found:
-        """The best plan of the family within the budgets; of a tiny problem, the best of all."""
+    def best(self, proven: bool = True) -> Found:
+        """The best plan of the family within the budgets; of a tiny problem, the best of all. proven: with the best
+        bound that is found."""
         program = Program(self.problem, self.objective, self.budgets)
-        if program.whole and (plan := program.best()):
+        if program.whole and self.problem.divisible and (plan := program.best()):
             cost = float(self.objective.cost(plan))
             return Found(plan, cost, cost)
         bounds, prices = self.relaxation.search(program.relax() or self.relaxation.mean_price())
         found = self._best_of_family(bounds, prices)
         bound = min(float(bounds.min()), found.cost)
-        if found.cost > bound * (1 + ENOUGH):
+        if proven and found.cost > bound * (1 + ENOUGH):
             bound = min(max(bound, program.branch()), found.cost)
         return replace(found, bound=bound)
 
