@@ -17,13 +17,10 @@ import numpy.typing as npt
 
 from benchmarks.shapes import RANK, Planted, Shape, frequencies, shape_config
 from powerinfer_tools.artifact.layout import MODE_GATE, MODE_PREDICTOR, LayerPlan
-from powerinfer_tools.engine.native import chunk_bounds
-from powerinfer_tools.placement import Machine, artifact_costs
-from powerinfer_tools.placement.objective import time
+from powerinfer_tools.placement import Machine
+from powerinfer_tools.placement.card import best_plan, card_problem
 from powerinfer_tools.placement.problem import Bools, Budgets, Ints, Plan, Problem
-from powerinfer_tools.placement.search import Search
 
-Bounds = Sequence[Sequence[int]]  # of each layer, from 0 to n_ff: where its neurons may be divided
 Item = tuple[str, int]
 BLOCK, NEURONS = "block", "neurons"  # of a layer
 HEAD: Item = ("head", 0)
@@ -43,12 +40,6 @@ class Fires:
 
     def frequency(self, i: int, /) -> npt.NDArray[np.float64]:
         return self.each
-
-
-def bounds_of(shape: Shape, active: float) -> Bounds:
-    """Where the engine can divide the planted layers."""
-    frequency = frequencies(shape.n_ff, active).astype(np.float32)
-    return [sorted(set(chunk_bounds(frequency)))] * shape.n_layer
 
 
 def sparse_problem(shape: Shape, quant: str, active: float, machine: Machine, ctx_size: int) -> Problem:
@@ -71,17 +62,16 @@ def _problem(
 ) -> Problem:
     config = shape_config(shape)
     biases = frozenset(name for name in Planted(config).names())
-    plans = [plan] * config.n_layer
-    costs = artifact_costs(
+    return card_problem(
         config,
-        plans,
+        [plan] * config.n_layer,
+        Fires(fires, config.n_layer),
+        machine,
         quant=quant,
         biases=biases,
         ctx_size=ctx_size,
         threads=machine.threads,
-        card_context=machine.vram.context if machine.vram is not None else 0,
     )
-    return Problem(costs, Fires(fires, config.n_layer), machine)
 
 
 def everything(problem: Problem) -> Plan:
@@ -94,17 +84,20 @@ def nothing(problem: Problem) -> Plan:
     return _plan(problem, np.zeros(problem.n_layer, bool), False, np.zeros(problem.n_layer, np.int64))
 
 
+def bounds(problem: Problem) -> list[list[int]]:
+    """Of each layer, from 0 to n_ff: where the engine can divide its neurons."""
+    return [sorted(set(row)) for row in problem.bounds.tolist()]
+
+
 def budget(problem: Problem, share: float) -> int:
     """Bytes of the card: a share of all weights and KV cache there, and what beside them does not shrink with them."""
     fixed = problem.costs.card_fixed
     return fixed + int(share * (card_bytes(problem, everything(problem)) - fixed))
 
 
-def found(problem: Problem, vram: int, bounds: Bounds) -> Plan:
+def found(problem: Problem, vram: int) -> Plan:
     """The plan that the program finds for so many bytes of the card."""
-    best = Search(problem, time(problem), Budgets(vram, problem.costs.needed)).best().plan
-    assert best is not None  # with all of the model in ram there always is one
-    return at_bounds(problem, best, bounds)
+    return best_plan(problem, Budgets(vram, problem.costs.needed))
 
 
 def whole_layers(problem: Problem, vram: int) -> Plan:
@@ -119,19 +112,20 @@ def whole_layers(problem: Problem, vram: int) -> Plan:
     return last(most, card_bytes(problem, last(most, True)) <= vram)
 
 
-def hottest_first(problem: Problem, vram: int, bounds: Bounds) -> Plan:
-    heat = {(i, j): _heat(problem, i, a, b) for i, row in enumerate(bounds) for j, (a, b) in enumerate(pairwise(row))}
+def hottest_first(problem: Problem, vram: int) -> Plan:
+    rows = enumerate(bounds(problem))
+    heat = {(i, j): _heat(problem, i, a, b) for i, row in rows for j, (a, b) in enumerate(pairwise(row))}
     pieces = sorted(heat, key=lambda piece: -heat[piece])
     blocks = [HEAD, *((BLOCK, i) for i in range(problem.n_layer))]
-    return _one_by_one(problem, vram, bounds, [*blocks, *((NEURONS, i) for i, _ in pieces)])
+    return _one_by_one(problem, vram, [*blocks, *((NEURONS, i) for i, _ in pieces)])
 
 
-def drawn(problem: Problem, vram: int, bounds: Bounds, seed: int = 0) -> Plan:
+def drawn(problem: Problem, vram: int, seed: int = 0) -> Plan:
     """The random plan."""
     blocks = [HEAD, *((BLOCK, i) for i in range(problem.n_layer))]
-    items = [*blocks, *((NEURONS, i) for i, row in enumerate(bounds) for _ in row[1:])]
+    items = [*blocks, *((NEURONS, i) for i, row in enumerate(bounds(problem)) for _ in row[1:])]
     order = np.random.default_rng(seed).permutation(len(items))
-    return _one_by_one(problem, vram, bounds, [items[i] for i in order])
+    return _one_by_one(problem, vram, [items[i] for i in order])
 
 
 def _heat(problem: Problem, i: int, begin: int, end: int) -> float:
@@ -139,24 +133,18 @@ def _heat(problem: Problem, i: int, begin: int, end: int) -> float:
     return float(problem.fired[i, end] - problem.fired[i, begin]) / (end - begin)
 
 
-def _one_by_one(problem: Problem, vram: int, bounds: Bounds, items: Sequence[Item]) -> Plan:
+def _one_by_one(problem: Problem, vram: int, items: Sequence[Item]) -> Plan:
     """The items in order, but for those that no longer fit; NEURONS are a layer's next ones, up to its next bound."""
-    plan = nothing(problem)
+    plan, rows = nothing(problem), bounds(problem)
     for kind, i in items:
         dense, k1 = plan.dense.copy(), plan.vram.copy()
         if kind == BLOCK:
             dense[i] = True
         elif kind == NEURONS:
-            k1[i] = next((bound for bound in bounds[i] if bound > k1[i]), problem.n_ff)
+            k1[i] = next((bound for bound in rows[i] if bound > k1[i]), problem.n_ff)
         fuller = _plan(problem, dense, bool(plan.head) or (kind, i) == HEAD, k1)
         plan = fuller if card_bytes(problem, fuller) <= vram else plan
     return plan
-
-
-def at_bounds(problem: Problem, plan: Plan, bounds: Bounds) -> Plan:
-    """The plan with each k1 at the bound below."""
-    k1 = [max(bound for bound in row if bound <= k) for row, k in zip(bounds, plan.vram.tolist(), strict=True)]
-    return _plan(problem, plan.dense, plan.head, np.array(k1))
 
 
 def same(a: Plan, b: Plan) -> bool:

@@ -12,10 +12,11 @@ import numpy.typing as npt
 
 from benchmarks import gpu_plans as plans
 from benchmarks.shapes import Shape
-from powerinfer_tools.engine import CardLimits, Engine, Model, Stats
+from powerinfer_tools.engine import Engine, Model, Stats
 from powerinfer_tools.engine.native import describe_card
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement import Machine, Tier, measure_machine
+from powerinfer_tools.placement.card import card_limits
 from powerinfer_tools.placement.problem import Plan, Problem
 
 Logits = npt.NDArray[np.float32]
@@ -62,11 +63,9 @@ class Contender:
     budget: int = 0
 
     def open(self, model: Path, device: str) -> Model:
-        plan = self.plan
-        if not (plan.dense.any() or plan.vram.any() or plan.head):
+        if plans.same(self.plan, plans.nothing(self.problem)):
             return Model(model)
-        dense, neurons = tuple(plan.dense.tolist()), tuple(plan.vram.tolist())
-        return Model(model, None, CardLimits(dense, neurons, bool(plan.head), self.budget, device=device))
+        return Model(model, None, card_limits(self.plan, self.budget, device))
 
 
 class Models:
@@ -139,14 +138,13 @@ def measured(case: Case) -> Machine:
 
 def all_contenders(case: Case, machine: Machine) -> list[Contender]:
     """Ours first, and those whose plan is not ours by another way."""
-    bounds = plans.bounds_of(case.shape, case.active)
     sparse = plans.sparse_problem(case.shape, case.quant, case.active, machine, case.ctx_size)
     dense = plans.dense_problem(case.shape, case.quant, machine, case.ctx_size)
     budget = plans.budget(sparse, case.share)
     contenders = [
-        Contender(OURS, "auto", plans.found(sparse, budget, bounds), sparse, budget),
-        Contender(HOTTEST, "auto", plans.hottest_first(sparse, budget, bounds), sparse, budget),
-        Contender(RANDOM, "auto", plans.drawn(sparse, budget, bounds), sparse, budget),
+        Contender(OURS, "auto", plans.found(sparse, budget), sparse, budget),
+        Contender(HOTTEST, "auto", plans.hottest_first(sparse, budget), sparse, budget),
+        Contender(RANDOM, "auto", plans.drawn(sparse, budget), sparse, budget),
         Contender(LAYERS, "dense", plans.whole_layers(dense, budget), dense),
         Contender(PROCESSOR, "auto", plans.nothing(sparse), sparse),
     ]

@@ -23,9 +23,8 @@ def vram(shape: Shape, share: float) -> int:
     return plans.budget(sparse(shape), share)
 
 
-def is_at_bounds(plan: Plan, shape: Shape) -> bool:
-    rows = plans.bounds_of(shape, ACTIVE)
-    return all(k in row for k, row in zip(plan.vram.tolist(), rows, strict=True))
+def is_at_bounds(plan: Plan, problem: Problem) -> bool:
+    return all(k in row for k, row in zip(plan.vram.tolist(), plans.bounds(problem), strict=True))
 
 
 @SHAPES
@@ -45,10 +44,10 @@ def test_whole_layers_are_as_many_as_fit_from_the_last_on(shape: Shape, share: f
 
 @SHAPES
 def test_with_room_for_all_every_plan_is_the_whole_model(shape: Shape) -> None:
-    problem, room, bounds = sparse(shape), vram(shape, 1.0), plans.bounds_of(shape, ACTIVE)
+    problem, room = sparse(shape), vram(shape, 1.0)
     dense = plans.dense_problem(shape, "q4_0", PC_HIGH, CTX)
     whole = plans.everything(problem)
-    for plan in (plans.hottest_first(problem, room, bounds), plans.drawn(problem, room, bounds)):
+    for plan in (plans.hottest_first(problem, room), plans.drawn(problem, room)):
         assert plans.same(plan, whole)
     assert plans.same(plans.whole_layers(dense, room), whole)
     assert not plans.same(plans.nothing(problem), whole)
@@ -57,39 +56,39 @@ def test_with_room_for_all_every_plan_is_the_whole_model(shape: Shape) -> None:
 @SHAPES
 @SHARES
 def test_plans_keep_the_budget_and_divide_where_the_engine_can(shape: Shape, share: float) -> None:
-    problem, room, bounds = sparse(shape), vram(shape, share), plans.bounds_of(shape, ACTIVE)
+    problem, room = sparse(shape), vram(shape, share)
     for plan in (
-        plans.found(problem, room, bounds),
-        plans.hottest_first(problem, room, bounds),
-        plans.drawn(problem, room, bounds),
+        plans.found(problem, room),
+        plans.hottest_first(problem, room),
+        plans.drawn(problem, room),
     ):
         assert plans.card_bytes(problem, plan) <= room or plans.same(plan, plans.nothing(problem))
-        assert is_at_bounds(plan, shape)
+        assert is_at_bounds(plan, problem)
 
 
 @SHAPES
 @SHARES
 def test_no_plan_is_foretold_to_be_faster_than_the_one_that_is_found(shape: Shape, share: float) -> None:
-    problem, room, bounds = sparse(shape), vram(shape, share), plans.bounds_of(shape, ACTIVE)
-    found = float(problem.seconds(plans.found(problem, room, bounds)))
-    assert found <= float(problem.seconds(plans.hottest_first(problem, room, bounds)))
+    problem, room = sparse(shape), vram(shape, share)
+    found = float(problem.seconds(plans.found(problem, room)))
+    assert found <= float(problem.seconds(plans.hottest_first(problem, room)))
     for seed in range(3):
-        assert found <= float(problem.seconds(plans.drawn(problem, room, bounds, seed)))
+        assert found <= float(problem.seconds(plans.drawn(problem, room, seed)))
 
 
 def test_hottest_first_takes_blocks_before_neurons_and_hot_ones_before_cold() -> None:
-    problem, bounds = sparse(LLAMA), plans.bounds_of(LLAMA, ACTIVE)
-    few, more = (plans.hottest_first(problem, vram(LLAMA, share), bounds) for share in (0.3, 0.6))
+    problem = sparse(LLAMA)
+    few, more = (plans.hottest_first(problem, vram(LLAMA, share)) for share in (0.3, 0.6))
     assert few.head
     assert few.dense.all()
     assert 0 < few.vram.sum() < more.vram.sum()
-    ranks = [row.index(k) for row, k in zip(bounds, more.vram.tolist(), strict=True)]
+    ranks = [row.index(k) for row, k in zip(plans.bounds(problem), more.vram.tolist(), strict=True)]
     assert max(ranks) - min(ranks) <= 1  # the layers are alike
 
 
 def test_random_plans_are_drawn_by_their_seed() -> None:
-    problem, room, bounds = sparse(LLAMA), vram(LLAMA, 0.5), plans.bounds_of(LLAMA, ACTIVE)
-    first, again, other = (plans.drawn(problem, room, bounds, seed) for seed in (1, 1, 2))
+    problem, room = sparse(LLAMA), vram(LLAMA, 0.5)
+    first, again, other = (plans.drawn(problem, room, seed) for seed in (1, 1, 2))
     assert plans.same(first, again)
     assert not plans.same(first, other)
 
