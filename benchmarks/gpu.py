@@ -66,7 +66,13 @@ SIZES_OF_TRIAL: dict[str, Any] = {
 }
 PROMPT, DECODE = 128, 32  # tokens
 PROMPT_TRIAL, DECODE_TRIAL = 24, 8
-PC_HIGH_VRAM = 24 * GIB
+PAPER_VRAM = 24 * GIB
+PAPER_CARD: dict[str, Any] = {
+    "n_bytes": PAPER_VRAM,
+    "launch_s": 2e-6,
+    "copy": 25e9,
+    "context": 400 << 20,
+}  # assumed, but for n_bytes
 LEFT = 3  # exit status
 
 
@@ -153,11 +159,11 @@ def foretell(given: argparse.Namespace) -> list[dict[str, Any]]:
     """What the time model says of the paper's machine: each model with all its layers, at the shares that its card has
     room for, and with all of the card."""
     assert PC_HIGH.vram is not None
-    paper = replace(PC_HIGH, vram=replace(PC_HIGH.vram, n_bytes=PC_HIGH_VRAM))
+    paper = replace(PC_HIGH, vram=replace(PC_HIGH.vram, **PAPER_CARD))
     found = []
     for name, quant in product(given.shapes, given.quants):
-        whole = foretold(paper, name, quant, PC_HIGH_VRAM)["whole_bytes"]
-        budgets = {min(int(share * whole), PC_HIGH_VRAM) for share in given.budgets} | {min(whole, PC_HIGH_VRAM)}
+        whole = plans.sparse_problem(SHAPES[name], quant, ACTIVE[name], paper, PROMPT + DECODE)
+        budgets = {min(plans.budget(whole, share), PAPER_VRAM) for share in (1, *given.budgets)}
         found += [foretold(paper, name, quant, vram) for vram in sorted(budgets, reverse=True)]
     return found
 
@@ -167,12 +173,13 @@ def foretold(on: Machine, name: str, quant: str, vram: int) -> dict[str, Any]:
     shape, active, ctx_size = SHAPES[name], ACTIVE[name], PROMPT + DECODE
     sparse = plans.sparse_problem(shape, quant, active, on, ctx_size)
     dense = plans.dense_problem(shape, quant, on, ctx_size)
-    whole = plans.card_bytes(sparse, plans.everything(sparse))
+    assert on.vram is not None
     return {
         "machine": on.name,
+        "bandwidth_ratio": on.vram.sequential / on.ram.sequential,
         "model": f"{name}, {shape.n_layer} layers, {quant}, {active:.0%} active",
-        "whole_bytes": whole,
-        "card": f"{vram / 1e9:.1f} GB, {vram / whole:.0%}",
+        "vram": vram,
+        "whole": plans.budget(sparse, 1),
         "ours_ms": float(sparse.seconds(plans.found(sparse, vram))) * 1e3,
         "layers_ms": float(dense.seconds(plans.whole_layers(dense, vram))) * 1e3,
     }

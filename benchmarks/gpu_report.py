@@ -189,14 +189,16 @@ def measures_table(found: list[Measure]) -> str:
 
 
 def foretold_table(foretold: list[dict[str, Any]], rows: list[Row]) -> str:
-    lines = [["model", "card", "ours (ms)", "whole layers, dense (ms)", "ratio"]]
+    lines = [["model", "card", "of the model", "ours (ms)", "whole layers, dense (ms)", "ratio"]]
     for one in foretold:
         times = [one["ours_ms"], one["layers_ms"], one["layers_ms"] / one["ours_ms"]]
-        lines.append([one["model"], one["card"], *(f"{value:.2f}" for value in times)])
-    text = f"By the placement's time model, not measured, on {foretold[0]['machine']}:\n\n" + table(lines)
+        card = [f"{one['vram'] / 2**30:.1f} GiB", f"{one['vram'] / one['whole']:.0%}"]
+        lines.append([one["model"], *card, *(f"{value:.2f}" for value in times)])
+    on = f"{foretold[0]['machine']} (GPU : CPU {foretold[0]['bandwidth_ratio']:.1f})"
+    text = f"Not measured: what the placement's time model expects of {on}\n\n" + table(lines)
     errors = [100 * error(figures) for row in rows for figures in row["contenders"].values()]
     if errors:
-        text += f"\n\nOf the measured times this model was off by {spread(errors, 0)} %."
+        text += f"\n\nOf the times measured here this model was off by {spread(errors, 0)} %."
     return text
 
 
