@@ -14,8 +14,6 @@ constexpr size_t PACK_ROWS_K = PACKED_FLOATS / TILE_ROWS;        // elements of 
 constexpr size_t PACK_COLUMNS_K = PACKED_FLOATS / DOWN_COLUMNS;  // elements of a column packed at a time
 constexpr size_t PACK8_K = PACKED_BLOCKS * QK;                   // the same in 8 bits
 
-size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
-
 bool in_blocks(const Rows& rows) { return rows.type == Type::Q4_0 || rows.type == Type::Q8_0; }
 
 Rows part(Rows rows, uint32_t begin, uint32_t end) {

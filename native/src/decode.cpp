@@ -14,11 +14,8 @@ namespace pi {
 namespace {
 
 constexpr size_t ITEM_ROWS = 32;           // rows of a matrix that one item computes
-constexpr size_t AHEAD_ROWS = 512;         // of a predictor that one item asks when it looks ahead
 constexpr size_t SUM_COLUMNS = 512;        // columns of the partial sums that one item adds, or logits that it caps
 constexpr size_t BLOCK_BYTES = 256 << 10;  // of bundles that are read whole before the next ones, where all are: in L2
-
-size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
@@ -32,25 +29,6 @@ void Side::lap(Part part) {
     uint64_t now = ticks();
     spent_[part] += now - mark_;
     mark_ = now;
-}
-
-// One parallel step, whose items' time counts as `part` (or as what they noted themselves), and the threads' waiting
-// as SYNC.
-template <class Task>
-void Side::parallel(Part part, size_t n_items, Task&& task) {
-    lap(OTHER);
-    pool_.run(n_items, task);
-    lap(SYNC);
-    uint64_t busy = std::min(pool_.take_busy(), spent_[SYNC]);
-    spent_[SYNC] -= busy;
-    for (Worker& w : workers_) {
-        for (size_t p = 0; p < N_PARTS; p++) {
-            uint64_t noted = std::min(std::exchange(w.spent[p], 0) / workers_.size(), busy);
-            spent_[p] += noted;
-            busy -= noted;
-        }
-    }
-    spent_[part] += busy;
 }
 
 // The parts of a token that took so many seconds.
@@ -128,13 +106,13 @@ void Side::prepare_token(const Layer& layer, const float* stream) {
     const Config& c = config;
     if (asks(layer) && c.predictor_on_stream) {
         std::copy_n(stream, c.n_embd, x_.f.data());
-        ffn_rank_ = predictor_rank(*layer.predictor, quantised(x_, c.n_embd));
+        ffn_rank_ = predictor_rank(*layer.predictor, quantised(x_, c.n_embd), rank_);
     }
     normalise(layer.ffn_norm, stream, x_.f.data());
     if (c.experts.routed_by == RoutedBy::FfnInput) route(layer, x_.f.data());
     ffn_x_ = quantised(x_, c.n_embd);
     if (!asks(layer)) return;
-    if (!c.predictor_on_stream) ffn_rank_ = predictor_rank(*layer.predictor, ffn_x_);
+    if (!c.predictor_on_stream) ffn_rank_ = predictor_rank(*layer.predictor, ffn_x_, rank_);
     const Rows& in = layer.predictor->in;
     stats.bytes_predictor += in.n_rows * in.row_size();
 }
@@ -148,14 +126,14 @@ void Side::take_token(const Layer& layer, const float* x, const float* rank) {
     ffn_rank_ = quantised(rank_, n);
 }
 
-// The predictor's hidden layer, in rank_.
-Vector Side::predictor_rank(const Predictor& predictor, Vector x) {
+// The predictor's hidden layer.
+Vector Side::predictor_rank(const Predictor& predictor, Vector x, Activations& rank) {
     Linear in{predictor.in, nullptr};
-    project(PREDICTOR, {{&in, rank_.f.data()}}, x);
+    project(PREDICTOR, {{&in, rank.f.data()}}, x);
     size_t n = in.rows.n_rows;
     if (config.predictor_relu)
-        for (size_t i = 0; i < n; i++) rank_.f[i] = rank_.f[i] <= 0 ? 0 : rank_.f[i];
-    return quantised(rank_, n);
+        for (size_t i = 0; i < n; i++) rank.f[i] = rank.f[i] <= 0 ? 0 : rank.f[i];
+    return quantised(rank, n);
 }
 
 // The chunks whose neurons are on this side.
@@ -306,140 +284,6 @@ void Side::add_down(const Layer& layer, size_t n, const uint8_t* next, float* su
     ops.add_rows(down.type, down.n, down.data, down.stride, places(w.active.data(), n, w), h, n, next, sum);
 }
 
-// ---- layers with neurons on disk (disk.h)
-
-// The same as ffn_chunks. Where every neuron is needed, or more than there is room for, the layer is read whole.
-void Side::ffn_from_disk(const Layer& layer, size_t il, Vector x, Vector rank) {
-    bool picks = asks(layer) || layer.expert || (layer.apart && mode_ != PI_MODE_DENSE);
-    if (picks && fetch(layer, il, x, rank)) return;
-    lap(OTHER);
-    disk->start_stream(il);
-    disk->end_stream();
-    lap(DISK);
-    ffn_chunks(layer, x, rank);
-    disk->release(il);
-}
-
-// Chooses first, then computes what is in memory while the rest is read. False where that is too much.
-bool Side::fetch(const Layer& layer, size_t il, Vector x, Vector rank) {
-    Range own = own_chunks(layer);
-    size_t n_chunks = own.end - own.begin;
-    parallel(layer.apart ? GATE : PREDICTOR, n_chunks,
-             [&](size_t item, uint32_t thread) { choose(layer, own.begin + item, x, rank, workers_[thread]); });
-    std::array<std::span<const uint32_t>, MAX_CHUNKS> chosen;
-    for (size_t c = own.begin; c < own.end; c++) chosen[c] = {&chosen_[layer.chunks[c]], n_chosen_[c]};
-    bool fits = disk->request(il, {chosen.data(), own.end});
-    lap(DISK);
-    if (!fits) {
-        for (Worker& w : workers_) w.n = {};  // counted again when all is there
-        return false;
-    }
-    places_ = disk->places(il);
-    look_ahead(il + 1);
-    // Every thread begins with chunks of frequent neurons, which are in memory: item p of thread t is chunk p * n + t.
-    size_t n_threads = workers_.size();
-    std::array<size_t, MAX_CHUNKS> order;
-    for (size_t t = 0, item = 0; t < n_threads; t++)
-        for (size_t c = t; c < n_chunks; c += n_threads) order[item++] = own.begin + c;
-    parallel(UPDOWN, n_chunks, [&](size_t item, uint32_t thread) {
-        Worker& w = workers_[thread];
-        uint64_t begin = ticks();
-        disk->bring(order[item]);
-        w.spent[DISK] += ticks() - begin;
-        fetched_chunk(layer, order[item], x, w);
-    });
-    places_ = nullptr;
-    disk->finish();
-    return true;
-}
-
-// While the layer before waits for the disk: asks layer il's predictor, with the residual as it is now, before that
-// layer's FFN and this one's attention have changed it. What it lets through most surely is read behind the rest.
-void Side::look_ahead(size_t il) {
-    if (il == config.n_layer || !asks(weights.layers[il]) || !disk->pays_ahead(il)) return;
-    const Layer& layer = weights.layers[il];
-    if (layer.expert) return;                                   // whose turn it will be is not known yet
-    if (!weights.layers[il - 1].dense || !layer.dense) return;  // the residual, or what normalises it, is elsewhere
-    if (config.predictor_on_stream)
-        std::copy_n(hidden_.data(), config.n_embd, ahead_x_.f.data());
-    else
-        normalise(layer.ffn_norm, hidden_.data(), ahead_x_.f.data());
-    const Predictor& p = *layer.predictor;
-    Vector rank = predictor_rank(p, quantised(ahead_x_, config.n_embd));
-    uint32_t first = std::max(disk->first_cold(il), layer.always), n_ff = config.n_ff;
-    parallel(PREDICTOR, ceil_div(n_ff - first, AHEAD_ROWS), [&](size_t item, uint32_t) {
-        uint32_t lo = first + static_cast<uint32_t>(item * AHEAD_ROWS), at = lo - layer.always;
-        size_t n = std::min<size_t>(AHEAD_ROWS, n_ff - lo);
-        ops.matvec(p.out.type, p.out.n, p.out.row(at), p.out.stride, n, rank, &ahead_logit_[lo]);
-        for (size_t i = 0; i < n; i++) ahead_logit_[lo + i] += p.bias[at + i];
-    });
-    size_t n = 0;
-    for (uint32_t i = first; i < n_ff; i++)
-        if (ahead_logit_[i] >= 0 && !disk->here(il, i)) ahead_[n++] = i;
-    size_t most = std::min(n, AHEAD);
-    std::nth_element(&ahead_[0], &ahead_[most], &ahead_[n], [&](uint32_t a, uint32_t b) {
-        return ahead_logit_[a] != ahead_logit_[b] ? ahead_logit_[a] > ahead_logit_[b] : a < b;
-    });
-    std::sort(&ahead_[0], &ahead_[most]);
-    disk->request_ahead(il, {&ahead_[0], most});
-}
-
-// chosen_ of a chunk: what the predictor lets through, what fires where a matrix apart says so, or all candidates
-void Side::choose(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w) {
-    uint32_t lo = layer.chunks[chunk], hi = layer.chunks[chunk + 1];
-    if (lo == hi) {
-        n_chosen_[chunk] = 0;
-        return;
-    }
-    size_t n_asked = asks(layer) ? ask(layer, lo, hi, rank, w) : candidates(layer, lo, hi, w), n = 0;
-    if (layer.apart) decide(layer, w.asked.data(), n_asked, x, w);
-    for (size_t k = 0; k < n_asked; k++) {
-        chosen_[lo + n] = w.asked[k];
-        chosen_pre_[lo + n] = w.pre[k];
-        n += !layer.apart || w.pre[k] != 0 || mode_ == PI_MODE_DENSE;
-    }
-    n_chosen_[chunk] = n;
-}
-
-// What ffn_chunk does, with neurons that are chosen and at hand.
-void Side::fetched_chunk(const Layer& layer, size_t chunk, Vector x, Worker& w) {
-    const uint32_t* ids = &chosen_[layer.chunks[chunk]];
-    const float* pre = &chosen_pre_[layer.chunks[chunk]];
-    size_t n = n_chosen_[chunk];
-    if (!layer.apart) {
-        decide(layer, ids, n, x, w);
-        pre = w.pre.data();
-    }
-    float* sum = &partial_[chunk * config.n_embd];
-    std::fill_n(sum, config.n_embd, 0.0f);
-    finish_chunk(chunk, add_neurons(layer, ids, pre, n, x, sum, w), w);
-}
-
-// Where the kernels find these neurons.
-const uint32_t* Side::places(const uint32_t* ids, size_t n, Worker& w) const {
-    if (!places_) return ids;
-    for (size_t i = 0; i < n; i++) w.places[i] = places_[ids[i]];
-    return w.places.data();
-}
-
-// Sessions of one model share what is read from disk: one call after the other.
-std::unique_lock<std::mutex> Side::take_turn() const {
-    return disk ? std::unique_lock(disk->in_use) : std::unique_lock<std::mutex>();
-}
-
-void Side::collect_disk_counts() {
-    disk->check();
-    DiskTier::Counts counts = disk->take_counts();
-    stats.neurons_prefix += counts.from_prefix;
-    stats.neurons_cache += counts.from_cache;
-    stats.neurons_disk += counts.from_disk;
-    stats.disk_reads += counts.reads;
-    stats.disk_bytes += counts.bytes;
-    stats.stream_bytes += counts.streamed;
-    stats.neurons_ahead += counts.ahead;
-    stats.neurons_ahead_asked += counts.ahead_asked;
-}
-
 // The chunks' partial sums, in the order of the chunks; over the norm of all h with sub_norms
 void Side::sum_chunks(const Layer& layer, const Chain& chain) {
     const Config& c = config;
@@ -475,7 +319,10 @@ void Side::add_sum(size_t il, const float* sum) {
 }
 
 void Side::collect_counts(NeuronCounts& sum) {
-    for (Worker& w : workers_) sum += std::exchange(w.n, {});
+    for (Worker& w : workers_) {
+        sum += std::exchange(w.n, {});
+        stats.neurons_prefix += std::exchange(w.n_prefix, 0);
+    }
 }
 
 // logits = output . norm(hidden)

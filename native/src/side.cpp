@@ -87,6 +87,7 @@ Side::Side(const Config& config, const Weights& weights, DiskTier* disk, const p
         allocate(chosen_, c.n_ff);
         allocate(chosen_pre_, c.n_ff);
         allocate_vector(ahead_x_, c.n_embd);
+        allocate_vector(ahead_rank_, rank);
         allocate(ahead_logit_, c.n_ff);
         allocate(ahead_, c.n_ff);
     }

@@ -28,6 +28,8 @@ constexpr size_t PACKED_BLOCKS = 16;    // the same in 8 bits: 512 elements of 3
 constexpr size_t PIECE = 256;           // neurons of an expert that a batch computes together
 constexpr size_t QUERIES = 32;          // tokens of a batch whose attention is computed together
 
+inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+
 // A buffer whose start is aligned to a cache line, a large one's to a huge page.
 template <class T>
 class Buffer {
@@ -91,7 +93,9 @@ struct Worker {
     Buffer<float> tile;               // (BATCH, DOWN_COLUMNS)
     pi_layer_score counted;           // of one layer and batch
     double squares = 0;               // of the present chunk's h, where these are normalised
+    const uint32_t* place = nullptr;  // of the present chunk's neurons; NULL: each lies in its own
     NeuronCounts n;                   // since the last collect_counts
+    uint64_t n_prefix = 0;            // likewise, of layers with neurons on disk: those asked for in chunks without any
     uint64_t spent[N_PARTS] = {};     // ticks, likewise
 };
 
@@ -178,7 +182,7 @@ class Side {
     void attention_token(size_t il);
     void prepare_token(const Layer& layer, const float* stream);
     void take_token(const Layer& layer, const float* x, const float* rank);
-    Vector predictor_rank(const Predictor& predictor, Vector x);
+    Vector predictor_rank(const Predictor& predictor, Vector x, Activations& rank);
     struct Range {
         size_t begin, end;
     };
@@ -186,10 +190,14 @@ class Side {
     void ffn_chunks(const Layer& layer, Vector x, Vector rank);
     void ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w);
     void ffn_from_disk(const Layer& layer, size_t il, Vector x, Vector rank);
-    bool fetch(const Layer& layer, size_t il, Vector x, Vector rank);
+    void fetch(const Layer& layer, size_t il, Vector x, Vector rank);
+    bool request(const Layer& layer, size_t il, Range cold, Worker& w);
+    void stream_layer(size_t il);
+    bool looks_ahead(size_t il) const;
     void look_ahead(size_t il);
+    void prefix_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w);
     void choose(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w);
-    void fetched_chunk(const Layer& layer, size_t chunk, Vector x, Worker& w);
+    void fetched_chunk(const Layer& layer, size_t chunk, Vector x, const uint32_t* place, Worker& w);
     const uint32_t* places(const uint32_t* ids, size_t n, Worker& w) const;
     void finish_chunk(size_t chunk, size_t n_active, Worker& w);
     void decide(const Layer& layer, const uint32_t* ids, size_t n, Vector x, Worker& w);
@@ -269,10 +277,10 @@ class Side {
     Buffer<uint32_t> chosen_;   // (n_ff,) neurons that a layer computes, each chunk's from its first place on
     Buffer<float> chosen_pre_;  // (n_ff,) what their deciding rows gave, where these were computed already
     std::array<size_t, MAX_CHUNKS> n_chosen_{};
-    Activations ahead_x_;               // (n_embd,) what the next layer's FFN would read if it came now
-    Buffer<float> ahead_logit_;         // (n_ff,) what its predictor says of its cold neurons
-    Buffer<uint32_t> ahead_;            // (n_ff,) those that may be worth a read
-    const uint32_t* places_ = nullptr;  // of the present layer's neurons; NULL: each lies in its own
+    Activations ahead_x_;        // (n_embd,) what the next layer's FFN would read if it came now
+    Activations ahead_rank_;     // (max rank,) what its predictor's hidden layer makes of that
+    Buffer<float> ahead_logit_;  // (n_ff,) what its predictor says of its cold neurons
+    Buffer<uint32_t> ahead_;     // (n_ff,) those that may be worth a read
     // batch.cpp: (min(BATCH, n_ctx), .) each
     Buffer<float> b_hidden_, b_entry_, b_x_, b_q_, b_k_, b_v_, b_select_, b_up_, b_rank_, b_asked_, b_routes_;
     // with experts: a layer's neurons by expert, (n_ff,); those that chose the present one, (batch,), and their inputs,
@@ -284,5 +292,24 @@ class Side {
     uint64_t scratch_bytes_ = 0;
     uint64_t spent_[N_PARTS] = {}, mark_ = 0;  // ticks of the present token, by part; when they were last counted
 };
+
+// One parallel step of decoding, whose items' time counts as `part` (or as what they noted themselves), and the
+// threads' waiting as SYNC.
+template <class Task>
+void Side::parallel(Part part, size_t n_items, Task&& task) {
+    lap(OTHER);
+    pool_.run(n_items, task);
+    lap(SYNC);
+    uint64_t busy = std::min(pool_.take_busy(), spent_[SYNC]);
+    spent_[SYNC] -= busy;
+    for (Worker& w : workers_) {
+        for (size_t p = 0; p < N_PARTS; p++) {
+            uint64_t noted = std::min(std::exchange(w.spent[p], 0) / workers_.size(), busy);
+            spent_[p] += noted;
+            busy -= noted;
+        }
+    }
+    spent_[part] += busy;
+}
 
 }  // namespace pi

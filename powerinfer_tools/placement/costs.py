@@ -284,9 +284,10 @@ class DiskCosts:
         return sum(parts)
 
 
-def disk_scratch_bytes(config: Config, threads: int) -> int:
+def disk_scratch_bytes(config: Config, plans: Sequence[LayerPlan], threads: int) -> int:
     """What a session needs beside scratch_bytes where neurons are on disk: places, choices, forecasts."""
-    return 4 * config.n_ff * (threads + 4) + 4 * config.n_embd + 40 * (config.n_embd // 32)
+    rank = max((plan.rank for plan in plans), default=0)
+    return 4 * config.n_ff * (threads + 4) + 4 * (config.n_embd + rank) + 40 * (config.n_embd // 32 + rank // 32)
 
 
 def _pages(n_bytes: int) -> int:

@@ -96,7 +96,7 @@ def fit(
     whole = Budget(ram, process, disk.whole, contexts * one, 0, 0, None)
     if whole.total <= ram:
         return whole
-    beside = contexts * (one + disk_scratch_bytes(config, threads))
+    beside = contexts * (one + disk_scratch_bytes(config, artifact.plans, threads))
     solver = _Solver(artifact, disk, cache_share)
     limits = solver.solve(ram - process - beside)
     if limits is None:

@@ -39,6 +39,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def long_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("long")
+    sizes = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_ctx": 800}
+    make_llama(folder / "llama", **sizes, n_ff=192, n_head_kv=1, head_dim=32)
+    make_opt(folder / "opt", **sizes, n_ff=160)
+    make_artifact(folder / "llama", folder / "llama-predictor-q8_0.gguf", quant="q8_0", predictor=True, slack=0.02)
+    make_artifact(folder / "opt", folder / "opt-gate-f16.gguf", quant="f16")
+    return folder
+
+
 def place(path: Path, name: str, seed: int = 0, **how: Any) -> CardLimits:
     """What of the artifact lies on the device."""
     artifact = open_artifact(path)
@@ -96,3 +107,119 @@ def test_any_placement_gives_the_same_bits(models: Path, kind: str, quant: str) 
             same(run(Model(path, None, place(path, name, seed)), mode=mode, threads=threads), expected)
             lending = place(path, name, seed, lend_from=(9, 10)[seed % 2])
             same(run(Model(path, None, lending), mode=mode, threads=1), expected)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_random_placements_of_random_structures_give_the_same_bits(divided: Path, kernels: int) -> None:
+    """divided: an artifact a structure and way of choosing neurons."""
+    for seed, path in enumerate(sorted(divided.glob("*.gguf"))):
+        for mode in ("auto", "dense"):
+            expected = run(Model(path), mode=mode, threads=1, kernels=kernels)
+            for k in range(3):
+                how = place(path, "mixed", 100 * kernels + 10 * seed + k, lend_from=(0, 20, 33)[k])
+                same(run(Model(path, None, how), mode=mode, threads=1 + k, kernels=kernels), expected)
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("divided")
+    for name in DIVIDED:
+        checkpoint = DrawnCheckpoint(drawn_config(**STRUCTURES[name]), BIASES)
+        label, quant = name.replace(" ", "-"), ("f32", "q4_0")[len(name) % 2]
+        write_artifact(checkpoint, folder / f"{label}-gate.gguf", quant=quant)
+        write_artifact(checkpoint, folder / f"{label}-predictor.gguf", quant=quant, predictor=True, slack=-0.1)
+    return folder
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_divided_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    path = write_artifact(DrawnCheckpoint(drawn_config(**STRUCTURES[name])), tmp_path / "a.gguf").path
+    with pytest.raises(PowerinferError, match=r"experts|sub_norms") as error:
+        Model(path, None, place(path, "nothing"))
+    assert error.value.kind == "unsupported"
+
+
+@pytest.mark.parametrize("kind", ["llama-predictor-q8_0", "opt-gate-f16"])
+@pytest.mark.parametrize("n", [1, 2, 255, 256, 257, 600])
+def test_prompts_around_a_batch_and_what_is_lent(long_models: Path, kind: str, n: int) -> None:
+    path = long_models / f"{kind}.gguf"
+    tokens = ids(n, seed=n)
+
+    def both(model: Model) -> tuple[Any, ...]:
+        with Engine(model, ctx_size=700, threads=2) as engine:
+            prompt, decoded = engine.prefill(tokens, logits=True), engine.decode(5, logits=True)
+            engine.truncate(3 % n)
+            return prompt, decoded, *engine.score(tokens)
+
+    expected = both(Model(path))
+    for lend_from in (0, 1, 88, 89, 256, 257):
+        for name in ("all", "neurons", "most neurons", "mixed"):
+            found = both(Model(path, None, place(path, name, seed=n, lend_from=lend_from)))
+            for a, b in zip(found[:3], expected[:3], strict=True):
+                np.testing.assert_array_equal(a, b)
+            assert found[3] == expected[3]
+
+
+def test_sessions_of_one_model_do_not_meet(models: Path) -> None:
+    path = models / "llama-predictor-f16.gguf"
+    model = Model(path, None, place(path, "mixed", 3))
+    expected = run(Model(path))
+    engines = [Engine(model, ctx_size=64, threads=n) for n in (1, 2)]
+    rows: list[list[Any]] = [[], []]
+    for token in ids(6):
+        for engine, found in zip(engines, rows, strict=True):
+            found.append(engine.decode(token, logits=True))
+    np.testing.assert_array_equal(rows[0], rows[1])
+    same(run(model), expected)
+
+
+def test_what_crosses_is_counted(models: Path) -> None:
+    path = models / "llama-gate-f16.gguf"
+    n_embd, n_vocab = 96, 300
+
+    def of_one_token(name: str) -> tuple[int, int, int]:
+        with Engine(Model(path, None, place(path, name)), ctx_size=64) as engine:
+            engine.prefill(ids(5))
+            engine.decode(1)
+            stats = engine.stats()
+            engine.reset_stats()
+            assert engine.stats().card_read_bytes == engine.stats().card_neurons == 0
+        assert (stats.seconds_card > 0) == (stats.card_waits > 0)
+        return stats.card_transfers, stats.card_waits, stats.card_bytes
+
+    assert of_one_token("nothing") == (0, 0, 0)
+    assert of_one_token("all") == (2, 1, 4 * (n_embd + n_vocab))  # the embedding there, the logits back
+    assert of_one_token("head") == (2, 1, 4 * (n_embd + n_vocab))
+    assert of_one_token("neurons") == (4 * 2, 4, 4 * 4 * 2 * n_embd)  # of each layer: the FFN's input and a sum
+    # the stream there once; of each layer the FFN's input and a sum back, and their sum there
+    assert of_one_token("most neurons") == (1 + 4 * 3 + 1, 4 * 2 + 1, 4 * ((1 + 4 * 3) * n_embd + n_vocab))
+
+
+def test_neurons_are_counted_where_they_were_computed(models: Path) -> None:
+    path = models / "llama-predictor-q8_0.gguf"
+    stats = {}
+    for name in ("nothing", "neurons", "most neurons", "all"):
+        stats[name] = run(Model(path, None, place(path, name)))[-1]
+    shares = [stats[name].card_neurons_fired for name in stats]
+    assert shares == sorted(set(shares))
+    assert shares[0] == 0
+    assert shares[-1] == stats["all"].neurons_active
+    assert stats["all"].card_neurons == stats["all"].neurons_computed
+    assert stats["all"].bytes_decode == 0
+
+
+def test_sessions_count_in_the_budget(models: Path) -> None:
+    path = models / "llama-gate-q4_0.gguf"
+    model = Model(path, None, place(path, "most neurons"))
+    with Engine(model, ctx_size=64) as engine:
+        one = sum(engine.card_memory())
+        assert engine.card_memory()[0] == 4 * 2 * 64 * 32 * 2
+    budget = model.info.card_bytes + 2 * one
+    model = Model(path, None, place(path, "most neurons", budget=budget))
+    first = Engine(model, ctx_size=64)
+    for _ in range(3):
+        Engine(model, ctx_size=64).close()
+    second = Engine(model, ctx_size=64)
+    with pytest.raises(PowerinferError, match=rf"at most {budget} bytes, found .* {3 * one} of sessions"):
+        Engine(model, ctx_size=64)
+    np.testing.assert_array_equal(first.decode(1, logits=True), second.decode(1, logits=True))
