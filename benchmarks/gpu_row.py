@@ -232,5 +232,5 @@ def figures(contender: Contender, runs: list[Run]) -> dict[str, Any]:
         "waits": stats.card_waits / n,
         "crossed_bytes": stats.card_bytes / n,
         "wait_ms": statistics.median(run.stats.seconds_card for run in runs) / n * 1e3,
-        "read_bytes": {"card": stats.card_read_bytes / n, "ram": (stats.bytes_decode - stats.card_read_bytes) / n},
+        "read_bytes": {"card": stats.card_read_bytes / n, "ram": stats.bytes_decode / n},
     }
