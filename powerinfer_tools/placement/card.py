@@ -1,6 +1,7 @@
 """What goes to a card when an artifact is loaded: the search of `place`, with neurons divided where the engine can."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from powerinfer_tools.engine.engine import CardLimits
 from powerinfer_tools.engine.native import chunk_bounds
 from powerinfer_tools.placement.costs import artifact_costs
 from powerinfer_tools.placement.machine import Machine
+from powerinfer_tools.placement.measure import cached_machine, device, measure_file
 from powerinfer_tools.placement.objective import time
-from powerinfer_tools.placement.place import infeasible, let_through
+from powerinfer_tools.placement.place import check_vram, infeasible, let_through
 from powerinfer_tools.placement.problem import Budgets, Firing, Floats, Ints, Plan, Problem
 from powerinfer_tools.placement.search import Search, fastest_in_ram
 
@@ -28,6 +30,48 @@ class StoredFiring:
 
     def frequency(self, i: int, /) -> npt.NDArray[np.float64]:
         return self.artifact.frequency(i).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class CardPlan:
+    """What goes to a card within `vram` bytes: at most n_bytes, everything counted."""
+
+    vram: int
+    n_bytes: int
+    plan: Plan
+    problem: Problem
+    limits: CardLimits
+
+
+def plan_card(
+    artifact: Artifact,
+    vram: int,
+    ram: int | None,
+    *,
+    ctx_size: int,
+    threads: int,
+    contexts: int = 1,
+    machine: Machine | None = None,
+    say: Callable[[str], None] | None = None,
+) -> CardPlan | None:
+    """What goes to the card; None, said, where nothing is faster there.
+
+    ram: bytes for weights, KV caches and scratch, None: as many as there need be; machine: what to plan for, else this
+    one. Errors: no card; more than it has; no plan.
+    """
+    how = {"ctx_size": ctx_size, "threads": threads, "contexts": contexts}
+    machine = machine or cached_machine(None, threads, card=True)
+    problem = artifact_problem(artifact, machine, **how)
+    room = problem.costs.needed if ram is None else min(problem.costs.needed, ram)
+    if room < problem.costs.needed and machine.disk is None:
+        problem = artifact_problem(artifact, replace(machine, disk=measure_file(artifact.path)), **how)
+    check_vram(problem, vram)
+    plan = best_plan(problem, Budgets(vram, room))
+    if n_bytes := int(problem.bytes(plan)[0]):
+        return CardPlan(vram, n_bytes, plan, problem, card_limits(plan, vram, device()))
+    if say is not None:
+        say(f"--vram: nothing is faster on the card within {vram} bytes, {problem.costs.card_fixed} of them its own")
+    return None
 
 
 def artifact_problem(

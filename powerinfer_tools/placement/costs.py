@@ -223,7 +223,13 @@ def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, thr
 
 def card_scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int) -> int:
     """The most that a session takes on a card beside its KV cache."""
-    return scratch_bytes(config, plans, ctx_size, threads=1)
+    return scratch_bytes(config, plans, ctx_size, threads=1) + 4 * min(BATCH, ctx_size) * config.n_embd
+
+
+def mailbox_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int) -> int:
+    """Memory that a session shares with a card: residuals, sums, predictors' hidden layers, logits of one token."""
+    rank = max((plan.rank for plan in plans), default=0)
+    return 4 * (min(BATCH, ctx_size) * (3 * config.n_embd + 2 * rank) + config.n_vocab)
 
 
 @dataclass(frozen=True)

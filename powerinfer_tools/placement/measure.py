@@ -39,26 +39,23 @@ def measure_machine(
     """
     tell = say or (lambda text: None)
     threads = threads or cores()
-    notes: list[str] = []
     tell(f"measuring ram, {threads} threads")
-    ram = _measure_ram(threads)
-    disk = None
+    machine = Machine(_processor(), threads, _measure_ram(threads))
     if folder is not None:
-        tell(f"measuring the disk of {folder}")
-        disk = _measure_disk(folder, notes)
-    machine = Machine(_processor(), threads, ram, None, disk, tuple(notes))
+        machine = with_disk(machine, folder, tell)
     try:
         return with_card(machine, tell) if card else machine
     except PowerinferError as error:
-        return replace(machine, notes=(*notes, f"no card: {error}"))
+        return replace(machine, notes=(*machine.notes, f"no card: {error}"))
 
 
 def cached_machine(
-    folder: Path, threads: int | None = None, say: Callable[[str], None] | None = None, card: bool = False
+    folder: Path | None, threads: int | None = None, say: Callable[[str], None] | None = None, card: bool = False
 ) -> Machine:
     """The last measurement of this processor with as many threads, or a new one, kept in the user's cache folder.
 
-    card: with the card that is there now, else none is touched. Errors: there is none.
+    folder: where the disk is measured, None: it need not be; card: with the card that is there now, else none is
+    touched. Errors: there is none.
     """
     tell = say or (lambda text: None)
     threads = threads or cores()
@@ -67,6 +64,8 @@ def cached_machine(
     if before is not None and before.name != _processor():
         before = None
     machine = before or measure_machine(threads, folder, say, card=False)
+    if before is not None and before.disk is None and folder is not None:
+        machine = with_disk(machine, folder, tell)
     if card and (machine.vram is None or machine.card != describe_card(device())[0]):
         machine = with_card(machine, tell)
     if machine is before:
@@ -114,6 +113,14 @@ def _ram_bytes() -> int:
     if "SC_PHYS_PAGES" not in names:
         return 0
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def with_disk(machine: Machine, folder: Path, tell: Callable[[str], None]) -> Machine:
+    """The machine with the disk of this folder, measured now if there is room."""
+    tell(f"measuring the disk of {folder}")
+    notes: list[str] = []
+    disk = _measure_disk(folder, notes)
+    return replace(machine, disk=disk, notes=(*machine.notes, *notes))
 
 
 def _measure_disk(folder: Path, notes: list[str]) -> Tier | None:

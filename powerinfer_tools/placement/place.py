@@ -104,11 +104,16 @@ def _limits(problem: Problem, vram: int, ram: int | None) -> dict[str, int | Non
     """Bytes of vram and ram; ram None: no limit."""
     if vram < 0 or (ram is not None and ram < 0):
         raise PowerinferError(f"expected budgets of at least 0 bytes, found vram {vram}, ram {ram}", "usage")
+    check_vram(problem, vram)
+    return {"vram": vram, "ram": ram if ram is not None else problem.machine.ram.n_bytes or None}
+
+
+def check_vram(problem: Problem, vram: int) -> None:
+    """Errors: no card, or more than it has."""
     if vram and problem.vram.n_bytes and vram > problem.vram.n_bytes:
         raise PowerinferError(
             f"--vram: expected at most the card's {problem.vram.n_bytes} bytes, found {vram}", "usage"
         )
-    return {"vram": vram, "ram": ram if ram is not None else problem.machine.ram.n_bytes or None}
 
 
 def _best(problem: Problem, limits: dict[str, int | None], objective: str) -> tuple[Plan, float]:

@@ -106,7 +106,7 @@ class Problem:
         self.always = np.array([layer.always for layer in layers], np.int64)
         self.each = np.arange(self.n_layer)
         self.divisible = bounds is None
-        self.bounds = padded(bounds or [(0, self.n_ff)] * self.n_layer)
+        self.bounds = _padded(bounds or [(0, self.n_ff)] * self.n_layer)
         tiers = [tier for tier in (machine.vram, machine.ram, machine.disk) if tier is not None]
         self._row_seconds = {tier: self._seconds_of_rows(tier) for tier in tiers}
 
@@ -276,10 +276,11 @@ class Problem:
         return (card <= budgets.vram) & (ram <= budgets.ram)
 
 
-def padded(rows: Sequence[Sequence[int]]) -> Ints:
-    """Rising numbers of each layer in rows of equal length: the last is repeated."""
-    longest = max(map(len, rows))
-    return np.array([[*row, *[row[-1]] * (longest - len(row))] for row in rows], np.int64)
+def _padded(rows: Sequence[Sequence[int]]) -> Ints:
+    """The different numbers of each layer, rising, in rows of equal length: the last is repeated."""
+    different = [sorted(set(row)) for row in rows]
+    longest = max(map(len, different))
+    return np.array([row + row[-1:] * (longest - len(row)) for row in different], np.int64)
 
 
 def _cumulative(firing: Firing) -> Floats:
