@@ -1,7 +1,7 @@
 """Whole runs of small random models: processor and card together against the processor alone.
 
     python benchmarks/gpu_runs.py                      # all models, types of weights, placements and modes
-    python benchmarks/gpu_runs.py --small              # a few of them: under compute-sanitizer
+    python benchmarks/gpu_runs.py --small              # a few of them, short: under compute-sanitizer
     python benchmarks/gpu_runs.py --device host        # without a card: every bit must be the same
 
 The models have the structures of the families that run with a card (norms, biases, parallel blocks, positions, gated
@@ -60,24 +60,24 @@ MODELS = {
     "all biases": Small({"rope": rope_of(16, backwards=True, scale=0.8)}, BIASES),
     "odd": Small({"n_layer": 3, "n_embd": 72, "n_ff": 3 * 277, "head_dim": 20, "rotary": (True, False, True)}),
 }
-SMALL = ("llama", "falcon", "odd"), ("f16", "q4_0")
+SMALL = ("llama", "falcon", "odd"), ("f16", "q4_0"), 40  # models, types of weights, tokens of a prompt
 MODES = {"gate": ("dense", "gate"), "predictor": ("dense", "gate", "predictor")}  # of each kind of artifact
 SLACK = 0.5  # of predictors: what they hold back is far from firing, so that no rounding lets it through
-CTX, PROMPT, DECODED, SCORED, BACK, LENT = 512, 300, 12, 40, 9, 64  # tokens
+CTX, PROMPT, DECODED, SCORED, BACK, LENT = 512, 300, 12, 40, 9, 16  # tokens; a prompt is more than one batch
 
 
-def compare(device: str, names: Iterable[str], quants: Iterable[str]) -> Iterator[dict[str, Any]]:
+def compare(device: str, names: Iterable[str], quants: Iterable[str], prompt: int) -> Iterator[dict[str, Any]]:
     """One comparison after the other: what it is of, and how far the two are apart."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         for name, quant, kind in product(names, quants, MODES):
             artifact = write(MODELS[name], quant, kind, path)
-            alone = {mode: outputs(Model(path), mode) for mode in MODES[kind]}
+            alone = {mode: outputs(Model(path), mode, prompt) for mode in MODES[kind]}
             for placement, limits in placements(artifact, device).items():
                 model = Model(path, None, limits)
                 for mode in MODES[kind]:
                     case = {"model": name, "quant": quant, "artifact": kind, "placement": placement, "mode": mode}
-                    yield case | judge(outputs(model, mode), alone[mode], quant, device)
+                    yield case | judge(outputs(model, mode, prompt), alone[mode], quant, device)
 
 
 def write(small: Small, quant: str, kind: str, path: Path) -> Artifact:
@@ -114,15 +114,15 @@ def placements(artifact: Artifact, device: str) -> dict[str, CardLimits]:
     return found
 
 
-def outputs(model: Model, mode: str) -> dict[str, Logits]:
+def outputs(model: Model, mode: str, n_prompt: int = PROMPT) -> dict[str, Logits]:
     """Logits of a prompt, of decoding after it and, from an earlier place, again, and of a scored text."""
-    ids = np.random.default_rng(1).integers(0, model.info.n_vocab, PROMPT + DECODED + SCORED).tolist()
-    prompt, tokens, text = ids[:PROMPT], ids[PROMPT : PROMPT + DECODED], ids[PROMPT + DECODED :]
+    ids = np.random.default_rng(1).integers(0, model.info.n_vocab, n_prompt + DECODED + SCORED).tolist()
+    prompt, tokens, text = ids[:n_prompt], ids[n_prompt : n_prompt + DECODED], ids[n_prompt + DECODED :]
     with Engine(model, ctx_size=CTX, threads=2, mode=mode) as engine:
         of_prompt = engine.prefill(prompt, logits=True)
         assert of_prompt is not None
         decoded = [engine.decode(token, logits=True) for token in tokens]
-        engine.truncate(PROMPT - BACK)
+        engine.truncate(n_prompt - BACK)
         again = [engine.decode(token, logits=True) for token in tokens]
         scored = engine.score(text)[0]
     return {"prompt": of_prompt[None], "decoded": np.array(decoded), "again": np.array(again), "scored": scored}
@@ -152,9 +152,13 @@ def summary(found: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", choices=("cuda", "host"), default="cuda")
-    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--small", action="store_true", help="few models, short prompts")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--quants", nargs="+", default=list(NMSE), choices=NMSE)
+    parser.add_argument("--prompt", type=int, default=PROMPT, help="tokens")
     given = parser.parse_args()
-    found = list(compare(given.device, *(SMALL if given.small else (MODELS, NMSE))))
+    which = SMALL if given.small else (given.models, given.quants, given.prompt)
+    found = list(compare(given.device, *which))
     print(summary(found))
     return int(not all(one["good"] for one in found))
 
