@@ -60,7 +60,7 @@ MODELS = {
     "all biases": Small({"rope": rope_of(16, backwards=True, scale=0.8)}, BIASES),
     "odd": Small({"n_layer": 3, "n_embd": 72, "n_ff": 3 * 277, "head_dim": 20, "rotary": (True, False, True)}),
 }
-SMALL = ("llama", "falcon", "odd"), ("f16", "q4_0"), 40  # models, types of weights, tokens of a prompt
+SMALL = ("falcon", "odd"), ("q4_0",), 24  # models, types of weights, tokens of a prompt
 MODES = {"gate": ("dense", "gate"), "predictor": ("dense", "gate", "predictor")}  # of each kind of artifact
 SLACK = 0.5  # of predictors: what they hold back is far from firing, so that no rounding lets it through
 CTX, PROMPT, DECODED, SCORED, BACK, LENT = 512, 300, 12, 40, 9, 16  # tokens; a prompt is more than one batch
