@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup native check test demo bench families fuzz asan gpu-check clean
+.PHONY: help setup native check test demo bench families fuzz asan tsan gpu-check clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -59,6 +59,11 @@ asan: $(READY) ## the native tests under ASan and UBSan
 	$(CONFIGURE) -B build/asan -DPI_TESTS=ON -DPI_SANITIZE=ON > /dev/null
 	$(BIN)/cmake --build build/asan
 	$(BIN)/ctest --test-dir build/asan --output-on-failure
+
+tsan: $(READY) ## the native tests of what runs in several threads, under TSan
+	$(CONFIGURE) -B build/tsan -DPI_TESTS=ON -DPI_TSAN=ON > /dev/null
+	$(BIN)/cmake --build build/tsan --target test_hybrid test_threads
+	$(BIN)/ctest --test-dir build/tsan --output-on-failure -R "hybrid|threads"
 
 # with $(PYTHON) where there is no .venv: docs/gpu-check.md says what it must have
 gpu-check: ## what a machine with a card can say: kernels, whole runs, budgets, sanitizers, benchmarks; ARGS="..."

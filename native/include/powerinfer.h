@@ -61,7 +61,8 @@ typedef struct {
     uint32_t n_slots;   /* neurons of each layer that a cache can hold beside the resident ones */
     uint32_t n_transit; /* neurons that one layer can read for one token; where it asks for more, it reads all */
     uint32_t n_layer;
-    const uint32_t* n_resident; /* [n_layer]: the first neurons of each layer, which stay in memory; at most n_ff */
+    const uint32_t* n_resident; /* [n_layer]: the first neurons of each layer, which stay in memory, or on a card as far
+                                 * as they are there; at most n_ff */
 } pi_disk_params;
 
 typedef enum {

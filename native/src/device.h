@@ -129,8 +129,8 @@ class Device {
     virtual double merge_seconds(uint64_t n) = 0;  // n floats there, one step, n floats back and seen
 };
 
-// The host device: for tests.
-std::unique_ptr<Device> host_device();
+// The host device: for tests. fails_at: which command of a session fails, from 1 on; 0: none does
+std::unique_ptr<Device> host_device(uint64_t fails_at = 0);
 // The card, through the library that holds the CUDA part, which lies beside this one; throws where there is none.
 std::unique_ptr<Device> cuda_device();
 

@@ -35,11 +35,12 @@ uint64_t page_down(uint64_t n) { return n / PAGE * PAGE; }
 #if defined(__linux__)
 
 DiskTier::DiskTier(int fd, uint64_t data_offset, uint64_t file_bytes, uint32_t n_ff, const std::vector<Bundles>& layers,
-                   const Table& table, const pi_disk_params& params)
+                   const Table& table, const pi_disk_params& params, Ranges elsewhere)
     : n_ff_(n_ff),
       data_offset_(data_offset),
       n_transit_(params.n_transit),
       table_(table),
+      elsewhere_(std::move(elsewhere)),
       reader_(Reader::open(fd, params.reader)) {
     if (sysconf(_SC_PAGESIZE) != PAGE) throw Error(PI_ERROR_UNSUPPORTED, "a limit of memory needs pages of 4096 bytes");
     uint64_t widest = 0, n_tables = 0, slots = 0, longest = 0;
@@ -149,25 +150,31 @@ void DiskTier::read_whole(uint64_t begin, uint64_t end, uint64_t file_bytes, uin
     }
 }
 
-// What stays in the file: (begin, bytes) in its order, whole pages.
-std::vector<std::pair<uint64_t, uint64_t>> DiskTier::holes() const {
-    std::vector<std::pair<uint64_t, uint64_t>> found;
+// What is not read: (begin, bytes) in the file's order, whole pages.
+Ranges DiskTier::holes() const {
+    Ranges found;
     for (const Layer& layer : layers_)
         if (layer.tail_bytes > 0) found.emplace_back(layer.tail_begin, layer.tail_bytes);
-    uint64_t begin = page_up(table_.offset), end = page_down(table_.offset + table_.n_bytes);
-    if (end > begin) found.emplace_back(begin, end - begin);
+    auto add = [&](uint64_t begin, uint64_t end) {
+        if (page_up(begin) < page_down(end)) found.emplace_back(page_up(begin), page_down(end) - page_up(begin));
+    };
+    add(table_.offset, table_.offset + table_.n_bytes);
+    for (auto [begin, end] : elsewhere_) add(begin, end);
     std::ranges::sort(found);
     return found;
 }
 
 void DiskTier::load(uint64_t file_bytes) {
+    auto read = [&](uint64_t begin, uint64_t end) {
+        use_huge_pages(memory_of(begin), end - begin);
+        read_whole(begin, end, file_bytes, memory_of(begin));
+    };
     uint64_t at = arena_begin_;
     for (auto [begin, n_bytes] : holes()) {
-        use_huge_pages(memory_of(at), begin - at);
-        read_whole(at, begin, file_bytes, memory_of(at));
+        read(at, begin);
         at = begin + n_bytes;
     }
-    read_whole(at, page_up(file_bytes), file_bytes, memory_of(at));
+    read(at, page_up(file_bytes));
     streaming_.store(static_cast<uint32_t>(stream_.size()));
     reader_->submit(stream_.data(), stream_.size());
     reader_->wait(streaming_);
@@ -469,8 +476,8 @@ void DiskTier::release(size_t il) {
 
 #else
 
-DiskTier::DiskTier(int, uint64_t, uint64_t, uint32_t, const std::vector<Bundles>&, const Table&,
-                   const pi_disk_params&) {
+DiskTier::DiskTier(int, uint64_t, uint64_t, uint32_t, const std::vector<Bundles>&, const Table&, const pi_disk_params&,
+                   Ranges) {
     throw Error(PI_ERROR_UNSUPPORTED, "a limit of memory needs Linux");
 }
 

@@ -42,9 +42,10 @@ constexpr size_t AHEAD = 64;  // neurons of a layer that are read before it asks
 
 class DiskTier {
    public:
-    // Reads everything but the tails, and the table, of the file's data, [data_offset, file_bytes).
+    // Reads everything but the tails, the table, and what lies elsewhere (begin, end), of the file's data,
+    // [data_offset, file_bytes).
     DiskTier(int fd, uint64_t data_offset, uint64_t file_bytes, uint32_t n_ff, const std::vector<Bundles>& layers,
-             const Table& table, const pi_disk_params& params);
+             const Table& table, const pi_disk_params& params, Ranges elsewhere = {});
     ~DiskTier();
     DiskTier(const DiskTier&) = delete;
     DiskTier& operator=(const DiskTier&) = delete;
@@ -125,7 +126,7 @@ class DiskTier {
 
     void map_memory(uint64_t file_bytes, const std::vector<Bundles>& layers);
     void load(uint64_t file_bytes);
-    std::vector<std::pair<uint64_t, uint64_t>> holes() const;
+    Ranges holes() const;
     void read_whole(uint64_t begin, uint64_t end, uint64_t file_bytes, uint8_t* to);
     uint8_t* memory_of(uint64_t offset) const { return arena_ + (offset - arena_begin_); }
     Counts count_uses(Layer& layer, std::span<const std::span<const uint32_t>> chunks);
@@ -151,6 +152,7 @@ class DiskTier {
     std::vector<Layer> layers_;
 
     Table table_;
+    Ranges elsewhere_;
     uint64_t rows_bytes_ = 0;
     uint8_t* rows_landing_ = nullptr;  // (rows_bytes_,)
     std::vector<const uint8_t*> rows_;

@@ -19,7 +19,7 @@ namespace {
 // A thread that carries out commands in order.
 class Commands {
    public:
-    Commands() : thread_([this] { work(); }) {}
+    explicit Commands(uint64_t fails_at) : fails_at_(fails_at), thread_([this] { work(); }) {}
     ~Commands() {
         {
             std::lock_guard lock(mutex_);
@@ -69,6 +69,7 @@ class Commands {
         lock.unlock();
         std::exception_ptr error;
         try {
+            if (done_ + 1 == fails_at_) throw Error(PI_ERROR_INTERNAL, "the host device fails, as it was told to");
             command();
         } catch (...) {
             error = std::current_exception();
@@ -77,6 +78,7 @@ class Commands {
         failed_ = error;
     }
 
+    const uint64_t fails_at_;
     std::mutex mutex_;
     std::condition_variable changed_;
     std::deque<std::function<void()>> waiting_;
@@ -93,8 +95,8 @@ pi_session_params with_one_thread(pi_session_params params) {
 
 class HostSession : public DeviceSession {
    public:
-    HostSession(const Config& config, const Weights& weights, const pi_session_params& params)
-        : side_(config, weights, nullptr, with_one_thread(params)) {
+    HostSession(const Config& config, const Weights& weights, const pi_session_params& params, uint64_t fails_at)
+        : side_(config, weights, nullptr, with_one_thread(params)), commands_(fails_at) {
         size_t batch = std::min<size_t>(BATCH, params.n_ctx), x = batch * config.n_embd,
                rank = batch * max_rank(weights);
         for (auto [buffer, n] : {std::pair{&in_x_, x}, {&in_rank_, rank}, {&out_x_, x}, {&out_rank_, rank}})
@@ -187,6 +189,7 @@ class HostSession : public DeviceSession {
 
 class HostDevice : public Device {
    public:
+    explicit HostDevice(uint64_t fails_at) : fails_at_(fails_at) {}
     DeviceInfo info() override { return {"a thread in place of a card, for tests", 0, 0, 0}; }
     uint64_t row_bytes(Type type, uint64_t n) const override { return pi::row_bytes(type, n); }
     uint8_t* allocate(uint64_t n_bytes) override {
@@ -198,7 +201,7 @@ class HostDevice : public Device {
     }
     std::unique_ptr<DeviceSession> open(const Config& config, const Weights& weights, const pi_session_params& params,
                                         uint32_t) override {
-        return std::make_unique<HostSession>(config, weights, params);
+        return std::make_unique<HostSession>(config, weights, params, fails_at_);
     }
     double read_rate(uint64_t, uint64_t, uint32_t) override { return 1e9; }
     double copy_rate() override { return 1e9; }
@@ -206,11 +209,12 @@ class HostDevice : public Device {
     double merge_seconds(uint64_t) override { return 1e-5; }
 
    private:
+    uint64_t fails_at_;
     Buffer<uint8_t> memory_;
 };
 
 }  // namespace
 
-std::unique_ptr<Device> host_device() { return std::make_unique<HostDevice>(); }
+std::unique_ptr<Device> host_device(uint64_t fails_at) { return std::make_unique<HostDevice>(fails_at); }
 
 }  // namespace pi

@@ -93,9 +93,16 @@ uint8_t* page_down(uint8_t* p) { return p - reinterpret_cast<uintptr_t>(p) % PAG
 uint8_t* page_up(uint8_t* p) { return page_down(p + PAGE - 1); }
 
 // Whole pages that nobody may read: what they would hold lies on a device.
-void forbid(uint8_t* begin, uint8_t* end) {
-    if (page_up(begin) < page_down(end))
-        mprotect(page_up(begin), static_cast<size_t>(page_down(end) - page_up(begin)), PROT_NONE);
+void forbid(const uint8_t* begin, const uint8_t* end) {
+    uint8_t *first = page_up(const_cast<uint8_t*>(begin)), *last = page_down(const_cast<uint8_t*>(end));
+    if (first < last) mprotect(first, static_cast<size_t>(last - first), PROT_NONE);
+}
+
+// Of the same, what shares a page with something else: whoever reads it finds no number.
+void spoil_edges(uint8_t* begin, uint8_t* end) {
+    uint8_t *first = std::min(page_up(begin), end), *last = std::max(page_down(end), first);
+    std::fill(begin, first, uint8_t{0xff});
+    std::fill(last, end, uint8_t{0xff});
 }
 
 std::string shape_text(const Tensor& t) {
@@ -381,11 +388,12 @@ void Model::check_experts(const uint8_t* base) const {
 void Model::load(const pi_disk_params* limits, const pi_card_params* card) {
     if (card) open_device(*card);
     if (limits)
-        open_disk(*limits);
+        open_disk(*limits, card);
     else
         read_all();
     for (const Tensor& t : gguf_.tensors) weight_bytes += t.n_bytes;
     const uint8_t* base = disk ? disk->data() : arena_;
+    for (auto [begin, end] : holes()) forbid(base + (begin - gguf_.data_offset), base + (end - gguf_.data_offset));
     check_orders(base);
     if (config.experts.n > 0) check_experts(base);
     bind({.base = base}, weights);
@@ -401,15 +409,17 @@ void Model::load(const pi_disk_params* limits, const pi_card_params* card) {
                      vector("blk." + std::to_string(i) + ".ffn_frequency.weight", {.base = base}, config.n_ff, true));
 }
 
-void Model::open_disk(const pi_disk_params& limits) {
+void Model::open_disk(const pi_disk_params& limits, const pi_card_params* card) {
     if (limits.n_layer != config.n_layer)
         throw Error(PI_ERROR_ARGUMENT, "n_resident: expected " + std::to_string(config.n_layer) + " layers, found " +
                                            std::to_string(limits.n_layer));
     std::vector<Bundles> layers;
     for (uint32_t i = 0; i < config.n_layer; i++) {
         const Tensor& t = *gguf_.find("blk." + std::to_string(i) + ".ffn_neurons.weight");
-        if (limits.n_resident[i] > config.n_ff)
-            throw Error(PI_ERROR_ARGUMENT, "n_resident: expected at most " + std::to_string(config.n_ff) + ", found " +
+        uint32_t least = card ? card->n_neurons[i] : 0;
+        if (limits.n_resident[i] < least || limits.n_resident[i] > config.n_ff)
+            throw Error(PI_ERROR_ARGUMENT, "n_resident: expected " + std::to_string(least) + " to " +
+                                               std::to_string(config.n_ff) + ", found " +
                                                std::to_string(limits.n_resident[i]));
         layers.push_back({t.offset, t.n_bytes / config.n_ff, limits.n_resident[i]});
     }
@@ -418,7 +428,8 @@ void Model::open_disk(const pi_disk_params& limits) {
         const Tensor& t = *gguf_.find("token_embd.weight");
         table = {t.offset, t.n_bytes, t.n_bytes / config.n_vocab};
     }
-    disk = std::make_unique<DiskTier>(fd_, gguf_.data_offset, gguf_.file_bytes, config.n_ff, layers, table, limits);
+    disk = std::make_unique<DiskTier>(fd_, gguf_.data_offset, gguf_.file_bytes, config.n_ff, layers, table, limits,
+                                      holes());
 }
 
 void Model::read_all() {
@@ -431,11 +442,11 @@ void Model::read_all() {
     uint64_t at = gguf_.data_offset;
     for (auto [begin, end] : holes()) {
         read_to_arena(at, begin);
+        spoil_edges(arena_ + (begin - gguf_.data_offset), arena_ + (end - gguf_.data_offset));
         at = end;
     }
     read_to_arena(at, gguf_.file_bytes);
     mprotect(arena_, arena_bytes_, PROT_READ);
-    for (auto [begin, end] : holes()) forbid(arena_ + (begin - gguf_.data_offset), arena_ + (end - gguf_.data_offset));
 }
 
 void Model::read_to_arena(uint64_t begin, uint64_t end) {

@@ -111,6 +111,7 @@ struct Weights {
 
 class Device;
 class DiskTier;
+using Ranges = std::vector<std::pair<uint64_t, uint64_t>>;  // of a file
 
 // Where the tensors of one side lie: as in the file, from `base` on, or on a device, each where it was put. NULL: the
 // tensor is on the other side, or shapes are checked only.
@@ -150,7 +151,7 @@ class Model {
     uint32_t lend_from = 0;                          // tokens of a batch that is worth lending neurons for; 0: none is
 
     // (begin, end) of what is not read into the processor's memory, in the file's order.
-    std::vector<std::pair<uint64_t, uint64_t>> holes() const;
+    Ranges holes() const;
 
    private:
     void read_config();
@@ -160,7 +161,7 @@ class Model {
     void bind(const Addresses& side, Weights& out);
     void bind_layer(uint32_t i, const Addresses& side, Layer& layer);
     void read_all();
-    void open_disk(const pi_disk_params& limits);
+    void open_disk(const pi_disk_params& limits, const pi_card_params* card);
     void read_to_arena(uint64_t begin, uint64_t end);
     void read_range(uint64_t begin, uint64_t end, uint8_t* to) const;
 

@@ -121,8 +121,8 @@ void Model::store(const Share& s, uint8_t* to) const {
     }
 }
 
-std::vector<std::pair<uint64_t, uint64_t>> Model::holes() const {
-    std::vector<std::pair<uint64_t, uint64_t>> found;
+Ranges Model::holes() const {
+    Ranges found;
     for (const Share& s : shares_)
         if (!s.copied) found.emplace_back(s.tensor->offset, s.tensor->offset + s.file_bytes);
     return found;

@@ -223,3 +223,32 @@ def test_sessions_count_in_the_budget(models: Path) -> None:
     with pytest.raises(PowerinferError, match=rf"at most {budget} bytes, found .* {3 * one} of sessions"):
         Engine(model, ctx_size=64)
     np.testing.assert_array_equal(first.decode(1, logits=True), second.decode(1, logits=True))
+
+
+@pytest.mark.parametrize("kind", ["llama-gate", "llama-predictor", "llama-stream", "opt-gate", "opt-predictor"])
+def test_three_tiers_give_the_same_bits(models: Path, kind: str) -> None:
+    path = models / f"{kind}-q8_0.gguf"
+    for mode in ("auto", "dense"):
+        expected = run(Model(path), mode=mode, threads=1)
+        for seed, name in enumerate(PLACEMENTS):
+            card = place(path, name, seed, lend_from=(0, 20)[seed % 2])
+            resident = tuple(max(k, min(k + more, 333)) for k, more in zip(card.neurons, (0, 40, 7, 200), strict=True))
+            limits = (DiskLimits(resident, 24, 400), DiskLimits(resident, 0, 5, "threads"))[seed % 2]
+            found = run(Model(path, limits, card), mode=mode, threads=1 + seed % 3)
+            same(found, expected)
+            assert found[5].stream_bytes > 0 or min(resident) >= 250
+
+
+def test_what_is_on_the_card_takes_no_memory_beside_a_disk(tmp_path: Path) -> None:
+    n_layer, row = 2, 128 * 4
+    make_llama(tmp_path / "llama", n_layer=n_layer, n_embd=128, n_ff=1024, n_head=2, n_head_kv=1, head_dim=64)
+    path = make_artifact(tmp_path / "llama", tmp_path / "a.gguf").path
+    limits = DiskLimits((900, 1024), 24, 400)
+    divided = place(path, "neurons").neurons
+    without = Model(path, limits).info
+    info = Model(path, limits, CardLimits((False,) * n_layer, divided, device="host")).info
+    assert info.card_bytes == sum(divided) * 3 * row  # the gate's rows lie apart, in whole pages of their own
+    pages = 4096 * 2 * 2 * n_layer
+    assert 0 <= info.resident_bytes + info.card_bytes - without.resident_bytes <= pages
+    with pytest.raises(PowerinferError, match=r"n_resident: expected \d+ to 1024, found 0"):
+        Model(path, DiskLimits((900, 0), 24, 400), CardLimits((False,) * n_layer, divided, device="host"))
