@@ -171,22 +171,22 @@ def _document(
         "predicted_ms_per_token": predicted_seconds(artifact, machine, n_prompt + n, limits, card) * 1e3
         if mode == "auto"
         else None,
-        "tiers": _tiers(artifact, limits, card, stats),
+        "tiers": _tiers(artifact, limits, opened, stats),
         "disk": _disk(artifact, budget, runs) if budget is not None else None,
         "breakdown": breakdown(runs),
         "output_hash": hashlib.sha256(np.asarray(runs[0].ids, "<i4").tobytes()).hexdigest()[:16],
     }
 
 
-def _tiers(artifact: Artifact, limits: DiskLimits | None, card: CardPlan | None, stats: Stats) -> list[dict[str, Any]]:
+def _tiers(artifact: Artifact, limits: DiskLimits | None, opened: Opened, stats: Stats) -> list[dict[str, Any]]:
     """Where neurons lie, and where decoding found those that it asked for; on a card, those that fired."""
     config, size = artifact.config, disk_costs(artifact).bundles[0][1]
-    n_all, n_card = config.n_layer * config.n_ff, 0
+    card, n_all, n_card = opened.card, config.n_layer * config.n_ff, 0
     rows: list[tuple[str, int, int, float]] = []  # name, bytes, neurons, share of hits
     left = 1.0
     if card is not None:
         n_card, on_card = int(card.plan.vram.sum()), stats.card_neurons_fired / max(1, stats.neurons_active)
-        rows, left = [("vram", card.n_bytes, n_card, on_card)], 1.0 - on_card
+        rows, left = [("vram", opened.model.info.card_bytes, n_card, on_card)], 1.0 - on_card
     if limits is None:
         moved = 0 if card is None else moved_bytes(artifact, card.plan)
         rows.append(("ram", artifact.tensor_bytes - moved, n_all - n_card, left))

@@ -12,13 +12,16 @@ from powerinfer_tools.artifact.read import Artifact
 from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.engine.engine import CardLimits
 from powerinfer_tools.engine.native import chunk_bounds
-from powerinfer_tools.placement.costs import artifact_costs
+from powerinfer_tools.placement.costs import BATCH, artifact_costs, visit_bytes
 from powerinfer_tools.placement.machine import Machine
 from powerinfer_tools.placement.measure import cached_machine, device, measure_file
 from powerinfer_tools.placement.objective import time
 from powerinfer_tools.placement.place import check_vram, infeasible, let_through
 from powerinfer_tools.placement.problem import Budgets, Firing, Floats, Ints, Plan, Problem
 from powerinfer_tools.placement.search import Search, fastest_in_ram
+
+VISIT_SHARE = 0.1  # of a card, for neurons that are lent
+PRODUCTS = 2e11  # that a thread adds in a second, in prompts: benchmarks/LOG.md
 
 
 class StoredFiring:
@@ -59,25 +62,51 @@ def plan_card(
     ram: bytes for weights, KV caches and scratch, None: as many as there need be; machine: what to plan for, else this
     one. Errors: no card; more than it has; no plan.
     """
-    how = {"ctx_size": ctx_size, "threads": threads, "contexts": contexts}
     machine = machine or cached_machine(None, threads, card=True)
-    problem = artifact_problem(artifact, machine, **how)
+    lend_from = lending(artifact, machine, vram // contexts, threads)
+
+    def problem_on(machine: Machine) -> Problem:
+        how = {"ctx_size": ctx_size, "threads": threads, "contexts": contexts}
+        return artifact_problem(artifact, machine, lends=lend_from > 0, **how)
+
+    problem = problem_on(machine)
     room = problem.costs.needed if ram is None else min(problem.costs.needed, ram)
     if room < problem.costs.needed and machine.disk is None:
-        problem = artifact_problem(artifact, replace(machine, disk=measure_file(artifact.path)), **how)
+        problem = problem_on(replace(machine, disk=measure_file(artifact.path)))
     check_vram(problem, vram)
     plan = best_plan(problem, Budgets(vram, room))
     if n_bytes := int(problem.bytes(plan)[0]):
-        return CardPlan(vram, n_bytes, plan, problem, card_limits(plan, vram, device()))
+        return CardPlan(vram, n_bytes, plan, problem, card_limits(plan, vram, device(), lend_from))
     if say is not None:
         say(f"--vram: nothing is faster on the card within {vram} bytes, {problem.costs.card_fixed} of them its own")
     return None
 
 
+def lending(artifact: Artifact, machine: Machine, vram: int, threads: int) -> int:
+    """Tokens of a prompt from which a neuron is copied to the card in less time than the processor computes it; 0:
+    never, or the room for a layer's neurons is too large a share of vram."""
+    config, copy = artifact.config, machine.vram.copy if machine.vram is not None else 0.0
+    room = visit_bytes(config, artifact.quant)
+    if copy <= 0 or room > VISIT_SHARE * vram:
+        return 0
+    products = config.n_ff * config.n_rows * config.n_embd
+    tokens = int(np.ceil(room / copy * threads * PRODUCTS / products))
+    return tokens if tokens <= BATCH else 0
+
+
 def artifact_problem(
-    artifact: Artifact, machine: Machine, *, ctx_size: int, threads: int | None = None, contexts: int = 1
+    artifact: Artifact,
+    machine: Machine,
+    *,
+    ctx_size: int,
+    threads: int | None = None,
+    contexts: int = 1,
+    lends: bool = False,
 ) -> Problem:
-    """What judges a plan of an artifact on this machine, run with so many threads (else the machine's) and contexts."""
+    """What judges a plan of an artifact on this machine, run with so many threads (else the machine's) and contexts.
+
+    lends: the card has room for the neurons of a layer, too.
+    """
     return card_problem(
         artifact.config,
         artifact.plans,
@@ -89,6 +118,7 @@ def artifact_problem(
         ctx_size=ctx_size,
         threads=threads or machine.threads,
         contexts=contexts,
+        lends=lends,
         let_through=_let_through(artifact),
     )
 
@@ -122,10 +152,13 @@ def _let_through(artifact: Artifact) -> list[float] | None:
 def best_plan(problem: Problem, budgets: Budgets) -> Plan:
     """The fastest plan that is found within the budgets. Errors: there is none."""
     objective = time(problem)
-    found = Search(problem, objective, budgets).best(proven=False)
+    found = Search(problem, objective, budgets).best(quick=True)
     if found.plan is None:
         raise infeasible(problem, objective, budgets)
-    return at_bounds(problem, found.plan, budgets)
+    none = np.zeros(problem.n_layer, np.int64)
+    bare = Plan(none > 0, False, none, none + problem.n_ff)
+    plans = [at_bounds(problem, plan, budgets) for plan in (found.plan, bare)]  # chunks may be too large for the first
+    return min((plan for plan in plans if problem.fits(plan, budgets)), key=problem.seconds, default=plans[0])
 
 
 def at_bounds(problem: Problem, plan: Plan, budgets: Budgets) -> Plan:

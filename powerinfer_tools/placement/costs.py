@@ -14,7 +14,7 @@ On a card rows are padded to 16 bytes and tensors to 256, beside its context and
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from powerinfer_tools.artifact.layout import BLOCK, MODE_PREDICTOR, LayerPlan, TensorPlan, tensor_table
+from powerinfer_tools.artifact.layout import BLOCK, MODE_PREDICTOR, LayerPlan, TensorPlan, matrix_type, tensor_table
 from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.errors import PowerinferError
 
@@ -29,6 +29,9 @@ CHUNKS = 24  # partial sums of an FFN
 
 # on a card (native/src/model_device.cpp, native/cuda)
 CARD_ROW, CARD_TENSOR = 16, 256  # what rows and tensors are padded to
+CARD_LANES = 32  # what vectors are padded to
+CARD_PIECE = 8192  # neurons of a batch that are computed at once
+CARD_SPLITS, CARD_SEGMENTS = 64, 4096  # of a head's positions, of a layer's neurons, at most
 
 # with neurons on disk (native/src/disk.cpp)
 PAGE = 4096
@@ -44,9 +47,10 @@ BUNDLE = "ffn_neurons.weight"
 
 @dataclass(frozen=True)
 class OnCard:
-    """Bytes of one layer on a card, rows padded: the block without its KV cache; the others are per neuron."""
+    """Bytes of one layer on a card, rows padded: the block, its KV cache; the others are per neuron."""
 
     dense: int
+    kv: int
     bundle: int
     beside: int
     predictor: int
@@ -127,10 +131,12 @@ def artifact_costs(
     head: str | None = None,
     contexts: int = 1,
     card_context: int = 0,
+    lends: bool = False,
 ) -> Costs:
     """The bytes of the artifact that `split` makes of these choices, run with `ctx_size` positions and `threads`.
 
-    head: the type of output.weight, where it is not `quant`; card_context: what a card takes before anything is there.
+    head: the type of output.weight, where it is not `quant`; card_context: what a card takes before anything is there;
+    lends: it has room for the neurons of a layer, lent for a prompt.
     """
     if len(plans) != config.n_layer:
         raise PowerinferError(f"expected one plan a layer ({config.n_layer}), found {len(plans)}", "mismatch")
@@ -151,7 +157,8 @@ def artifact_costs(
     kv = kv_bytes(config, 1, ctx_size)
     layers = tuple(_layer_costs(config, plan, part, kv) for plan, part in zip(plans, parts, strict=True))
     scratch = contexts * scratch_bytes(config, plans, ctx_size, threads)
-    card_fixed = card_context + contexts * card_scratch_bytes(config, plans, ctx_size) + CARD_TENSOR * len(table)
+    one = card_scratch_bytes(config, plans, ctx_size) + lends * visit_bytes(config, quant)
+    card_fixed = card_context + contexts * one + CARD_TENSOR * len(table)
     return Costs(layers, output, host, scratch, card_head, card_fixed, 4 * config.n_vocab, config.taking_part, contexts)
 
 
@@ -175,6 +182,7 @@ def _layer_costs(config: Config, plan: LayerPlan, tensors: dict[str, TensorPlan]
         n_ff=config.n_ff,
         on_card=OnCard(
             dense=total(block, _card_bytes),
+            kv=kv // config.head_dim * _up(config.head_dim, CARD_ROW // KV_ELEMENT_BYTES),
             bundle=_card_bytes(bundle) // config.n_ff,
             beside=total(BESIDE, _card_bytes) // config.n_ff,
             predictor=total(PREDICTOR, _card_bytes) // asked if asked else 0,
@@ -188,7 +196,7 @@ def _card_bytes(tensor: TensorPlan) -> int:
         return tensor.n_bytes
     elements, size = BLOCK[tensor.type]
     row = tensor.shape[0] // elements * size
-    return tensor.n_bytes // row * (-(-row // CARD_ROW) * CARD_ROW)
+    return tensor.n_bytes // row * _up(row, CARD_ROW)
 
 
 def kv_bytes(config: Config, n_layer: int, n_positions: int) -> int:
@@ -222,8 +230,31 @@ def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, thr
 
 
 def card_scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int) -> int:
-    """The most that a session takes on a card beside its KV cache."""
-    return scratch_bytes(config, plans, ctx_size, threads=1) + 4 * min(BATCH, ctx_size) * config.n_embd
+    """The most that a session takes on a card beside its KV cache (native/cuda/session.cu), or on what stands in for it
+    in tests, which works as the processor does.
+
+    A token: residuals, normalised input, heads, queries, keys, values, predictor, sums; these in 16 bits, too; a piece
+    of neurons: gate, up, forecast, and what they give in 16 bits. For decoding: parts of heads and sums, neurons,
+    logits.
+    """
+    batch, d, q = min(BATCH, ctx_size), config.n_embd, config.n_head * config.head_dim
+    rank = _up(max((plan.rank for plan in plans), default=0), CARD_LANES)
+    wide, heads, piece = _up(d, CARD_LANES), _up(q, CARD_LANES), _up(min(CARD_PIECE, config.n_ff), CARD_LANES)
+    angles = 0 if config.rope is None else 2 * len(config.rope.inv_freq)
+    kv = config.n_head_kv * config.head_dim
+    token = 3 * d + wide + heads + q + 2 * kv + angles + 2 * rank + 3 * piece
+    token += (max(wide, heads) + rank + piece) // 2 + 3
+    decode = CARD_SPLITS * config.n_head * (config.head_dim + 10) + CARD_LANES * d + config.n_vocab
+    decode += 2 * config.n_ff + CARD_SEGMENTS + wide + heads + rank + 14 * config.n_layer
+    card = 4 * (batch * token + decode) + 64 * CARD_TENSOR
+    return max(card, scratch_bytes(config, plans, ctx_size, threads=1) + 4 * batch * d)
+
+
+def visit_bytes(config: Config, quant: str) -> int:
+    """Bytes on a card of a whole layer's neurons, which visit for a prompt."""
+    elements, size = BLOCK[matrix_type(quant, config.n_embd)]
+    row = _up(config.n_embd // elements * size, CARD_ROW)
+    return config.n_ff * (config.n_rows * row + 8) + 5 * CARD_TENSOR
 
 
 def mailbox_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int) -> int:
@@ -296,5 +327,9 @@ def disk_scratch_bytes(config: Config, plans: Sequence[LayerPlan], threads: int)
     return 4 * config.n_ff * (threads + 4) + 4 * (config.n_embd + rank) + 40 * (config.n_embd // 32 + rank // 32)
 
 
+def _up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
 def _pages(n_bytes: int) -> int:
-    return -(-n_bytes // PAGE) * PAGE
+    return _up(n_bytes, PAGE)

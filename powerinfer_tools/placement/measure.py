@@ -59,6 +59,7 @@ def cached_machine(
     """
     tell = say or (lambda text: None)
     threads = threads or cores()
+    name = describe_card(device())[0] if card else ""  # first: without a card nothing need be measured
     path = cache_folder() / f"machine-{platform.node() or 'here'}-{threads}.json"
     before = read_machine(path) if path.is_file() else None
     if before is not None and before.name != _processor():
@@ -66,7 +67,7 @@ def cached_machine(
     machine = before or measure_machine(threads, folder, say, card=False)
     if before is not None and before.disk is None and folder is not None:
         machine = with_disk(machine, folder, tell)
-    if card and (machine.vram is None or machine.card != describe_card(device())[0]):
+    if card and (machine.vram is None or machine.card != name):
         machine = with_card(machine, tell)
     if machine is before:
         tell(f"machine: measured before, {path} (`powerinfer machine -o FILE` measures anew)")

@@ -96,7 +96,7 @@ class Problem:
         self.dense = np.array([layer.dense for layer in layers], np.int64)
         self.kv = np.array([layer.kv for layer in layers], np.int64)
         self.block = self.dense + costs.contexts * self.kv
-        self.card_block = np.array([layer.on_card.dense for layer in layers], np.int64) + costs.contexts * self.kv
+        self.card_block = np.array([x.on_card.dense + costs.contexts * x.on_card.kv for x in layers], np.int64)
         self.card_neuron = np.array([layer.on_card.bundle + layer.on_card.beside for layer in layers], np.int64)
         self.card_predictor = np.array([layer.on_card.predictor for layer in layers], np.int64)
         self.bundle = np.array([layer.bundle for layer in layers], np.int64)
