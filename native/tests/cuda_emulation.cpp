@@ -95,20 +95,25 @@ void prepare(Fiber& f) {
     f.done = false;
 }
 
-// In an order that changes from barrier to barrier, so that a barrier that is missing is seen in the results.
+// In an order that changes from barrier to barrier, and some warps far ahead of others, so that a barrier that is
+// missing is seen in the results.
 void run_block() {
+    constexpr size_t STRETCH = 16,
+                     PATIENCE = 64 * STRETCH;  // rounds that the same warps sit out; in which nobody gets on
     size_t n = machine.n_threads;
-    for (size_t n_done = 0; n_done < n;) {
-        size_t before = machine.n_changes, draw = machine.draws();
-        size_t first = draw / 2 % n;
+    for (size_t n_done = 0, stuck = 0, round = 0, left_out = 0; n_done < n; round++) {
+        size_t before = machine.n_changes, first = machine.draws() % n;
+        if (round % STRETCH == 0) left_out = machine.draws();
         n_done = 0;
         for (size_t i = 0; i < n; i++) {
-            size_t t = (first + (draw % 2 ? i : n - i)) % n;
+            size_t t = (first + (left_out & 1 ? i : n - i)) % n;
             machine.running = t;
-            if (!fiber().done) pi_change_fiber(&machine.scheduler, fiber().at);
+            if (!fiber().done && !(left_out >> (1 + t / WARP % 24) & 1))
+                pi_change_fiber(&machine.scheduler, fiber().at);
             n_done += fiber().done;
         }
-        if (machine.n_changes == before) fail("threads wait for one another forever");
+        stuck = machine.n_changes == before ? stuck + 1 : 0;
+        if (stuck == PATIENCE) fail("threads wait for one another forever");
     }
 }
 
