@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup native check test demo bench families fuzz asan tsan cuda clean
+.PHONY: help setup native check test demo bench families fuzz asan tsan cuda gpu-check clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -22,7 +22,7 @@ PATCH := examples/default-model/smollm2-135m-sparse.patch.safetensors
 FUZZ_SECONDS ?= 30
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1 /p' Makefile | while read -r name text; do printf 'make %-8s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r name text; do printf 'make %-9s %s\n' "$$name" "$$text"; done
 
 setup: $(READY) ## make .venv, install what is needed, build the native library
 
@@ -71,6 +71,10 @@ tsan: $(READY) ## the native tests of what runs in several threads, under TSan
 cuda: $(READY) ## compile the CUDA part and its tests, which need a card to run; needs nvcc
 	$(CONFIGURE) -B build/cuda -DPI_CUDA=ON -DPI_TESTS=ON > /dev/null
 	$(BIN)/cmake --build build/cuda --target powerinfer powerinfer_cuda test_cuda
+
+# with $(PYTHON) where there is no .venv: docs/gpu-check.md says what it must have
+gpu-check: ## what a machine with a card can say: kernels, whole runs, budgets, sanitizers, benchmarks; ARGS="..."
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py $(ARGS)
 
 clean: ## remove what was built; keep .venv
 	rm -rf build .demo .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -103,14 +103,14 @@ def naive(n_layer: int = 24, n_ff: int = 96 * 64, n_nodes: int = 1000) -> None:
     config, firing = opt(n_layer, 12288, n_ff), Drawn(n_layer, n_ff)
     plans = [LayerPlan(MODE_GATE)] * n_layer
     problem = Problem(artifact_costs(config, plans, threads=PC_HIGH.threads, **CHOICES), firing, PC_HIGH)
-    blocks = int((problem.dense + problem.kv).sum()) + problem.costs.head
-    neurons = int(((problem.bundle + problem.beside) * n_ff).sum())
-    vram = blocks + problem.costs.scratch + neurons // 5
+    blocks = int(problem.card_block.sum()) + problem.costs.card_head
+    neurons = int((problem.card_neuron * n_ff).sum())
+    vram = blocks + problem.costs.card_fixed + neurons // 5
     start = time.perf_counter()
     found = place(config, firing, plans, machine=PC_HIGH, vram=vram, objective="impact", **CHOICES)
     ours = time.perf_counter() - start
     start = time.perf_counter()
-    status, value, bound = _naive_impact(problem, vram - blocks - problem.costs.scratch, n_nodes)
+    status, value, bound = _naive_impact(problem, vram - blocks - problem.costs.card_fixed, n_nodes)
     theirs = time.perf_counter() - start
     fixed = float(problem.block_impact.sum()) + problem.head_impact
     print(f"\n{n_layer} layers x {n_ff // 64} groups, impact of neurons in {(vram - blocks) / 2**20:.0f} MiB")
@@ -122,7 +122,7 @@ def _naive_impact(problem: Problem, room: int, n_nodes: int) -> tuple[str, float
     """(status, impact, bound of the relaxed program)."""
     lp = pulp.LpProblem("naive", pulp.LpMaximize)
     groups = np.arange(0, problem.n_ff + 1, 64)
-    size = 64 * int(problem.bundle[0] + problem.beside[0])
+    size = 64 * int(problem.card_neuron[0])
     taken, values = [], []
     for i, least in enumerate(problem.least().tolist()):
         layer = [lp.add_variable(f"group_{i}_{g}", cat="Binary") for g in range(len(groups) - 1)]

@@ -12,6 +12,7 @@ def bench(
     artifact: options.Artifact,
     mode: options.Mode = options.MODE,
     threads: options.Threads = None,
+    vram: options.Vram = options.VRAM,
     ram: options.Ram = None,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of the prompt.")] = 128,
     tokens: Annotated[int, typer.Option("--decode-tokens", min=1, help="Tokens to decode.")] = 64,
@@ -32,6 +33,8 @@ def bench(
 
     powerinfer bench model.gguf --ram 4GiB
 
+    powerinfer bench model.gguf --vram 8GiB
+
     powerinfer bench model.gguf --json | jq .decode.tokens_per_s
     """
     from powerinfer_tools.bench import PROMPT
@@ -47,6 +50,8 @@ def bench(
             repeats=repeats,
             threads=threads,
             ram=ram,
+            vram=vram,
+            say=console.say,
             kernels=kernels,
             text=text,
             progress=progress,
@@ -75,6 +80,10 @@ def _show(result: dict[str, Any], breakdown: bool) -> None:
     if result["predicted_ms_per_token"] is not None:
         rows.insert(3, ("predicted from bytes and bandwidths", f"{result['predicted_ms_per_token']:.2f} ms"))
     console.table(f"{result['model']}, {how}", ["", ""], rows)
+    if result["disk"] is not None or result["card"] is not None:
+        _show_tiers(result)
+    if result["card"] is not None:
+        _show_card(result["card"])
     if result["disk"] is not None:
         _show_disk(result)
     if breakdown:
@@ -82,13 +91,29 @@ def _show(result: dict[str, Any], breakdown: bool) -> None:
         console.table("where a token's time goes", ["part", "ms", "MB"], parts)
 
 
-def _show_disk(result: dict[str, Any]) -> None:
-    disk, budget = result["disk"], result["disk"]["budget"]
+def _show_tiers(result: dict[str, Any]) -> None:
     tiers = [
         (tier["name"], console.size(tier["bytes"]), f"{tier['neurons_share']:.1%}", f"{tier['hits_share']:.1%}")
         for tier in result["tiers"]
     ]
-    console.table("", ["memory", "neurons' bytes", "of the neurons", "of what tokens asked for"], tiers)
+    console.table("", ["memory", "bytes", "of the neurons", "of what tokens asked for"], tiers)
+
+
+def _show_card(card: dict[str, Any]) -> None:
+    budget, head = card["budget"], ", output head" if card["head"] else ""
+    rows = [
+        ("card", card["name"]),
+        ("on it", f"{card['dense_blocks']} dense blocks{head}"),
+        ("budget, all counted", f"{console.size(budget['vram'])}, {console.size(budget['total'])} used"),
+        ("read there, a token", f"{card['read_bytes_per_token'] / 1e6:.1f} MB"),
+        ("crossed, a token", f"{card['crossed_bytes_per_token'] / 1e3:.1f} kB in {card['transfers_per_token']:.1f}"),
+        ("waits for one another, a token", f"{card['waits_per_token']:.1f}, {card['wait_ms_per_token']:.3f} ms"),
+    ]
+    console.table("", ["", ""], rows)
+
+
+def _show_disk(result: dict[str, Any]) -> None:
+    disk, budget = result["disk"], result["disk"]["budget"]
     rows = [
         ("budget, all counted", f"{console.size(budget['ram'])}, {console.size(budget['total'])} used"),
         ("read from disk, a token", f"{disk['bytes_per_token'] / 1e6:.1f} MB in {disk['reads_per_token']:.0f} reads"),

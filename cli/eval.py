@@ -13,6 +13,7 @@ def eval(
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to score.")] = 8192,
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens of one context.")] = 512,
     threads: options.Threads = None,
+    vram: options.Vram = options.VRAM,
     ram: options.Ram = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -27,7 +28,7 @@ def eval(
 
     with console.progress() as progress:
         result = evaluate(
-            artifact, corpus, n_tokens=tokens, window=window, threads=threads, ram=ram, progress=progress
+            artifact, corpus, n_tokens=tokens, window=window, threads=threads, ram=ram, vram=vram, progress=progress
         ).as_dict()
     if json:
         console.print_json(result)

@@ -35,17 +35,17 @@ LEFT_OUT = {("max_tokens", "-1"), ("max_tokens", "-2"), ("seed", "-1"), ("thread
 """Values that say what holds without the flag, where it need not be given."""
 
 NEEDLESS = {
-    **dict.fromkeys("--no-mmap --reset-gpu-index --disable-gpu-index".split(), ""),
-    **dict.fromkeys("--no-display-prompt --log-disable --jinja".split(), ""),
+    **dict.fromkeys("--no-mmap --reset-gpu-index --no-display-prompt --log-disable --jinja".split(), ""),
     **dict.fromkeys("-i --interactive --interactive-first -ins --instruct -cnv --conversation".split(), "chat"),
 }
 """What is so by itself, in this command or, where none is named, in all."""
 
 _ANSWERS = {
-    "the engine uses the processor so far: powerinfer place --vram SIZE plans GPU memory, by neurons, not layers": (
-        "-ngl --n-gpu-layers --gpu-layers --vram-budget -ot --override-tensor -cmoe --cpu-moe -ncmoe --n-cpu-moe "
+    "--vram SIZE uses so much of the first card: what goes there is found at each load, by neurons, not layers": (
+        "-ngl --n-gpu-layers --gpu-layers -ot --override-tensor -cmoe --cpu-moe -ncmoe --n-cpu-moe "
         "-ts --tensor-split -sm --split-mode -mg --main-gpu -dev --device -nommq --no-mul-mat-q"
     ),
+    "what goes to the card is found at each load: without --vram SIZE nothing does": "--disable-gpu-index",
     "weights are read into memory, not locked there: --ram SIZE keeps the process within what is free": "--mlock",
     "threads are not bound to nodes: numactl can do it": "--numa",
     "-t N is for prompts, too": "-tb --threads-batch",

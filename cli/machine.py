@@ -55,5 +55,10 @@ def _show(machine: "Machine") -> None:
             )
     columns = ("memory", "size", "in sequence", "picked rows or reads", "latency")
     console.table(f"{machine.name}, {machine.threads} threads", columns, rows)
+    if machine.card and machine.vram is not None:
+        card = machine.vram
+        steps = f"{card.launch_s * 1e6:.1f} µs a step, {2 * card.latency_s * 1e6:.0f} µs a vector there and back"
+        copies = f"copies to there at {card.copy / 1e9:.1f} GB/s"
+        console.say(f"{machine.card}: {steps}, {copies}, {console.size(card.context)} taken before anything is stored")
     for note in machine.notes:
         console.say(note, style="dim")

@@ -180,7 +180,11 @@ OBJECTIVE: Literal["time"] = "time"
 Vram = Annotated[
     int,
     typer.Option(
-        "--vram", parser=parse_size, metavar="SIZE", rich_help_panel=RUN, help="GPU memory to use, like 8GiB."
+        "--vram",
+        parser=parse_size,
+        metavar="SIZE",
+        rich_help_panel=RUN,
+        help="GPU memory to use, like 8GiB, everything counted; 0: no card is touched.",
     ),
 ]
 VRAM = 0

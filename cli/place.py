@@ -77,7 +77,7 @@ def place(
         head=checkpoint.head_type(quant),
         biases=checkpoint.biases,
         ctx_size=ctx_size or checkpoint.config.n_ctx,
-        machine=_machine(machine, output, threads),
+        machine=_machine(machine, output, threads, vram > 0),
         vram=vram,
         ram=ram,
         objective=objective,
@@ -95,12 +95,12 @@ def place(
     console.wrote(output, f"{following} -o {output.with_suffix('.gguf')}")
 
 
-def _machine(path: Path | None, output: Path, threads: int | None) -> "Machine":
+def _machine(path: Path | None, output: Path, threads: int | None, card: bool) -> "Machine":
     from powerinfer_tools.placement import cached_machine, read_machine
 
     if path is not None:
         return read_machine(path)
-    return cached_machine(output.resolve().parent, threads, console.say)
+    return cached_machine(output.resolve().parent, threads, console.say, card)
 
 
 def _show(placement: "Placement", explain: bool) -> None:

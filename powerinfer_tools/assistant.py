@@ -1,14 +1,14 @@
 """From messages to an answer: artifact, tokenizer, chat template and engine together. What chat and generate share."""
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from powerinfer_tools.artifact.read import Artifact, open_artifact
-from powerinfer_tools.engine import Engine, Sampling, Token, generate
+from powerinfer_tools.engine import Engine, Model, Sampling, Token, generate
 from powerinfer_tools.engine.generate import Context
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement.limits import open_within
@@ -199,18 +199,23 @@ def open_assistant(
     threads: int | None = None,
     mode: str = "sparse",
     ram: int | None = None,
+    vram: int = 0,
     template_file: Path | None = None,
     use_template: bool = True,
+    say: Callable[[str], None] | None = None,
 ) -> Assistant:
     """Opens an artifact for answering.
 
-    mode: sparse or dense; ram: bytes to stay within; template_file: a template instead of the artifact's.
+    mode: sparse or dense; ram, vram: bytes to stay within, of memory and of a card; template_file: a template instead
+    of the artifact's; say: takes notes.
     """
     timings = Timings()
     artifact = open_artifact(path)
     template = _read_template(template_file) if template_file else artifact.chat_template
     tokenizer = Tokenizer(artifact.tokenizer_json, artifact.special)  # first: what the budget counts, too
-    model = path if ram is None else open_within(artifact, ram, ctx_size=ctx_size, threads=threads)[0]
+    model: Path | Model = path
+    if ram is not None or vram:
+        model = open_within(artifact, ram, vram, ctx_size=ctx_size, threads=threads, say=say).model
     engine = Engine(model, ctx_size=ctx_size, threads=threads, mode=MODES[mode])
     timings.load_s = time.perf_counter() - timings.started
     return Assistant(artifact, tokenizer, engine, template if use_template else None, timings)

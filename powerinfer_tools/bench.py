@@ -5,23 +5,23 @@ import resource
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from powerinfer_tools.artifact import Artifact, open_artifact
 from powerinfer_tools.engine import DiskLimits, Engine, Sampling, Stats
 from powerinfer_tools.engine.engine import default_threads
 from powerinfer_tools.engine.native import KERNELS, measure_memory
 from powerinfer_tools.errors import PowerinferError
-from powerinfer_tools.placement.costs import artifact_costs
-from powerinfer_tools.placement.limits import Budget, disk_costs, open_within
+from powerinfer_tools.placement.card import CardPlan, artifact_problem
+from powerinfer_tools.placement.limits import Budget, Opened, disk_costs, moved_bytes, open_within
 from powerinfer_tools.placement.machine import Machine, Tier
 from powerinfer_tools.placement.measure import measure_file
-from powerinfer_tools.placement.problem import Plan, Problem
+from powerinfer_tools.placement.problem import Plan
 from powerinfer_tools.progress import Progress, default_progress
 from powerinfer_tools.tokens import Tokenizer
 
@@ -54,8 +54,11 @@ def bench(
     repeats: int = 3,
     threads: int | None = None,
     ram: int | None = None,
+    vram: int = 0,
     kernels: str = "best",
     text: str = PROMPT,
+    machine: Machine | None = None,
+    say: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The document of `bench --json`: medians over `repeats` runs of the same tokens (drawn with one seed).
@@ -64,6 +67,7 @@ def bench(
     weights and KV cache that decoding read; ceiling_gb_s is this machine's sequential read with as many threads.
     kernels: best, scalar, avx2 or avx512. ram: bytes to stay within: "disk" says what that cost, "tiers" where neurons
     were; first_token_s is then from the start of loading, past the page cache, to the first token of the prompt.
+    vram: bytes of a card to stay within: "card" says what crossed; machine: what to plan for, else this one.
     """
     artifact = open_artifact(path)
     if prompt_tokens + n_tokens > artifact.config.n_ctx:
@@ -74,26 +78,31 @@ def bench(
         )
     ids = _prompt(artifact, text, prompt_tokens)
     ctx_size, threads = len(ids) + n_tokens, threads or default_threads()
-    machine = None
+    here = None
     if ram is not None:  # now, as memory is free: beside the weights there may be no room for what is read
-        machine = _measure(threads, measure_file(path), min(CEILING_BYTES, ram // 4))
+        here = _measure(threads, measure_file(path), min(CEILING_BYTES, ram // 4))
     runs: list[Timed] = []
     start = time.perf_counter()
-    model, budget = open_within(artifact, ram, ctx_size=ctx_size, threads=threads)
+    opened = open_within(artifact, ram, vram, ctx_size=ctx_size, threads=threads, machine=machine, say=say)
+    card_memory = 0, 0
     with default_progress(progress) as report:
         for i in range(repeats):
-            with Engine(model, ctx_size=ctx_size, threads=threads, mode=mode, kernels=KERNELS[kernels]) as engine:
+            with Engine(
+                opened.model, ctx_size=ctx_size, threads=threads, mode=mode, kernels=KERNELS[kernels]
+            ) as engine:
                 if i == 0:
                     engine.prefill(ids)
                     engine.sample(Sampling())
                     first_token_s = time.perf_counter() - start
                     engine.truncate(0)
                 runs.append(_run(engine, ids, n_tokens))
+                card_memory = engine.card_memory()
             report("bench, runs", i + 1, repeats)
     peak = peak_rss_bytes()  # before memory is measured, which takes a large buffer
-    machine = machine or _measure(threads, None, CEILING_BYTES)
+    here = here or _measure(threads, None, CEILING_BYTES)
     return {
-        **_document(artifact, mode, machine, len(ids), runs, budget),
+        **_document(artifact, mode, here, len(ids), runs, opened),
+        "card": _card(opened, card_memory, runs) if opened.card is not None else None,
         "peak_rss_bytes": peak,
         "first_token_s": first_token_s,
     }
@@ -132,7 +141,7 @@ def _measure(threads: int, disk: Tier | None, n_bytes: int) -> Machine:
 
 
 def _document(
-    artifact: Artifact, mode: str, machine: Machine, n_prompt: int, runs: list[Timed], budget: Budget | None
+    artifact: Artifact, mode: str, machine: Machine, n_prompt: int, runs: list[Timed], opened: Opened
 ) -> dict[str, Any]:
     stats = runs[0].stats
     decode_s = statistics.median(sum(run.decode_s) for run in runs)
@@ -141,6 +150,7 @@ def _document(
     n = len(runs[0].ids)
     bytes_per_token = stats.bytes_decode / n
     ceiling = machine.ram.sequential
+    budget, card = opened.ram, opened.card
     limits = budget.limits if budget is not None else None
     return {
         "model": artifact.config.name,
@@ -158,34 +168,61 @@ def _document(
         "ceiling_gb_s": ceiling / 1e9,
         "ceiling_share": bytes_per_token * n / decode_s / ceiling,
         "active_ratio": stats.active_ratio,
-        "predicted_ms_per_token": predicted_seconds(artifact, machine, n_prompt + n, limits) * 1e3
+        "predicted_ms_per_token": predicted_seconds(artifact, machine, n_prompt + n, limits, card) * 1e3
         if mode == "auto"
         else None,
-        "tiers": _tiers(artifact, limits, stats),
+        "tiers": _tiers(artifact, limits, opened, stats),
         "disk": _disk(artifact, budget, runs) if budget is not None else None,
         "breakdown": breakdown(runs),
         "output_hash": hashlib.sha256(np.asarray(runs[0].ids, "<i4").tobytes()).hexdigest()[:16],
     }
 
 
-def _tiers(artifact: Artifact, limits: DiskLimits | None, stats: Stats) -> list[dict[str, Any]]:
-    """Where neurons lie, and where decoding found those that it asked for."""
+def _tiers(artifact: Artifact, limits: DiskLimits | None, opened: Opened, stats: Stats) -> list[dict[str, Any]]:
+    """Where neurons lie, and where decoding found those that it asked for; on a card, those that fired."""
+    config, size = artifact.config, disk_costs(artifact).bundles[0][1]
+    card, n_all, n_card = opened.card, config.n_layer * config.n_ff, 0
+    rows: list[tuple[str, int, int, float]] = []  # name, bytes, neurons, share of hits
+    left = 1.0
+    if card is not None:
+        n_card, on_card = int(card.plan.vram.sum()), stats.card_neurons_fired / max(1, stats.neurons_active)
+        rows, left = [("vram", opened.model.info.card_bytes, n_card, on_card)], 1.0 - on_card
     if limits is None:
-        return [{"name": "ram", "bytes": artifact.tensor_bytes, "neurons_share": 1.0, "hits_share": 1.0}]
-    config, disk = artifact.config, disk_costs(artifact)
-    size, n_all = disk.bundles[0][1], config.n_layer * config.n_ff
-    prefix = sum(limits.resident)
-    cached = sum(min(limits.slots, config.n_ff - k) for k in limits.resident)
-    asked = max(1, stats.neurons_prefix + stats.neurons_cache + stats.neurons_disk)
-    rows = [
-        ("prefix", prefix, stats.neurons_prefix),
-        ("cache", cached, stats.neurons_cache),
-        ("disk", n_all - prefix, stats.neurons_disk),
-    ]
+        moved = 0 if card is None else moved_bytes(artifact, card.plan)
+        rows.append(("ram", artifact.tensor_bytes - moved, n_all - n_card, left))
+    else:
+        prefix = sum(limits.resident)
+        cached = sum(min(limits.slots, config.n_ff - k) for k in limits.resident)
+        asked = max(1, stats.neurons_prefix + stats.neurons_cache + stats.neurons_disk)
+        rows += [
+            ("prefix", (prefix - n_card) * size, prefix - n_card, left * stats.neurons_prefix / asked),
+            ("cache", cached * size, cached, left * stats.neurons_cache / asked),
+            ("disk", (n_all - prefix) * size, n_all - prefix, left * stats.neurons_disk / asked),
+        ]
     return [
-        {"name": name, "bytes": n * size, "neurons_share": n / n_all, "hits_share": hits / asked}
-        for name, n, hits in rows
+        {"name": name, "bytes": n_bytes, "neurons_share": n / n_all, "hits_share": hits}
+        for name, n_bytes, n, hits in rows
     ]
+
+
+def _card(opened: Opened, memory: tuple[int, int], runs: list[Timed]) -> dict[str, Any]:
+    """What lies on the card by the engine's count, and what crossed: counters of the first run, the wait of the median
+    one."""
+    assert opened.card is not None
+    card, info, stats, n = opened.card, opened.model.info, runs[0].stats, len(runs[0].ids)
+    kv, scratch = memory
+    used = {"context": info.card_context_bytes, "weights": info.card_bytes, "kv": kv, "scratch": scratch}
+    return {
+        "name": card.problem.machine.card,
+        "budget": {"vram": card.vram, "planned": card.n_bytes, **used, "total": sum(used.values())},
+        "dense_blocks": int(card.plan.dense.sum()),
+        "head": bool(card.plan.head),
+        "read_bytes_per_token": stats.card_read_bytes / n,
+        "transfers_per_token": stats.card_transfers / n,
+        "waits_per_token": stats.card_waits / n,
+        "crossed_bytes_per_token": stats.card_bytes / n,
+        "wait_ms_per_token": statistics.median(run.stats.seconds_card for run in runs) / n * 1e3,
+    }
 
 
 def _disk(artifact: Artifact, budget: Budget, runs: list[Timed]) -> dict[str, Any]:
@@ -217,6 +254,7 @@ def breakdown(runs: list[Timed]) -> list[dict[str, Any]]:
         "up and down": (stats.seconds_updown, stats.bytes_updown),
         "output head": (stats.seconds_head, stats.bytes_head),
         "waiting for the disk": (stats.seconds_disk, 0),
+        "waiting for the card": (stats.seconds_card, 0),
         "synchronisation": (stats.seconds_sync, 0),
         "norms and other serial work": (stats.seconds_other, 0),
     }
@@ -225,37 +263,23 @@ def breakdown(runs: list[Timed]) -> list[dict[str, Any]]:
     return [{"part": name, "ms": seconds / n * 1e3, "bytes": size / n} for name, seconds, size in rows]
 
 
-class _StoredFiring:
-    """The firing frequencies that an artifact carries, as placement asks for them."""
-
-    def __init__(self, artifact: Artifact) -> None:
-        self.artifact, self.digest = artifact, artifact.data_sha256
-        self.n_layer, self.n_ff = artifact.config.n_layer, artifact.config.n_ff
-
-    def frequency(self, i: int, /) -> npt.NDArray[np.float64]:
-        return self.artifact.frequency(i).astype(np.float64)
-
-
-def predicted_seconds(artifact: Artifact, machine: Machine, ctx_size: int, limits: DiskLimits | None = None) -> float:
+def predicted_seconds(
+    artifact: Artifact,
+    machine: Machine,
+    ctx_size: int,
+    limits: DiskLimits | None = None,
+    card: CardPlan | None = None,
+) -> float:
     """What placement's model expects of a token, from the frequencies of the calibration: the cache holds the hottest
     neurons that follow the resident ones."""
-    biases = frozenset(name for name in artifact.file.tensors if name.endswith(".bias"))
-    plans, config = artifact.plans, artifact.config
-    costs = artifact_costs(
-        config,
-        plans,
-        quant=artifact.quant,
-        head=artifact.head,
-        biases=biases,
-        ctx_size=ctx_size,
-        threads=machine.threads,
-    )
-    problem = Problem(costs, _StoredFiring(artifact), machine)
-    none = np.zeros(config.n_layer, np.int64)
-    in_memory = none + config.n_ff
+    n_layer, n_ff = artifact.config.n_layer, artifact.config.n_ff
+    none = np.zeros(n_layer, np.int64)
+    plan = Plan(none.astype(bool), False, none, none + n_ff)
+    if card is not None:
+        plan, machine = replace(card.plan, ram=plan.ram), replace(machine, vram=card.problem.machine.vram)
     if limits is not None:
-        in_memory = np.minimum(in_memory, np.array(limits.resident) + limits.slots)
-    return float(problem.seconds(Plan(none.astype(bool), False, none, in_memory)))
+        plan = replace(plan, ram=np.minimum(n_ff, np.array(limits.resident) + limits.slots))
+    return float(artifact_problem(artifact, machine, ctx_size=ctx_size).seconds(plan))
 
 
 def peak_rss_bytes() -> int:

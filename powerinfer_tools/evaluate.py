@@ -49,16 +49,17 @@ def evaluate(
     window: int = 512,
     threads: int | None = None,
     ram: int | None = None,
+    vram: int = 0,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Scores windows of the corpus by teacher forcing, each from an empty context; ram: bytes to stay within.
+    """Scores windows of the corpus by teacher forcing, each from an empty context; ram, vram: bytes to stay within.
 
     Errors: a corpus too short for one window; whatever the artifact's reader finds.
     """
     artifact = open_artifact(path)
     window = min(window, artifact.config.n_ctx)
     windows = _windows(Tokenizer(artifact.tokenizer_json, artifact.special), corpus, n_tokens, window)
-    return evaluate_windows(path, windows, threads=threads, ram=ram, progress=progress)
+    return evaluate_windows(path, windows, threads=threads, ram=ram, vram=vram, progress=progress)
 
 
 def evaluate_windows(
@@ -67,6 +68,7 @@ def evaluate_windows(
     *,
     threads: int | None = None,
     ram: int | None = None,
+    vram: int = 0,
     progress: Progress | None = None,
 ) -> Evaluation:
     """As evaluate, on windows of token ids, at least one and all of one length."""
@@ -74,7 +76,7 @@ def evaluate_windows(
     runs = {"sparse": "auto", "dense": "dense"}
     uncut = artifact.config.activation == "silu" and any(artifact.config.thresholds)
     contexts = len(runs) + uncut
-    model, _ = open_within(artifact, ram, ctx_size=window, threads=threads, contexts=contexts)
+    model = open_within(artifact, ram, vram, ctx_size=window, threads=threads, contexts=contexts).model
     engines = {name: Engine(model, ctx_size=window, threads=threads, mode=mode) for name, mode in runs.items()}
     if uncut:
         engines["uncut"] = Engine(model, ctx_size=window, threads=threads, mode="dense", uncut=True)

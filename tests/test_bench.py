@@ -21,7 +21,7 @@ from tests.tiny import CORPUS, make_llama
 
 FIELDS = (
     "model quant mode threads runs prefill decode bytes_per_token ceiling_gb_s ceiling_share active_ratio "
-    "predicted_ms_per_token peak_rss_bytes tiers breakdown output_hash disk first_token_s"
+    "predicted_ms_per_token peak_rss_bytes tiers breakdown output_hash disk card first_token_s"
 )
 
 

@@ -81,6 +81,11 @@ class Artifact:
         """Neurons computed unasked, one count a layer."""
         return [plan.always for plan in self.plans]
 
+    @property
+    def biases(self) -> frozenset[str]:
+        """Names of the tensors that are biases."""
+        return frozenset(name for name in self.file.tensors if name.endswith(".bias"))
+
     @cached_property
     def tensor_bytes(self) -> int:
         """All tensors, without the padding between them."""

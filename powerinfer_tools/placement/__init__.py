@@ -2,7 +2,7 @@
 
 `place` minimises the expected time per token (or maximises the paper's impact) within byte budgets: `program` prices
 the budgets and proves bounds, `search` takes the best of the plans that `family` and `fill` make. A `Machine`, measured
-or read from a file, gives the bandwidths. Only the measurement of a card imports torch.
+or read from a file, gives the bandwidths.
 """
 
 from powerinfer_tools.placement.costs import Costs, artifact_costs

@@ -45,19 +45,21 @@ class Relaxation:
         self.problem = problem
         self.k = knots(problem, objective)
         each, full = p.each[:, None], np.full((p.n_layer, 1), p.n_ff)
-        self.uses_card = p.machine.vram is not None and budgets.vram > p.costs.scratch
-        self.room = max(0, budgets.vram - p.costs.scratch)
+        self.uses_card = p.machine.vram is not None and budgets.vram > p.costs.card_fixed
+        self.room = max(0, budgets.vram - p.costs.card_fixed)
         self.limits_ram = budgets.ram < p.costs.needed
         self.uses_disk = self.limits_ram and p.machine.disk is not None
         self.beside = p.beside_bytes(each, self.k)
         self.bundles = p.bundle[:, None] * self.k
-        self.stored = self.beside + self.bundles
+        self.stored, self.on_card = self.beside + self.bundles, p.card_bytes(each, self.k)
         self.in_ram = objective.ram(each, self.k)
         self.in_vram = objective.card(each, self.k) if self.uses_card else np.zeros_like(self.in_ram)
         self.shared = self.in_ram
         if self.uses_disk:  # all from ram and disk, with [0, k) in ram
             self.shared = self.in_ram + objective.disk(each, full) - objective.disk(each, self.k)
         self.between_ram, self.between_disk = np.array([objective.short(i, k) for i, k in enumerate(self.k)]).T
+        if not p.divisible:
+            self.between_ram = np.zeros(p.n_layer)
 
     def worth(self, prices: Prices) -> float:
         """What the budgets are worth, but for what always stays in ram."""
@@ -104,7 +106,8 @@ class Relaxation:
         size, (in_ram, in_vram) = self.problem.costs.head, self.objective.head
         if not self.uses_card:
             return np.array([in_ram + size * prices.ram, np.inf])
-        return np.array([in_ram + size * prices.ram, in_vram + size * prices.vram + self.objective.hand_over / 2])
+        in_vram += self.problem.costs.card_head * prices.vram + self.objective.hand_over / 2
+        return np.array([in_ram + size * prices.ram, in_vram])
 
     def table(self, prices: Prices) -> Floats:
         """The least cost of every layer by what is in vram and on disk: [block, NONE / SOME / ALL, disk, layer]."""
@@ -118,13 +121,13 @@ class Relaxation:
         if self.uses_card:
             ffn[1, NONE] = ffn[0, NONE] + both
             ffn[:, SOME, 0] = self._balanced(prices, slice(-1, None)) + beside + both - self.between_ram
-            ffn[1, ALL] = self.in_vram[:, -1] + prices.vram * self.stored[:, -1]
+            ffn[1, ALL] = self.in_vram[:, -1] + prices.vram * self.on_card[:, -1]
             ffn[0, ALL] = ffn[1, ALL] + both
         if self.uses_card and self.uses_disk:
             ffn[:, SOME, 1] = self._balanced(prices, slice(None)) + beside - self.between_ram - self.between_disk
             ffn[:, SOME, 1] += self.objective.latency + both
-        block_prices = np.array([[prices.ram], [prices.vram]])
-        return np.asarray(ffn + (self.objective.blocks + block_prices * (p.dense + p.kv))[:, None, None])
+        blocks = self.objective.blocks + np.stack([prices.ram * p.block, prices.vram * p.card_block])
+        return np.asarray(ffn + blocks[:, None, None])
 
     def _balanced(self, prices: Prices, ends: slice) -> Floats:
         """The least mean of both shares, k2 at these knots, with the weights that make it largest."""
@@ -143,7 +146,8 @@ class Relaxation:
     def _mean(self, prices: Prices, ends: slice, weight: Floats) -> tuple[Floats, Floats]:
         """The function of k1 and the one of k2, each at its least; and by how much the card's share is then longer."""
         each, on_card, on_ram = self.problem.each, weight[:, None], 1 - weight[:, None]
-        of_k1 = on_card * self.in_vram - on_ram * self.in_ram + (prices.vram - prices.ram) * self.stored
+        of_k1 = on_card * self.in_vram - on_ram * self.in_ram
+        of_k1 = of_k1 + prices.vram * self.on_card - prices.ram * self.stored
         of_k1 = np.where(self.k >= self.objective.least[:, None], of_k1, np.inf)
         of_k2 = (on_ram * self.shared + prices.ram * self.bundles)[:, ends]
         at1, at2 = np.argmin(of_k1, axis=1), np.argmin(of_k2, axis=1)
@@ -152,8 +156,10 @@ class Relaxation:
 
 
 def knots(problem: Problem, objective: Objective) -> Ints:
-    """[n_layer, n_knots]: places of k1 and k2 that are looked at; every neuron of a small layer."""
+    """[n_layer, n_knots]: places of k1 and k2 that are looked at; every neuron of a small layer; all that k1 may be."""
     n_ff = problem.n_ff
+    if not problem.divisible:
+        return problem.bounds
     if n_ff <= KNOTS:
         return np.tile(np.arange(n_ff + 1), (problem.n_layer, 1))
     rows = []

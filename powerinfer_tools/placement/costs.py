@@ -7,12 +7,14 @@ A layer falls into parts that can be placed apart:
              biases. It goes to vram with its neuron; a neuron on disk leaves it in ram
     bundle   the neuron's rows in ffn_neurons: on vram, ram or disk
     table    ffn_order and ffn_frequency: in ram, not read while decoding
+
+On a card rows are padded to 16 bytes and tensors to 256, beside its context and the scratch of what runs there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from powerinfer_tools.artifact.layout import MODE_PREDICTOR, LayerPlan, TensorPlan, tensor_table
+from powerinfer_tools.artifact.layout import BLOCK, MODE_PREDICTOR, LayerPlan, TensorPlan, matrix_type, tensor_table
 from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.errors import PowerinferError
 
@@ -25,6 +27,12 @@ QUERIES, TILE_ROWS = 32, 16  # tokens whose attention is computed at once; posit
 PIECE = 256  # neurons of an expert that a batch computes at once
 CHUNKS = 24  # partial sums of an FFN
 
+# on a card (native/src/model_device.cpp, native/cuda)
+CARD_ROW, CARD_TENSOR = 16, 256  # what rows and tensors are padded to
+CARD_LANES = 32  # what vectors are padded to
+CARD_PIECE = 8192  # neurons of a batch that are computed at once
+CARD_SPLITS, CARD_SEGMENTS = 64, 4096  # of a head's positions, of a layer's neurons, at most
+
 # with neurons on disk (native/src/disk.cpp)
 PAGE = 4096
 TABLE_ROWS = 256  # of the embedding that are read together
@@ -35,6 +43,17 @@ BESIDE = ("ffn_expert.weight", "ffn_select.weight", "ffn_gate.bias", "ffn_up.bia
 PREDICTOR = ("predictor_out.weight", "predictor_out.bias")
 TABLE = ("ffn_order.weight", "ffn_frequency.weight")
 BUNDLE = "ffn_neurons.weight"
+
+
+@dataclass(frozen=True)
+class OnCard:
+    """Bytes of one layer on a card, rows padded: the block, its KV cache; the others are per neuron."""
+
+    dense: int
+    kv: int
+    bundle: int
+    beside: int
+    predictor: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +73,7 @@ class LayerCosts:
     predictor: int
     always: int
     n_ff: int
+    on_card: OnCard
 
     def stored_beside(self, n: int) -> int:
         """Bytes beside the bundles of stored neurons [0, n)."""
@@ -67,16 +87,22 @@ class LayerCosts:
 
 @dataclass(frozen=True)
 class Costs:
-    """Bytes of an artifact and of what runs it. head: output matrix and norm; host: embeddings and the like, in ram.
+    """Bytes of an artifact and of what runs it. head: output matrix and norm; host: embeddings and the like, in ram;
+    scratch: of the processor, of all contexts; card_head: the head on a card; card_fixed: what a card's context,
+    scratch and padding take as soon as it is used; logits: of one token.
 
-    taking_part: of the neurons, the share that any token's experts have.
+    taking_part: of the neurons, the share that any token's experts have; contexts: KV caches and scratches.
     """
 
     layers: tuple[LayerCosts, ...]
     head: int
     host: int
     scratch: int
+    card_head: int
+    card_fixed: int
+    logits: int
     taking_part: float = 1.0
+    contexts: int = 1
 
     @property
     def weights(self) -> int:
@@ -85,8 +111,8 @@ class Costs:
 
     @property
     def kv(self) -> int:
-        """Bytes of the KV cache."""
-        return sum(layer.kv for layer in self.layers)
+        """Bytes of the KV caches."""
+        return self.contexts * sum(layer.kv for layer in self.layers)
 
     @property
     def needed(self) -> int:
@@ -103,40 +129,54 @@ def artifact_costs(
     ctx_size: int,
     threads: int = 1,
     head: str | None = None,
+    contexts: int = 1,
+    card_context: int = 0,
+    lends: bool = False,
 ) -> Costs:
     """The bytes of the artifact that `split` makes of these choices, run with `ctx_size` positions and `threads`.
 
-    head: the type of output.weight, where it is not `quant`.
+    head: the type of output.weight, where it is not `quant`; card_context: what a card takes before anything is there;
+    lends: it has room for the neurons of a layer, lent for a prompt.
     """
     if len(plans) != config.n_layer:
         raise PowerinferError(f"expected one plan a layer ({config.n_layer}), found {len(plans)}", "mismatch")
     if not 1 <= ctx_size <= config.n_ctx:
         raise PowerinferError(f"--ctx-size: expected 1 to {config.n_ctx}, found {ctx_size}", "usage")
     parts: list[dict[str, TensorPlan]] = [{} for _ in plans]
-    output = host = 0
-    for tensor in tensor_table(config, list(plans), quant, biases, head):
+    output = host = card_head = 0
+    table = tensor_table(config, list(plans), quant, biases, head)
+    for tensor in table:
         if tensor.name.startswith("blk."):
             _, number, name = tensor.name.split(".", 2)
             parts[int(number)][name] = tensor
-        elif tensor.name.startswith("output") or (config.tied and tensor.name == "token_embd.weight"):
+        elif is_head(config, tensor.name):
             output += tensor.n_bytes
+            card_head += _card_bytes(tensor)
         else:
             host += tensor.n_bytes
     kv = kv_bytes(config, 1, ctx_size)
     layers = tuple(_layer_costs(config, plan, part, kv) for plan, part in zip(plans, parts, strict=True))
-    scratch = scratch_bytes(config, plans, ctx_size, threads)
-    return Costs(layers, output, host, scratch, config.taking_part)
+    scratch = contexts * scratch_bytes(config, plans, ctx_size, threads)
+    one = card_scratch_bytes(config, plans, ctx_size) + lends * visit_bytes(config, quant)
+    card_fixed = card_context + contexts * one + CARD_TENSOR * len(table)
+    return Costs(layers, output, host, scratch, card_head, card_fixed, 4 * config.n_vocab, config.taking_part, contexts)
+
+
+def is_head(config: Config, name: str) -> bool:
+    """Whether a tensor, of no layer, is the output head's."""
+    return name.startswith("output") or (config.tied and name == "token_embd.weight")
 
 
 def _layer_costs(config: Config, plan: LayerPlan, tensors: dict[str, TensorPlan], kv: int) -> LayerCosts:
-    def total(names: Sequence[str]) -> int:
-        return sum(tensors[name].n_bytes for name in names if name in tensors)
+    def total(names: Sequence[str], size: Callable[[TensorPlan], int] = lambda tensor: tensor.n_bytes) -> int:
+        return sum(size(tensors[name]) for name in names if name in tensors)
 
     apart = (BUNDLE, *BESIDE, *PREDICTOR, *TABLE)
+    block = [name for name in tensors if name not in apart]
     bundle = tensors[BUNDLE]
     asked = config.n_ff - plan.always
     return LayerCosts(
-        dense=total([name for name in tensors if name not in apart]),
+        dense=total(block),
         kv=kv,
         table=total(TABLE),
         bundle=bundle.n_bytes // config.n_ff,
@@ -145,7 +185,23 @@ def _layer_costs(config: Config, plan: LayerPlan, tensors: dict[str, TensorPlan]
         predictor=total(PREDICTOR) // asked if asked else 0,
         always=plan.always if plan.mode == MODE_PREDICTOR else config.n_ff,
         n_ff=config.n_ff,
+        on_card=OnCard(
+            dense=total(block, _card_bytes),
+            kv=kv // config.head_dim * _up(config.head_dim, CARD_ROW // KV_ELEMENT_BYTES),
+            bundle=_card_bytes(bundle) // config.n_ff,
+            beside=total(BESIDE, _card_bytes) // config.n_ff,
+            predictor=total(PREDICTOR, _card_bytes) // asked if asked else 0,
+        ),
     )
+
+
+def _card_bytes(tensor: TensorPlan) -> int:
+    """Bytes of a tensor on a card, its rows padded; numbers of neurons are one row, whose padding is the tensor's."""
+    if len(tensor.shape) == 1:
+        return tensor.n_bytes
+    elements, size = BLOCK[tensor.type]
+    row = tensor.shape[0] // elements * size
+    return tensor.n_bytes // row * _up(row, CARD_ROW)
 
 
 def kv_bytes(config: Config, n_layer: int, n_positions: int) -> int:
@@ -176,6 +232,40 @@ def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, thr
     gathered = 0 if config.experts is None else config.n_ff + batch * (1 + d) + PIECE * (3 * d + 2)
     blocks = wide // 32 + rank // 32 + batch * -(-max(wide, together, rank) // 32)  # of 32 numbers
     return 4 * (threads * thread + decode + gathered + batch * token) + 40 * blocks  # scale, sum and 32 bytes
+
+
+def card_scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int) -> int:
+    """The most that a session takes on a card beside its KV cache (native/cuda/session.cu), or on what stands in for it
+    in tests, which works as the processor does.
+
+    A token: residuals, normalised input, heads, queries, keys, values, predictor, sums; these in 16 bits, too; a piece
+    of neurons: gate, up, forecast, and what they give in 16 bits. For decoding: parts of heads and sums, neurons,
+    logits.
+    """
+    batch, d, q = min(BATCH, ctx_size), config.n_embd, config.n_head * config.head_dim
+    rank = _up(max((plan.rank for plan in plans), default=0), CARD_LANES)
+    wide, heads, piece = _up(d, CARD_LANES), _up(q, CARD_LANES), _up(min(CARD_PIECE, config.n_ff), CARD_LANES)
+    angles = 0 if config.rope is None else 2 * len(config.rope.inv_freq)
+    kv = config.n_head_kv * config.head_dim
+    token = 3 * d + wide + heads + q + 2 * kv + angles + 2 * rank + 3 * piece
+    token += (max(wide, heads) + rank + piece) // 2 + 3
+    decode = CARD_SPLITS * config.n_head * (config.head_dim + 10) + CARD_LANES * d + config.n_vocab
+    decode += 2 * config.n_ff + CARD_SEGMENTS + wide + heads + rank + 14 * config.n_layer
+    card = 4 * (batch * token + decode) + 64 * CARD_TENSOR
+    return max(card, scratch_bytes(config, plans, ctx_size, threads=1) + 4 * batch * d)
+
+
+def visit_bytes(config: Config, quant: str) -> int:
+    """Bytes on a card of a whole layer's neurons, which visit for a prompt."""
+    elements, size = BLOCK[matrix_type(quant, config.n_embd)]
+    row = _up(config.n_embd // elements * size, CARD_ROW)
+    return config.n_ff * (config.n_rows * row + 8) + 5 * CARD_TENSOR
+
+
+def mailbox_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int) -> int:
+    """Memory that a session shares with a card: residuals, sums, predictors' hidden layers, logits of one token."""
+    rank = max((plan.rank for plan in plans), default=0)
+    return 4 * (min(BATCH, ctx_size) * (3 * config.n_embd + 2 * rank) + config.n_vocab)
 
 
 @dataclass(frozen=True)
@@ -242,5 +332,9 @@ def disk_scratch_bytes(config: Config, plans: Sequence[LayerPlan], threads: int)
     return 4 * config.n_ff * (threads + 4) + 4 * (config.n_embd + rank) + 40 * (config.n_embd // 32 + rank // 32)
 
 
+def _up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
 def _pages(n_bytes: int) -> int:
-    return -(-n_bytes // PAGE) * PAGE
+    return _up(n_bytes, PAGE)

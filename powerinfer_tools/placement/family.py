@@ -21,7 +21,7 @@ class Family:
         self.fill, self.problem, self.objective = fill, fill.problem, fill.objective
         p, o, k = self.problem, self.objective, fill.k
         each = p.each[:, None]
-        self.stored = p.bundle[:, None] * k + p.beside_bytes(each, k)
+        self.stored = p.card_bytes(each, k)
         curves = (o.ram, o.disk) if p.machine.disk else (o.ram,)
         self.shares = [  # [layer, knot]: all else is in ram, or on disk
             np.maximum(o.card(each, k), curve(each, k[:, -1:]) - curve(each, k)) for curve in curves
@@ -38,7 +38,7 @@ class Family:
     def _blocks(self, n_dense: int) -> Bools:
         """[n, n_layer]: so many dense blocks in vram: the first, the last, those that gain most for a byte."""
         p, blocks = self.problem, self.objective.blocks
-        by_gain = np.argsort((blocks[1] - blocks[0]) / (p.dense + p.kv), kind="stable")
+        by_gain = np.argsort((blocks[1] - blocks[0]) / p.card_block, kind="stable")
         orders = np.stack([p.each, p.each[::-1], by_gain])
         dense = np.zeros(orders.shape, bool)
         np.put_along_axis(dense, orders[:, :n_dense], True, axis=1)

@@ -49,7 +49,7 @@ class Fill:
         p, low = self.problem, self.low(patterns.card)
         room = vram - p.bytes(Plan(patterns.dense, patterns.head, low, low))[0]
         cap = np.where(patterns.card == SOME, np.maximum(self.caps, low), low)
-        k1 = self._take(self.vram_order, self._per_neuron(), low, cap, room)
+        k1 = self._take(self.vram_order, self._per_neuron(), low, cap, room, p.divisible)
         return Plan(patterns.dense, patterns.head, k1, np.where(patterns.disk, k1, p.n_ff)), room >= 0
 
     def low(self, card: Ints) -> Ints:
@@ -61,11 +61,14 @@ class Fill:
         another pattern; and whether they fit."""
         p = self.problem
         room = ram - p.bytes(plan)[1]
-        k2 = self._take(self.ram_order, p.bundle[:, None], plan.ram, np.maximum(plan.ram, p.n_ff - 1), room)
+        k2 = self._take(self.ram_order, p.bundle[:, None], plan.ram, np.maximum(plan.ram, p.n_ff - 1), room, True)
         return Plan(plan.dense, plan.head, plan.vram, k2), room >= 0
 
-    def _take(self, order: Ints, sizes: Ints, low: Ints, cap: Ints, room: Ints) -> Ints:
-        """[pattern, layer]: `low` and of the neurons from there to `cap` as many as there is room for, in order."""
+    def _take(self, order: Ints, sizes: Ints, low: Ints, cap: Ints, room: Ints, divisible: bool) -> Ints:
+        """[pattern, layer]: `low` and of the neurons from there to `cap` as many as there is room for, in order.
+
+        divisible: also a part of a segment.
+        """
         n_layer, n_segments = self.k.shape[0], self.k.shape[1] - 1
         layer = order // n_segments
         start = np.maximum(self.k[:, :-1].ravel()[order], low[:, layer])
@@ -77,7 +80,7 @@ class Fill:
         at = stop[rows]
         left = room[rows] - (used[rows, at] - taken[rows, at] * size[at])
         taken[np.arange(len(order)) >= stop[:, None]] = 0
-        taken[rows, at] = np.maximum(left, 0) // size[at]
+        taken[rows, at] = np.maximum(left, 0) // size[at] if divisible else 0
         by_layer = np.empty_like(taken)
         by_layer[:, order] = taken
         return np.asarray(low + by_layer.reshape(-1, n_layer, n_segments).sum(axis=2))
@@ -85,7 +88,7 @@ class Fill:
     def _per_neuron(self) -> Ints:
         """[layer, segment]: bytes of a neuron in vram."""
         p = self.problem
-        return (p.bundle + p.beside)[:, None] + (self.k[:, :-1] >= p.always[:, None]) * p.predictor[:, None]
+        return p.card_neuron[:, None] + (self.k[:, :-1] >= p.always[:, None]) * p.card_predictor[:, None]
 
     def _ram_density(self) -> Floats:
         """[layer, segment]: what a byte of ram saves."""
@@ -103,7 +106,9 @@ class Fill:
             k1 = (low + high + 1) // 2
             helps = o.card(each, k1) <= whole - o.ram(each, k1 - 1)
             low, high = np.where(helps, k1, low), np.where(helps, high, k1 - 1)
-        return low
+        if self.problem.divisible:
+            return low
+        return np.asarray(np.max(np.where(self.k <= low[:, None], self.k, 0), axis=1))
 
     def _vram_density(self) -> Floats:
         """[layer, segment]: what a byte of vram saves."""

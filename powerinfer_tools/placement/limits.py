@@ -1,11 +1,12 @@
-"""Which neurons stay in memory where the weights are more than --ram allows; solved anew at each load, in milliseconds.
+"""What lies on a card within --vram, and stays in memory within --ram; solved anew at each load, in under a second.
 
-What is counted: this process as it is, weights, KV cache and scratch of every context, and the disk tier's own memory.
-What then remains goes to neurons: the hottest of all layers stay, and a cache holds what the text at hand asks for.
+The search of `place` says what goes to the card. Of what is left, counted are this process as it is, weights, KV cache
+and scratch of every context, and the disk tier's own memory. What then remains goes to neurons: the hottest of all
+layers stay, and a cache holds what the text at hand asks for.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,22 @@ import numpy.typing as npt
 from powerinfer_tools.artifact.read import Artifact
 from powerinfer_tools.engine.engine import DiskLimits, Model, default_ctx, default_threads
 from powerinfer_tools.errors import PowerinferError
-from powerinfer_tools.placement.costs import BUNDLE, PAGE, DiskCosts, artifact_costs, disk_scratch_bytes
+from powerinfer_tools.placement.card import CardPlan, plan_card
+from powerinfer_tools.placement.costs import (
+    BESIDE,
+    BUNDLE,
+    PAGE,
+    PREDICTOR,
+    TABLE,
+    DiskCosts,
+    disk_scratch_bytes,
+    is_head,
+    kv_bytes,
+    mailbox_bytes,
+    scratch_bytes,
+)
+from powerinfer_tools.placement.machine import Machine
+from powerinfer_tools.placement.problem import Plan
 
 SLACK = 12 << 20  # bytes: page tables, and what Python and its libraries still take
 CACHE_SHARE = 0.4  # of the memory for neurons, where more than that is left on disk: measured in benchmarks/LOG.md
@@ -40,17 +56,54 @@ class Budget:
         return self.process + self.weights + self.contexts + self.cache + self.beside
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A model, and how it keeps to its budgets; None where there is none, or where nothing lies on a card."""
+
+    model: Model
+    ram: Budget | None
+    card: CardPlan | None
+
+
 def open_within(
-    artifact: Artifact, ram: int | None, *, ctx_size: int | None = None, threads: int | None = None, contexts: int = 1
-) -> tuple[Model, Budget | None]:
-    """The model, within `ram` bytes together with so many contexts; ram None: all of it in memory, no budget."""
-    if ram is None:
-        return Model(artifact.path), None
-    ctx_size = ctx_size or default_ctx(artifact.config.n_ctx)
-    budget = fit(artifact, ram, ctx_size=ctx_size, threads=threads or default_threads(), contexts=contexts)
-    if budget.limits is not None:
+    artifact: Artifact,
+    ram: int | None = None,
+    vram: int = 0,
+    *,
+    ctx_size: int | None = None,
+    threads: int | None = None,
+    contexts: int = 1,
+    machine: Machine | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Opened:
+    """The model, within `ram` bytes of memory and `vram` of a card, together with so many contexts.
+
+    ram None: as much as it needs; vram 0: no card is touched. machine: what to plan for, else this one.
+    """
+    ctx_size, threads = ctx_size or default_ctx(artifact.config.n_ctx), threads or default_threads()
+    card = budget = limits = None
+    if vram:
+        how = {"ctx_size": ctx_size, "threads": threads, "contexts": contexts}
+        apart = 0 if ram is None else _apart(artifact, ram, **how)
+        card = plan_card(artifact, vram, ram, apart, machine=machine, say=say, **how)
+    if ram is not None:
+        budget = fit(artifact, ram, ctx_size=ctx_size, threads=threads, contexts=contexts, card=card)
+        limits = budget.limits
+    if limits is not None:
         _forget_cached(artifact.path)
-    return Model(artifact.path, budget.limits), budget
+    return Opened(Model(artifact.path, limits, card.limits if card is not None else None), budget, card)
+
+
+def _apart(artifact: Artifact, ram: int, *, ctx_size: int, threads: int, contexts: int) -> int:
+    """Memory that a model with a card takes beside weights, KV caches and scratch: this process, padding of pages, what
+    crosses; where the model is larger than `ram` the least of a disk tier, too."""
+    config, plans, disk = artifact.config, artifact.plans, disk_costs(artifact)
+    apart = process_bytes() + disk.whole - artifact.tensor_bytes + contexts * mailbox_bytes(config, plans, ctx_size)
+    if apart + artifact.tensor_bytes + contexts * session_bytes(artifact, ctx_size, threads) > ram:
+        none = [0] * config.n_layer
+        apart += _Solver(artifact, disk, CACHE_SHARE, none).least() - disk.weights(none)
+        apart += contexts * disk_scratch_bytes(config, plans, threads)
+    return apart
 
 
 def _forget_cached(path: Path) -> None:
@@ -77,30 +130,27 @@ def fit(
     process: int | None = None,
     cache_share: float = CACHE_SHARE,
     reader: str = "best",
+    card: CardPlan | None = None,
 ) -> Budget:
-    """How an artifact runs within `ram` bytes, `contexts` of them at once. Errors: a budget that cannot do."""
+    """How an artifact runs within `ram` bytes, `contexts` of them at once. card: what lies there does not lie here.
+
+    Errors: a budget that cannot do.
+    """
     config = artifact.config
-    biases = frozenset(name for name in artifact.file.tensors if name.endswith(".bias"))
-    costs = artifact_costs(
-        config,
-        artifact.plans,
-        quant=artifact.quant,
-        head=artifact.head,
-        biases=biases,
-        ctx_size=ctx_size,
-        threads=threads,
-    )
-    one = costs.kv + costs.scratch
+    first, moved = [0] * config.n_layer, 0
+    beside = contexts * session_bytes(artifact, ctx_size, threads, card)
+    if card is not None:
+        first, moved = card.plan.vram.tolist(), moved_bytes(artifact, card.plan)
     process = process_bytes() if process is None else process
     disk = disk_costs(artifact)
-    whole = Budget(ram, process, disk.whole, contexts * one, 0, 0, None)
+    whole = Budget(ram, process, disk.whole - moved, beside, 0, 0, None)
     if whole.total <= ram:
         return whole
-    beside = contexts * (one + disk_scratch_bytes(config, artifact.plans, threads))
-    solver = _Solver(artifact, disk, cache_share)
-    limits = solver.solve(ram - process - beside)
+    beside += contexts * disk_scratch_bytes(config, artifact.plans, threads)
+    solver = _Solver(artifact, disk, cache_share, first)
+    limits = solver.solve(ram - process - beside + moved)
     if limits is None:
-        least = process + beside + solver.least()
+        least = process + beside + solver.least() - moved
         raise PowerinferError(
             f"--ram: expected at least {least} bytes ({least / 2**20:.1f} MiB), found {ram}: attention, KV cache, "
             "scratch, what chooses neurons and one layer's neurons cannot stay on disk; "
@@ -111,12 +161,41 @@ def fit(
     return Budget(
         ram,
         process,
-        disk.weights(limits.resident),
+        disk.weights(limits.resident) - moved,
         beside,
         disk.cache(*held),
         disk.beside(*held),
         replace(limits, reader=reader),
     )
+
+
+def session_bytes(artifact: Artifact, ctx_size: int, threads: int, card: CardPlan | None = None) -> int:
+    """Memory of one context: KV cache of the blocks that are here, scratch, and what crosses to a card."""
+    config, plans = artifact.config, artifact.plans
+    blocks = config.n_layer if card is None else int(np.count_nonzero(~card.plan.dense))
+    mailbox = 0 if card is None else mailbox_bytes(config, plans, ctx_size)
+    return kv_bytes(config, blocks, ctx_size) + scratch_bytes(config, plans, ctx_size, threads) + mailbox
+
+
+def moved_bytes(artifact: Artifact, plan: Plan) -> int:
+    """Memory that a card spares: of each tensor that lies there the whole pages, of neurons' tensors the first."""
+    config, total = artifact.config, 0
+    for name, tensor in artifact.file.tensors.items():
+        if name.startswith("blk."):
+            _, number, part = name.split(".", 2)
+            i = int(number)
+            moved = tensor.n_bytes * int(plan.dense[i])
+            if part in (BUNDLE, *BESIDE):
+                moved = tensor.n_bytes // config.n_ff * int(plan.vram[i])
+            elif part in PREDICTOR:
+                always = artifact.always[i]
+                moved = tensor.n_bytes // (config.n_ff - always) * max(0, int(plan.vram[i]) - always)
+            elif part in TABLE:
+                moved = 0
+        else:
+            moved = tensor.n_bytes * int(plan.head and is_head(config, name))
+        total += moved // PAGE * PAGE
+    return total
 
 
 def disk_costs(artifact: Artifact) -> DiskCosts:
@@ -132,15 +211,18 @@ def disk_costs(artifact: Artifact) -> DiskCosts:
 
 
 class _Solver:
-    def __init__(self, artifact: Artifact, disk: DiskCosts, cache_share: float) -> None:
+    def __init__(self, artifact: Artifact, disk: DiskCosts, cache_share: float, first: Sequence[int]) -> None:
+        """first: neurons of each layer that lie elsewhere."""
         self.disk, self.n_ff, self.cache_share = disk, artifact.config.n_ff, cache_share
         self.sizes = np.array([size for _, size in disk.bundles])
         self.asked = np.stack([artifact.frequency(i) for i in range(artifact.config.n_layer)]).astype(np.float64)
         for i, always in enumerate(artifact.always):
             self.asked[i, :always] = np.maximum(self.asked[i, :always], artifact.config.taking_part)
         value = self.asked * ((self.sizes + READ_EQUALS) / self.sizes)[:, None]  # time that a byte spares the disk
-        self.layers = np.argsort(-value, axis=None, kind="stable") // self.n_ff
-        self.bytes = np.cumsum(self.sizes[self.layers])
+        self.first = np.array(first)
+        order = np.argsort(-value, axis=None, kind="stable")
+        self.layers = (order // self.n_ff)[order % self.n_ff >= self.first[order // self.n_ff]]
+        self.bytes = np.append(0, np.cumsum(self.sizes[self.layers]))
 
     def solve(self, room: int) -> DiskLimits | None:
         """The longest prefixes with which everything fits into `room` bytes, beside a cache of its share."""
@@ -156,7 +238,7 @@ class _Solver:
 
     def least(self) -> int:
         """The smallest room with which there is an answer."""
-        resident = [0] * len(self.sizes)
+        resident = self.first.tolist()
         return self.disk.total(resident, 0, self._transit(resident))
 
     def _limits(self, prefix_bytes: int, room: int) -> DiskLimits | None:
@@ -178,8 +260,8 @@ class _Solver:
 
     def _hottest(self, n_bytes: int) -> list[int]:
         """Neurons of each layer: of all layers those that spare the disk most."""
-        n = int(np.searchsorted(self.bytes, n_bytes, side="right"))
-        return [int(k) for k in np.bincount(self.layers[:n], minlength=len(self.sizes))]
+        n = int(np.searchsorted(self.bytes, n_bytes, side="right")) - 1
+        return [int(k) for k in self.first + np.bincount(self.layers[:n], minlength=len(self.sizes))]
 
     def _transit(self, resident: Sequence[int]) -> int:
         """Neurons that a layer may read for one token."""

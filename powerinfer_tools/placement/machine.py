@@ -17,13 +17,18 @@ class Tier:
     """One memory. Bandwidths in bytes per second.
 
     n_bytes: its size, 0 where unknown; sequential: read from end to end; rows: (row bytes, bandwidth) of picked rows,
-    by rising row size; latency_s: the first byte of one read (disk), or one hand-over of a vector (vram).
+    by rising row size; latency_s: the first byte of one read (disk), or a vector to there or back (vram).
+    Of a card alone: launch_s: one small step behind another; copy: from ram to there, 0 where unknown; context: bytes
+    that it takes before anything is stored there.
     """
 
     n_bytes: int
     sequential: float
     rows: tuple[tuple[int, float], ...]
     latency_s: float = 0.0
+    launch_s: float = 0.0
+    copy: float = 0.0
+    context: int = 0
 
     def row_bandwidth(self, row_bytes: float) -> float:
         """Bandwidth of picked rows: between measured sizes linear in the size's logarithm, beyond them constant."""
@@ -38,7 +43,8 @@ class Tier:
 
 @dataclass(frozen=True)
 class Machine:
-    """The tiers of one machine; vram and disk may be missing. notes: how it was measured and what to doubt."""
+    """The tiers of one machine; vram and disk may be missing. notes: how it was measured and what to doubt; card: its
+    name."""
 
     name: str
     threads: int
@@ -46,6 +52,7 @@ class Machine:
     vram: Tier | None = None
     disk: Tier | None = None
     notes: tuple[str, ...] = ()
+    card: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The file's content."""
@@ -73,6 +80,7 @@ def read_machine(path: Path) -> Machine:
             vram=None if data.get("vram") is None else _tier(data["vram"]),
             disk=None if data.get("disk") is None else _tier(data["disk"]),
             notes=tuple(str(note) for note in data.get("notes", ())),
+            card=str(data.get("card", "")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise PowerinferError(f"{path}: not a valid machine file: {error!r}", "malformed") from error
@@ -80,12 +88,15 @@ def read_machine(path: Path) -> Machine:
 
 def _tier(data: dict[str, Any]) -> Tier:
     rows = tuple((int(size), float(speed)) for size, speed in data["rows"])
-    tier = Tier(int(data["n_bytes"]), float(data["sequential"]), rows, float(data.get("latency_s", 0.0)))
+    latency_s, launch_s, copy = (float(data.get(name, 0.0)) for name in ("latency_s", "launch_s", "copy"))
+    n_bytes, context = int(data["n_bytes"]), int(data.get("context", 0))
+    tier = Tier(n_bytes, float(data["sequential"]), rows, latency_s, launch_s, copy, context)
     speeds = [tier.sequential, *(speed for _, speed in rows)]
     if not all(math.isfinite(speed) and speed > 0 for speed in speeds):
         raise ValueError(f"expected bandwidths above 0, found {speeds}")
-    if not (math.isfinite(tier.latency_s) and tier.latency_s >= 0 and tier.n_bytes >= 0):
-        raise ValueError(f"expected latency_s and n_bytes of at least 0, found {tier.latency_s}, {tier.n_bytes}")
+    others = {name: getattr(tier, name) for name in ("latency_s", "launch_s", "copy", "context", "n_bytes")}
+    if not all(math.isfinite(value) and value >= 0 for value in others.values()):
+        raise ValueError(f"expected values of at least 0, found {others}")
     sizes = [size for size, _ in rows]
     if sizes != sorted(set(sizes)) or any(size < 1 for size in sizes):
         raise ValueError(f"expected rows by rising size, found {sizes}")

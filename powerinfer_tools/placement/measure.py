@@ -1,18 +1,20 @@
-"""Measures this machine: RAM through the native library, the disk by reading a file, a card through torch."""
+"""Measures this machine through the native library: RAM, the disk by reading a file, a card."""
 
 import os
 import platform
 import shutil
-import statistics
-import subprocess
+import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
+from powerinfer_tools.engine.native import DEVICES, describe_card, measure_card, measure_memory
+from powerinfer_tools.engine.native import measure_file as measure_reads
+from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement.machine import Machine, Tier, read_machine, write_machine
 
 BUFFER_BYTES = 256 << 20  # beyond every cache
@@ -22,35 +24,54 @@ FILE_BYTES = 128 << 20
 READ_BYTES = (4096, 8192, 16384, 65536, 1 << 20)
 READS, LANDING_BYTES = 256, 16 << 20  # that one layer asks for, and where they arrive
 SECONDS = 0.3  # of each disk measurement
+VECTOR_BYTES = 16384  # that cross in a merge
 
 
 def measure_machine(
-    threads: int | None = None, folder: Path | None = None, say: Callable[[str], None] | None = None
+    threads: int | None = None,
+    folder: Path | None = None,
+    say: Callable[[str], None] | None = None,
+    card: bool = True,
 ) -> Machine:
-    """The machine's tiers. folder: where the disk is measured (a temporary file); None: no disk is measured."""
+    """The machine's tiers. folder: where the disk is measured (a temporary file); None: no disk is measured.
+
+    card: its card, too, if there is one; else none is touched.
+    """
     tell = say or (lambda text: None)
     threads = threads or cores()
-    notes: list[str] = []
     tell(f"measuring ram, {threads} threads")
-    ram = _measure_ram(threads)
-    disk = None
+    machine = Machine(_processor(), threads, _measure_ram(threads))
     if folder is not None:
-        tell(f"measuring the disk of {folder}")
-        disk = _measure_disk(folder, notes)
-    return Machine(_processor(), threads, ram, _measure_vram(notes), disk, tuple(notes))
+        machine = with_disk(machine, folder, tell)
+    try:
+        return with_card(machine, tell) if card else machine
+    except PowerinferError as error:
+        return replace(machine, notes=(*machine.notes, f"no card: {error}"))
 
 
-def cached_machine(folder: Path, threads: int | None = None, say: Callable[[str], None] | None = None) -> Machine:
-    """The last measurement of this processor with as many threads, or a new one, kept in the user's cache folder."""
+def cached_machine(
+    folder: Path | None, threads: int | None = None, say: Callable[[str], None] | None = None, card: bool = False
+) -> Machine:
+    """The last measurement of this processor with as many threads, or a new one, kept in the user's cache folder.
+
+    folder: where the disk is measured, None: it need not be; card: with the card that is there now, else none is
+    touched. Errors: there is none.
+    """
     tell = say or (lambda text: None)
     threads = threads or cores()
+    name = describe_card(device())[0] if card else ""  # first: without a card nothing need be measured
     path = cache_folder() / f"machine-{platform.node() or 'here'}-{threads}.json"
-    if path.is_file():
-        machine = read_machine(path)
-        if machine.name == _processor():
-            tell(f"machine: measured before, {path} (`powerinfer machine -o FILE` measures anew)")
-            return machine
-    machine = measure_machine(threads, folder, say)
+    before = read_machine(path) if path.is_file() else None
+    if before is not None and before.name != _processor():
+        before = None
+    machine = before or measure_machine(threads, folder, say, card=False)
+    if before is not None and before.disk is None and folder is not None:
+        machine = with_disk(machine, folder, tell)
+    if card and (machine.vram is None or machine.card != name):
+        machine = with_card(machine, tell)
+    if machine is before:
+        tell(f"machine: measured before, {path} (`powerinfer machine -o FILE` measures anew)")
+        return machine
     path.parent.mkdir(parents=True, exist_ok=True)
     write_machine(machine, path, force=True)
     tell(f"machine: measured now, kept in {path}")
@@ -84,8 +105,6 @@ def _processor() -> str:
 
 
 def _measure_ram(threads: int) -> Tier:
-    from powerinfer_tools.engine.native import measure_memory
-
     rows = tuple((size, measure_memory(threads, BUFFER_BYTES, size, STRIDE_ROWS)) for size in ROW_BYTES)
     return Tier(_ram_bytes(), measure_memory(threads, BUFFER_BYTES), rows)
 
@@ -95,6 +114,14 @@ def _ram_bytes() -> int:
     if "SC_PHYS_PAGES" not in names:
         return 0
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def with_disk(machine: Machine, folder: Path, tell: Callable[[str], None]) -> Machine:
+    """The machine with the disk of this folder, measured now if there is room."""
+    tell(f"measuring the disk of {folder}")
+    notes: list[str] = []
+    disk = _measure_disk(folder, notes)
+    return replace(machine, disk=disk, notes=(*machine.notes, *notes))
 
 
 def _measure_disk(folder: Path, notes: list[str]) -> Tier | None:
@@ -125,54 +152,47 @@ def _reads_past_cache(name: str) -> bool:
 
 def measure_file(path: Path) -> Tier:
     """The disk as the engine reads neurons from this file."""
-    from powerinfer_tools.engine.native import measure_file as measure
-
     n_bytes = path.stat().st_size
     sizes = [size for size in READ_BYTES if size <= n_bytes // 2] or [4096]
     with path.open("rb") as file:
-        rows = tuple((size, measure(file.fileno(), size, min(READS, LANDING_BYTES // size), SECONDS)) for size in sizes)
-        latency = 4096 / measure(file.fileno(), 4096, 1, SECONDS)
+        rows = tuple(
+            (size, measure_reads(file.fileno(), size, min(READS, LANDING_BYTES // size), SECONDS)) for size in sizes
+        )
+        latency = 4096 / measure_reads(file.fileno(), 4096, 1, SECONDS)
     return Tier(n_bytes, rows[-1][1], rows, latency)
 
 
-def _measure_vram(notes: list[str]) -> Tier | None:
-    """The first card, through torch where that sees one; None where there is none."""
-    if shutil.which("nvidia-smi") is None:
-        notes.append("no card: nvidia-smi is not installed")
-        return None
-    found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    if found.returncode != 0 or "GPU" not in found.stdout:
-        notes.append("no card: nvidia-smi lists none")
-        return None
-    import torch
-
-    if not torch.cuda.is_available():
-        notes.append("a card is there, but this torch is built without CUDA: it was not measured")
-        return None
-    return _measure_card()
+def device() -> str:
+    """The device that --vram means: the card, or what stands in for it in tests."""
+    if (name := os.environ.get("POWERINFER_DEVICE", "cuda")) not in DEVICES:
+        raise PowerinferError(f"POWERINFER_DEVICE: expected {' or '.join(DEVICES)}, found {name!r}", "usage")
+    if name == "host":
+        say_stand_in()
+    return name
 
 
-def _measure_card() -> Tier:
-    """Sums of a large buffer, of picked rows, and the time of handing a small vector over."""
-    import torch as t  # heavy, and only here
+@cache
+def say_stand_in() -> None:
+    """Says once that no card is used."""
+    print("POWERINFER_DEVICE=host: a thread stands in for the card; it is for tests", file=sys.stderr)
 
-    words = t.ones(1 << 28, dtype=t.float32, device="cuda")
 
-    def speed(read: Callable[[], object], n_bytes: int) -> float:
-        times = []
-        for _ in range(7):
-            t.cuda.synchronize()
-            start = time.perf_counter()
-            read()
-            t.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return n_bytes / statistics.median(times)
+def with_card(machine: Machine, tell: Callable[[str], None]) -> Machine:
+    """The machine with its card, measured now. Errors: there is none, or not what it needs."""
+    name, n_bytes, _, context = describe_card(device())
+    tell(f"measuring the card, {name}")
 
-    sequential = speed(lambda: words.sum(), 4 * words.numel())
-    rows = []
-    for size in ROW_BYTES:
-        table = words[: words.numel() // (size // 4) * (size // 4)].view(-1, size // 4)[::STRIDE_ROWS]
-        rows.append((size, speed(lambda table=table: table.sum(), 4 * table.numel())))  # type: ignore[misc]
-    vector = t.zeros(4096)
-    latency = 4 * vector.numel() / speed(lambda: vector.to("cuda"), 4 * vector.numel())
-    return Tier(t.cuda.get_device_properties(0).total_memory, sequential, tuple(rows), latency)
+    def read(row_bytes: int, stride_rows: int) -> float:
+        how = {"buffer_bytes": BUFFER_BYTES, "row_bytes": row_bytes, "stride_rows": stride_rows}
+        return measure_card("read", device(), **how)
+
+    card = Tier(
+        n_bytes,
+        read(BUFFER_BYTES, 1),
+        tuple((size, read(size, STRIDE_ROWS)) for size in ROW_BYTES),
+        measure_card("merge", device(), row_bytes=VECTOR_BYTES) / 2,
+        measure_card("launch", device()),
+        measure_card("copy", device()),
+        context,
+    )
+    return replace(machine, vram=card, card=name)

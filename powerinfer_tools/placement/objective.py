@@ -68,7 +68,7 @@ def time(problem: Problem) -> Objective:
         latency=machine.disk.latency_s if machine.disk else 0.0,
         blocks=np.stack([p.dense_seconds(machine.ram), in_vram]),
         head=p.head_seconds,
-        least=np.ones(p.n_layer, np.int64),
+        least=p.fewest,
     )
 
 
@@ -90,7 +90,7 @@ def misses(problem: Problem) -> Objective:
         latency=0.0,
         blocks=np.stack([p.block_impact, np.zeros(p.n_layer)]),
         head=(p.head_impact, 0.0),
-        least=p.least() if p.machine.vram else np.ones(p.n_layer, np.int64),
+        least=p.least() if p.machine.vram else p.fewest,
     )
 
 

@@ -104,11 +104,16 @@ def _limits(problem: Problem, vram: int, ram: int | None) -> dict[str, int | Non
     """Bytes of vram and ram; ram None: no limit."""
     if vram < 0 or (ram is not None and ram < 0):
         raise PowerinferError(f"expected budgets of at least 0 bytes, found vram {vram}, ram {ram}", "usage")
+    check_vram(problem, vram)
+    return {"vram": vram, "ram": ram if ram is not None else problem.machine.ram.n_bytes or None}
+
+
+def check_vram(problem: Problem, vram: int) -> None:
+    """Errors: no card, or more than it has."""
     if vram and problem.vram.n_bytes and vram > problem.vram.n_bytes:
         raise PowerinferError(
             f"--vram: expected at most the card's {problem.vram.n_bytes} bytes, found {vram}", "usage"
         )
-    return {"vram": vram, "ram": ram if ram is not None else problem.machine.ram.n_bytes or None}
 
 
 def _best(problem: Problem, limits: dict[str, int | None], objective: str) -> tuple[Plan, float]:
@@ -118,17 +123,18 @@ def _best(problem: Problem, limits: dict[str, int | None], objective: str) -> tu
     cost = time(problem) if objective == "time" else misses(problem)
     found = Search(problem, cost, budgets).best()
     if found.plan is None:
-        raise _infeasible(problem, cost, budgets)
+        raise infeasible(problem, cost, budgets)
     if objective == "time":
         return found.plan, found.bound * 1e3
     return fastest_in_ram(problem, found.plan, budgets), problem.impact(found.plan) + found.cost - found.bound
 
 
-def _infeasible(problem: Problem, objective: Objective, budgets: Budgets) -> PowerinferError:
-    least = smallest_ram(problem, objective, budgets.vram)
+def infeasible(problem: Problem, objective: Objective, budgets: Budgets, apart: int = 0) -> PowerinferError:
+    """What says that no plan fits, and which ram would do; apart: bytes of ram that are not in the budget."""
+    least = smallest_ram(problem, objective, budgets.vram) + apart
     beside = f" beside --vram {budgets.vram}" if budgets.vram else ""
     return PowerinferError(
-        f"--ram: expected at least {least} bytes ({least / 2**20:.1f} MiB){beside}, found {budgets.ram}: "
+        f"--ram: expected at least {least} bytes ({least / 2**20:.1f} MiB){beside}, found {budgets.ram + apart}: "
         "attention, KV cache, scratch and what chooses neurons cannot stay on disk",
         "infeasible",
     )

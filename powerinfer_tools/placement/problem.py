@@ -9,8 +9,13 @@ Time (design: each device computes its whole share, one merge a layer). With k1 
     token = sum of layers + output head + half a hand-over wherever the hidden state changes sides.
 
 What is read for every token (beside the bundles) moves at the sequential bandwidth, picked rows at that of their size.
+In vram each step of a block, of a layer's neurons and of the head takes a launch, and the logits are copied back.
+
+A hand-over: the FFN's input to the other side and a sum back. Where the block is in ram the processor computes its
+share meanwhile, so that less of it is seen: the time is then an upper bound, by a hand-over a layer at most.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,6 +31,9 @@ Floats = npt.NDArray[np.float64]
 Index = Any  # an int or an array of ints
 Bools = npt.NDArray[np.bool_]
 NONE, SOME, ALL = range(3)  # of a layer's neurons are in vram
+
+# small steps of the card (native/cuda), one behind another
+BLOCK_STEPS, FFN_STEPS, HEAD_STEPS = 7, 3, 2
 
 
 class Firing(Protocol):
@@ -68,8 +76,18 @@ class Budgets:
 class Problem:
     """Costs, firing frequencies and a machine: everything that judges a plan."""
 
-    def __init__(self, costs: Costs, firing: Firing, machine: Machine, let_through: Floats | None = None) -> None:
-        """let_through: neurons that each layer's predictor lets through per firing one (at least 1, the default)."""
+    def __init__(
+        self,
+        costs: Costs,
+        firing: Firing,
+        machine: Machine,
+        let_through: Floats | None = None,
+        bounds: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """let_through: neurons that each layer's predictor lets through per firing one (at least 1, the default).
+
+        bounds: what k1 of each layer may be, from 0 to n_ff; any number where there are none.
+        """
         self.costs, self.machine = costs, machine
         self.n_layer, self.n_ff = firing.n_layer, firing.n_ff
         self.fired = _cumulative(firing)
@@ -77,14 +95,25 @@ class Problem:
         layers = costs.layers
         self.dense = np.array([layer.dense for layer in layers], np.int64)
         self.kv = np.array([layer.kv for layer in layers], np.int64)
+        self.block = self.dense + costs.contexts * self.kv
+        self.card_block = np.array([x.on_card.dense + costs.contexts * x.on_card.kv for x in layers], np.int64)
+        self.card_neuron = np.array([layer.on_card.bundle + layer.on_card.beside for layer in layers], np.int64)
+        self.card_predictor = np.array([layer.on_card.predictor for layer in layers], np.int64)
         self.bundle = np.array([layer.bundle for layer in layers], np.int64)
         self.first = np.array([layer.first for layer in layers], np.int64)
         self.beside = np.array([layer.beside for layer in layers], np.int64)
         self.predictor = np.array([layer.predictor for layer in layers], np.int64)
         self.always = np.array([layer.always for layer in layers], np.int64)
         self.each = np.arange(self.n_layer)
+        self.divisible = bounds is None
+        self.bounds = _padded(bounds or [(0, self.n_ff)] * self.n_layer)
         tiers = [tier for tier in (machine.vram, machine.ram, machine.disk) if tier is not None]
         self._row_seconds = {tier: self._seconds_of_rows(tier) for tier in tiers}
+
+    @property
+    def fewest(self) -> Ints:
+        """The fewest neurons of each layer that can be in vram, if any are."""
+        return np.ones(self.n_layer, np.int64) if self.divisible else self.bounds[:, 1]
 
     # Bytes and reads of stored neurons [0, k) of layer i; i and k broadcast.
 
@@ -100,6 +129,10 @@ class Problem:
         """Bytes of all that is theirs."""
         return self.bundle_bytes(i, k) + self.beside_bytes(i, k)
 
+    def card_bytes(self, i: Index, k: Index) -> Any:
+        """Bytes of all that is theirs, in vram."""
+        return k * self.card_neuron[i] + np.maximum(0, k - self.always[i]) * self.card_predictor[i]
+
     def asked(self, i: Index, k: Index) -> Any:
         """Neurons whose first row (or bundle on disk) is expected to be read for a token."""
         prefix = np.where(self.first[i] > 0, np.minimum(k, self.always[i]), 0)
@@ -111,7 +144,8 @@ class Problem:
         """Expected time of computing from vram or ram."""
         first, rest, _ = self._row_seconds[tier]
         beside = self.costs.taking_part * self.beside_bytes(i, k)
-        return beside / tier.sequential + self.asked(i, k) * first[i] + self.fired[i, k] * rest[i]
+        seconds = beside / tier.sequential + self.asked(i, k) * first[i] + self.fired[i, k] * rest[i]
+        return seconds + np.where(np.asarray(k) > 0, FFN_STEPS * tier.launch_s, 0.0)
 
     def disk_seconds(self, i: Index, k: Index) -> Any:
         """Expected time of computing with the bundles on disk, one read each, and what lies beside them in ram."""
@@ -156,12 +190,15 @@ class Problem:
     @property
     def head_seconds(self) -> tuple[float, float]:
         """Time of the output head in ram and in vram."""
-        on_card = self.costs.head / self.vram.sequential if self.machine.vram else np.inf
-        return self.costs.head / self.machine.ram.sequential, on_card
+        in_ram = self.costs.head / self.machine.ram.sequential
+        if self.machine.vram is None:
+            return in_ram, np.inf
+        copied = self.costs.logits / self.vram.copy if self.vram.copy else 0.0
+        return in_ram, self.costs.head / self.vram.sequential + HEAD_STEPS * self.vram.launch_s + copied
 
     def dense_seconds(self, tier: Tier) -> Floats:
         """Time of each layer's dense block and KV reads, the context half full."""
-        seconds: Floats = (self.dense + self.kv / 2) / tier.sequential
+        seconds: Floats = (self.dense + self.kv / 2) / tier.sequential + BLOCK_STEPS * tier.launch_s
         return seconds
 
     def ffn_seconds(self, i: Index, k1: Index, k2: Index) -> tuple[Any, Any]:
@@ -221,13 +258,14 @@ class Problem:
         return np.minimum(np.maximum(least, 1), self.n_ff + 1).astype(np.int64)
 
     def bytes(self, plan: Plan) -> tuple[Any, Any, Any]:
-        """Bytes in vram, ram and on disk, with KV cache and scratch."""
-        costs, blocks = self.costs, self.dense + self.kv
+        """Bytes in vram, ram and on disk, with KV cache and scratch; in vram with its context and padding, too."""
+        costs = self.costs
         beside = self.beside_bytes(self.each, plan.vram)
-        card = (blocks * plan.dense + plan.vram * self.bundle + beside).sum(axis=-1) + costs.head * plan.head
-        card = card + np.where(card > 0, costs.scratch, 0)
+        neurons = self.card_bytes(self.each, plan.vram)
+        card = (self.card_block * plan.dense + neurons).sum(axis=-1) + costs.card_head * plan.head
+        card = card + np.where(card > 0, costs.card_fixed, 0)
         left = self.beside_bytes(self.each, np.full(self.n_layer, self.n_ff)) - beside
-        left = left + blocks * ~plan.dense + (plan.ram - plan.vram) * self.bundle
+        left = left + self.block * ~plan.dense + (plan.ram - plan.vram) * self.bundle
         ram = left.sum(axis=-1) + costs.head * np.logical_not(plan.head) + costs.host + costs.scratch
         ram = ram + sum(layer.table for layer in costs.layers)
         return card, ram, ((self.n_ff - plan.ram) * self.bundle).sum(axis=-1)
@@ -236,6 +274,13 @@ class Problem:
         """Within both budgets, to the byte."""
         card, ram, _ = self.bytes(plan)
         return (card <= budgets.vram) & (ram <= budgets.ram)
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Ints:
+    """The different numbers of each layer, rising, in rows of equal length: the last is repeated."""
+    different = [sorted(set(row)) for row in rows]
+    longest = max(map(len, different))
+    return np.array([row + row[-1:] * (longest - len(row)) for row in different], np.int64)
 
 
 def _cumulative(firing: Firing) -> Floats:

@@ -49,7 +49,7 @@ class Program:
             "Continuous" if self.whole else "Binary"
         )  # of what says that a layer has some: whole shares imply it
         self.ends = [self._segments(i) for i in range(problem.n_layer)]
-        self.uses_card = problem.machine.vram is not None and budgets.vram > problem.costs.scratch
+        self.uses_card = problem.machine.vram is not None and budgets.vram > problem.costs.card_fixed
         self.limits_ram = budgets.ram < problem.costs.needed
         self.uses_disk = self.limits_ram and problem.machine.disk is not None
         self.byte = problem.costs.needed / SCALE
@@ -113,12 +113,14 @@ class Program:
 
     def _add_budgets(self) -> None:
         p, budgets = self.problem, self.budgets
-        blocks = list(zip(self.blocks, np.append(p.dense + p.kv, p.costs.head), strict=False))
-        card, memory = self._steps(self.card, p.stored_bytes), self._steps(self.memory, p.bundle_bytes)
+        memory = self._steps(self.memory, p.bundle_bytes)
         if self.uses_card:
-            self.lp += _sum(blocks + card, self.byte) <= (budgets.vram - p.costs.scratch) / self.byte, "vram"
-        if self.uses_disk:  # bundles that `memory` does not keep are not in ram
-            card = self._steps(self.card, p.beside_bytes)
+            on_card = [*zip(self.blocks, np.append(p.card_block, p.costs.card_head), strict=True)]
+            on_card += self._steps(self.card, p.card_bytes)
+            self.lp += _sum(on_card, self.byte) <= (budgets.vram - p.costs.card_fixed) / self.byte, "vram"
+        blocks = list(zip(self.blocks, np.append(p.block, p.costs.head), strict=False))
+        # with a disk, bundles that `memory` does not keep are not in ram
+        card = self._steps(self.card, p.beside_bytes if self.uses_disk else p.stored_bytes)
         if self.limits_ram:
             in_ram = np.full(p.n_layer, 0 if self.uses_disk else p.n_ff)
             room = budgets.ram - p.bytes(Plan(in_ram < 0, False, in_ram * 0, in_ram))[1]

@@ -21,6 +21,7 @@ from powerinfer_tools.placement.program import Program
 AT_ONCE = 1 << 21  # segments of layers that are filled at once
 FIRST = 32  # patterns
 ENOUGH = 1e-3  # relative gap at which the program need not branch
+QUICK = 1 << 14  # patterns that a quick search looks at
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,22 @@ class Search:
         self.problem, self.objective, self.budgets = problem, objective, budgets
         self.relaxation = Relaxation(problem, objective, budgets)
         self.family = Family(Fill(problem, objective))
+        self.near, self.left = 0.0, np.inf  # relative gap that is left; patterns that may yet be looked at
 
-    def best(self) -> Found:
-        """The best plan of the family within the budgets; of a tiny problem, the best of all."""
+    def best(self, quick: bool = False) -> Found:
+        """The best plan of the family within the budgets; of a tiny problem, the best of all.
+
+        quick: of not too many patterns, one that none is more than ENOUGH better than; its bound is not looked for.
+        """
         program = Program(self.problem, self.objective, self.budgets)
-        if program.whole and (plan := program.best()):
+        if program.whole and self.problem.divisible and (plan := program.best()):
             cost = float(self.objective.cost(plan))
             return Found(plan, cost, cost)
         bounds, prices = self.relaxation.search(program.relax() or self.relaxation.mean_price())
+        self.near, self.left = (ENOUGH, QUICK) if quick else (0.0, np.inf)
         found = self._best_of_family(bounds, prices)
         bound = min(float(bounds.min()), found.cost)
-        if found.cost > bound * (1 + ENOUGH):
+        if not quick and found.cost > bound * (1 + ENOUGH):
             bound = min(max(bound, program.branch()), found.cost)
         return replace(found, bound=bound)
 
@@ -72,7 +78,7 @@ class Search:
         """The best plan; cells and patterns are looked at by their bounds, at these prices, while these are lower."""
         found, table = Found(None, np.inf, np.inf), self.relaxation.table(prices)
         for number in np.argsort(bounds, axis=None, kind="stable").tolist():
-            if not bounds.flat[number] < found.cost:
+            if self._enough(float(bounds.flat[number]), found):
                 break
             cell = self.cell(*divmod(number, bounds.shape[1]))
             found = self._best_of(cell, np.maximum(self._bounds(cell, prices, table), bounds.flat[number]), found)
@@ -102,10 +108,15 @@ class Search:
         """The better of `found` and the best plan of the cell's patterns, by rising bound."""
         order = np.argsort(bounds, axis=None, kind="stable")
         at, size = 0, FIRST
-        while at < len(order) and bounds.flat[order[at]] < found.cost:
+        while at < len(order) and not self._enough(float(bounds.flat[order[at]]), found):
             found = self._better(cell.patterns(order[at : at + size]), found)
+            self.left -= size
             at, size = at + size, max(FIRST, AT_ONCE // self.family.fill.k.size)
         return found
+
+    def _enough(self, bound: float, found: Found) -> bool:
+        """Whether patterns that cost no less than `bound` need not be looked at."""
+        return bound >= found.cost * (1 - self.near) or (self.left <= 0 and found.plan is not None)
 
     def _better(self, patterns: Patterns, found: Found) -> Found:
         """The better of `found` and the plans of these patterns."""

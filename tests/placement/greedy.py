@@ -15,8 +15,8 @@ def greedy(problem: Problem, budgets: Budgets, objective: str) -> Plan:
     """First for vram, then for ram. It need not fit in ram."""
     n = problem.n_layer
     plan = Plan(np.zeros(n, bool), False, np.zeros(n, np.int64), np.full(n, problem.n_ff, np.int64))
-    if budgets.vram > problem.costs.scratch:
-        plan = _fill_vram(problem, plan, budgets.vram - problem.costs.scratch, objective)
+    if budgets.vram > problem.costs.card_fixed:
+        plan = _fill_vram(problem, plan, budgets.vram - problem.costs.card_fixed, objective)
     return _fill_ram(problem, plan, budgets)
 
 
@@ -24,7 +24,7 @@ def _fill_vram(problem: Problem, plan: Plan, room: int, objective: str) -> Plan:
     k = _group_ends(problem.n_ff)
     each = problem.each[:, None]
     curve = problem.fired[each, k] if objective == "impact" else problem.tier_seconds(problem.machine.ram, each, k)
-    sizes = np.diff(problem.beside_bytes(each, k) + problem.bundle[:, None] * k, axis=1)
+    sizes = np.diff(problem.card_bytes(each, k), axis=1)
     vram, blocks = _fill(np.diff(curve, axis=1), sizes, k, room, _blocks(problem, objective))
     if objective == "impact":
         vram[vram < problem.least()] = 0
@@ -37,9 +37,9 @@ def _blocks(problem: Problem, objective: str) -> dict[int, tuple[float, int]]:
     ram, vram = problem.machine.ram, problem.vram
     saved = problem.dense_seconds(ram) - problem.dense_seconds(vram)
     values = problem.block_impact if objective == "impact" else saved
-    blocks = {i: (float(values[i]), int(problem.dense[i] + problem.kv[i])) for i in range(problem.n_layer)}
-    head = problem.costs.head * (1 / ram.sequential - 1 / vram.sequential)
-    return blocks | {HEAD: (problem.head_impact if objective == "impact" else head, problem.costs.head)}
+    blocks = {i: (float(values[i]), int(problem.card_block[i])) for i in range(problem.n_layer)}
+    head = problem.head_seconds[0] - problem.head_seconds[1]
+    return blocks | {HEAD: (problem.head_impact if objective == "impact" else head, problem.costs.card_head)}
 
 
 def _fill_ram(problem: Problem, plan: Plan, budgets: Budgets) -> Plan:

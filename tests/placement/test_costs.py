@@ -39,8 +39,25 @@ def test_every_plan_holds_all_weights_in_its_tiers(mode: str) -> None:
     for _ in range(20):
         k1, k2 = np.sort(draw.integers(0, 97, (2, 5)), axis=0)
         plan = Plan(draw.random(5) < 0.5, bool(draw.random() < 0.5), k1, k2)
-        scratch = problem.costs.scratch * (2 if problem.bytes(plan)[0] else 1)
-        assert sum(problem.bytes(plan)) == problem.costs.weights + problem.costs.kv + scratch
+        moved = problem.block * plan.dense + problem.stored_bytes(problem.each, plan.vram)
+        unpadded = int(moved.sum()) + problem.costs.head * plan.head
+        card, ram, disk = problem.bytes(plan)
+        assert unpadded + ram + disk == problem.costs.weights + problem.costs.kv + problem.costs.scratch
+        assert unpadded <= card - problem.costs.card_fixed <= unpadded * 48 / 34  # the shortest rows
+
+
+def test_rows_on_a_card_are_padded_to_16_bytes_and_contexts_counted() -> None:
+    plans = worlds.plans(4, "mixed")
+    how = {"biases": EVERY_BIAS, "ctx_size": 64}
+    for quant, row, padded in (("f32", 256, 256), ("q8_0", 68, 80), ("q4_0", 36, 48)):
+        costs = artifact_costs(worlds.config(), plans, quant=quant, **how)
+        gate = costs.layers[0]
+        assert (gate.bundle, gate.on_card.bundle) == (2 * row, 2 * padded)
+        assert gate.on_card.beside - gate.beside == padded - row  # ffn_select; biases are one row
+        assert costs.card_head - costs.head == 64 * (padded - row)
+        two = artifact_costs(worlds.config(), plans, quant=quant, contexts=2, card_context=1000, **how)
+        assert (two.kv, two.scratch) == (2 * costs.kv, 2 * costs.scratch)
+        assert two.card_fixed > costs.card_fixed + 1000
 
 
 @pytest.mark.parametrize("ctx_size", [0, 129])

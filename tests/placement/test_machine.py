@@ -11,9 +11,11 @@ from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement import Machine, Tier, measure, read_machine, write_machine
 from tests.placement import worlds
 
+CARD = replace(worlds.machine(), vram=Tier(1 << 30, 1e12, ((64, 1e11),), 1e-6, 1e-6, 2e10, 300 << 20), card="a card")
+
 
 def test_files_are_read_as_they_were_written(tmp_path: Path) -> None:
-    for machine in (worlds.machine(), replace(worlds.machine(), vram=None, disk=None, notes=("a note",))):
+    for machine in (worlds.machine(), replace(worlds.machine(), vram=None, disk=None, notes=("a note",)), CARD):
         write_machine(machine, tmp_path / "m", force=True)
         assert read_machine(tmp_path / "m") == machine
 
@@ -32,6 +34,7 @@ def test_bandwidth_between_measured_sizes_and_beyond_them() -> None:
         ({"ram": {"n_bytes": 1, "sequential": 0, "rows": []}}, "expected bandwidths above 0"),
         ({"ram": {"n_bytes": 1, "sequential": 1, "rows": [[2, 1], [1, 1]]}}, "expected rows by rising size"),
         ({"ram": {"n_bytes": 1, "sequential": 1, "rows": [], "latency_s": -1}}, "latency_s"),
+        ({"vram": {"n_bytes": 1, "sequential": 1, "rows": [], "launch_s": -1}}, "launch_s"),
         ({"kind": "placement"}, "expected a file of kind machine"),
     ],
 )
@@ -69,7 +72,8 @@ def test_a_measurement_is_kept_and_said_to_be(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("POWERINFER_CACHE", str(tmp_path / "cache"))
     made: list[Machine] = []
 
-    def measured(threads: int, folder: Path, say: Any) -> Machine:
+    def measured(threads: int, folder: Path, say: Any, card: bool) -> Machine:
+        assert not card
         made.append(replace(worlds.machine(), name=measure._processor(), threads=threads))
         return made[-1]
 
@@ -81,3 +85,46 @@ def test_a_measurement_is_kept_and_said_to_be(tmp_path: Path, monkeypatch: pytes
     assert len(made) == 1
     assert "measured now" in said[0]
     assert "measured before" in said[1]
+
+
+def test_files_without_a_cards_launches_and_copies_are_read(tmp_path: Path) -> None:
+    data = CARD.to_json()
+    assert CARD.vram is not None
+    for name in ("launch_s", "copy", "context"):
+        del data["vram"][name]
+    del data["card"]
+    (tmp_path / "m").write_text(json.dumps(data))
+    before = Tier(CARD.vram.n_bytes, CARD.vram.sequential, CARD.vram.rows, CARD.vram.latency_s)
+    assert read_machine(tmp_path / "m") == replace(CARD, vram=before, card="")
+
+
+def test_a_card_is_measured_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POWERINFER_CACHE", str(tmp_path))
+    monkeypatch.setenv("POWERINFER_DEVICE", "host")
+    monkeypatch.setattr(measure, "BUFFER_BYTES", 1 << 20)
+    bare = replace(worlds.machine(), name=measure._processor(), vram=None)
+    monkeypatch.setattr(measure, "measure_machine", lambda *_, **__: bare)
+    assert measure.cached_machine(tmp_path, 2).vram is None
+    said: list[str] = []
+    machine = measure.cached_machine(tmp_path, 2, said.append, card=True)
+    assert machine == measure.cached_machine(tmp_path, 2, card=True) == measure.cached_machine(tmp_path, 2)
+    assert machine.vram is not None
+    assert "for tests" in machine.card
+    assert [size for size, _ in machine.vram.rows] == list(measure.ROW_BYTES)
+    assert min(machine.vram.sequential, machine.vram.latency_s, machine.vram.launch_s, machine.vram.copy) > 0
+    assert any("measuring the card" in line for line in said)
+
+
+def test_a_missing_card_is_a_note_or_where_it_is_needed_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POWERINFER_CACHE", str(tmp_path))
+    monkeypatch.setenv("POWERINFER_CUDA_LIB", str(tmp_path / "none.so"))
+    monkeypatch.setattr(measure, "BUFFER_BYTES", 1 << 20)
+    notes = measure.measure_machine(1).notes
+    assert [note for note in notes if note.startswith("no card: no CUDA part of the engine (make native CUDA=1)")]
+    with pytest.raises(PowerinferError, match="no CUDA part of the engine"):
+        measure.cached_machine(tmp_path, 1, card=True)
+    monkeypatch.setenv("POWERINFER_DEVICE", "abacus")
+    with pytest.raises(PowerinferError, match="POWERINFER_DEVICE: expected cuda or host, found 'abacus'"):
+        measure.device()

@@ -231,24 +231,24 @@ def test_twelve_layers_keep_their_own_patterns() -> None:
 
 def test_budget_is_spent_to_the_last_neuron() -> None:
     """The original left a quarter of the card empty where n_ff / n_embd was not what it expected."""
-    budget = worlds.problem(4, 200).costs.scratch + 100 * KIB
+    budget = worlds.problem(4, 200).costs.card_fixed + 100 * KIB
     problem, placement = solve((4, 200), 3, "gate", budget, None, "impact", merge_s=2e-9)
-    assert 0 <= budget - problem.bytes(plan_of(placement))[0] < int(problem.bundle[0] + problem.beside[0])
+    assert 0 <= budget - problem.bytes(plan_of(placement))[0] < int(problem.card_neuron[0])
 
 
 def test_neurons_go_to_the_card_though_the_dense_parts_do_not_fit() -> None:
     """The original offloaded no neuron unless all attention, predictors and the head were on the card."""
     problem = worlds.problem(4, 200, 1)
-    room = problem.costs.scratch + int(problem.dense[0]) // 2
+    room = problem.costs.card_fixed + int(problem.dense[0]) // 2
     _, placement = solve((4, 200), 1, "gate", room, None, "impact", merge_s=2e-9)
     assert sum(placement.vram) > 0
     assert not all(placement.dense)
 
 
 def test_equal_inputs_give_equal_bytes(tmp_path: Path) -> None:
-    scratch = worlds.problem(4, 200, 5, "mixed").costs.scratch
+    costs = worlds.problem(4, 200, 5, "mixed").costs
     for name in ("a", "b"):
-        _, placement = solve((4, 200), 5, "mixed", scratch + 100 * KIB, scratch + 150 * KIB)
+        _, placement = solve((4, 200), 5, "mixed", costs.card_fixed + 100 * KIB, costs.scratch + 150 * KIB)
         write_placement(placement, tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
@@ -296,8 +296,8 @@ def test_a_machine_without_card_or_disk() -> None:
 
 
 def test_files_are_read_as_they_were_written(tmp_path: Path) -> None:
-    scratch = worlds.problem(12, 96, 0, "gate").costs.scratch
-    _, placement = solve((12, 96), 0, "gate", scratch + 200 * KIB, scratch + 400 * KIB)
+    costs = worlds.problem(12, 96, 0, "gate").costs
+    _, placement = solve((12, 96), 0, "gate", costs.card_fixed + 200 * KIB, costs.scratch + 400 * KIB)
     write_placement(placement, tmp_path / "x")
     assert read_placement(tmp_path / "x") == placement
 

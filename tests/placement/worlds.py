@@ -67,7 +67,7 @@ def machine(merge_s: float = 2e-7, disk_latency_s: float = 1e-6, has_disk: bool 
         name="test",
         threads=2,
         ram=Tier(1 << 40, 30e9, ((64, 10e9), (4096, 24e9))),
-        vram=Tier(1 << 40, 300e9, ((64, 100e9), (4096, 250e9)), merge_s / 2),
+        vram=Tier(1 << 40, 300e9, ((64, 100e9), (4096, 250e9)), merge_s / 2, merge_s / 100, 25e9),
         disk=Tier(1 << 40, 3e9, ((64, 0.1e9), (4096, 1e9)), disk_latency_s) if has_disk else None,
     )
 

@@ -1,0 +1,340 @@
+"""What goes to a card at load: budgets as the engine counts them, plans at chunk bounds, the same tokens."""
+
+import itertools
+import json
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from powerinfer_tools.artifact import Artifact, open_artifact
+from powerinfer_tools.bench import bench
+from powerinfer_tools.engine import Engine, Model
+from powerinfer_tools.engine.generate import PIECE
+from powerinfer_tools.engine.native import chunk_bounds
+from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.evaluate import evaluate
+from powerinfer_tools.placement import card, measure
+from powerinfer_tools.placement.card import at_bounds, best_plan, card_problem, lending, plan_card
+from powerinfer_tools.placement.costs import CARD_TENSOR, card_scratch_bytes, kv_bytes, visit_bytes
+from powerinfer_tools.placement.limits import fit, open_within, process_bytes
+from powerinfer_tools.placement.objective import time
+from powerinfer_tools.placement.problem import Budgets, Plan, Problem
+from powerinfer_tools.placement.search import Search
+from powerinfer_tools.progress import silent
+from tests.artifacts import make_artifact
+from tests.placement import worlds
+from tests.tiny import CORPUS, make_llama
+
+MACHINE = replace(worlds.machine(merge_s=2e-7), threads=2)
+HOW: dict[str, Any] = {"ctx_size": 64, "threads": 2}
+TIERS: dict[str, Any] = {**HOW, "process": 1 << 20}
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a card is asked for, a thread stands in for it."""
+    monkeypatch.setenv("POWERINFER_DEVICE", "host")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("card")
+    make_llama(folder / "model", n_layer=4, n_embd=96, n_ff=1600, n_head=3, n_head_kv=1, head_dim=32, n_ctx=128)
+    make_artifact(folder / "model", folder / "gate.gguf", quant="q8_0")
+    make_artifact(folder / "model", folder / "predictor.gguf", quant="f16", predictor=True, slack=0.05)
+    (folder / "text.txt").write_text(CORPUS * 10, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module", params=["gate", "predictor"])
+def artifact(request: pytest.FixtureRequest, folder: Path) -> Artifact:
+    return open_artifact(folder / f"{request.param}.gguf")
+
+
+def world(seed: int, n_layer: int = 4, mode: str = "mixed", n_ff: int = 800, **machine: Any) -> Problem:
+    """A random world whose neurons are divided where the engine can."""
+    drawn = worlds.firing(n_layer, n_ff, seed)
+    firing = worlds.Firing(-np.sort(-drawn.frequencies, axis=1))
+    config, plans = worlds.config(n_layer, n_ff), worlds.plans(n_layer, mode)
+    how: dict[str, Any] = {"quant": "q8_0", "biases": worlds.BIASES, "ctx_size": 64, "threads": 2}
+    return card_problem(config, plans, firing, worlds.machine(**machine), **how)
+
+
+def budgets_of(problem: Problem, share: float) -> Budgets:
+    return Budgets(problem.costs.card_fixed + int(share * problem.costs.weights), problem.costs.needed)
+
+
+def nothing(problem: Problem) -> Plan:
+    none = np.zeros(problem.n_layer, np.int64)
+    return Plan(none > 0, False, none, none + problem.n_ff)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.8, 2.0])
+@pytest.mark.parametrize("contexts", [1, 2])
+def test_what_the_engine_takes_is_what_was_planned_and_within_the_budget(
+    artifact: Artifact, share: float, contexts: int
+) -> None:
+    """The plan counts the padding of every tensor and of rows, of which the host device has none, and all scratch."""
+    problem = card.artifact_problem(artifact, MACHINE, contexts=contexts, **HOW)
+    vram = budgets_of(problem, share).vram
+    opened = open_within(artifact, None, vram, contexts=contexts, machine=MACHINE, **HOW)
+    assert opened.card is not None
+    assert opened.card.n_bytes <= vram
+    engines = [Engine(opened.model, ctx_size=64, threads=2) for _ in range(contexts)]
+    info = opened.model.info
+    taken = info.card_context_bytes + info.card_bytes + sum(sum(engine.card_memory()) for engine in engines)
+    config, plans = artifact.config, artifact.plans
+    spare = contexts * (visit_bytes(config, artifact.quant) + card_scratch_bytes(config, plans, 64))
+    assert taken <= opened.card.n_bytes <= taken + spare + info.card_bytes // 5 + CARD_TENSOR * 100
+    for engine in engines:
+        engine.close()
+
+
+def test_weights_lie_in_memory_or_on_the_card_and_ram_is_kept(artifact: Artifact) -> None:
+    config = artifact.config
+    for vram in (MIB, 2 * MIB, 4 * MIB, 32 * MIB):
+        ram = process_bytes() + 2 * artifact.tensor_bytes + 32 * MIB
+        opened = open_within(artifact, ram, vram, machine=MACHINE, **HOW)
+        assert opened.ram is not None
+        assert opened.ram.limits is None
+        info, pages = opened.model.info, 4096 * (len(artifact.file.tensors) + 1)
+        assert info.resident_bytes <= opened.ram.weights <= info.resident_bytes + pages
+        with Engine(opened.model, ctx_size=64, threads=2) as engine:
+            assert sum(engine.memory()) == opened.ram.contexts
+            blocks = 0 if opened.card is None else int(opened.card.plan.dense.sum())
+            assert engine.memory()[0] == kv_bytes(config, config.n_layer - blocks, 64)
+            assert engine.card_memory()[0] == kv_bytes(config, blocks, 64)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_what_lies_neither_on_the_card_nor_in_memory_stays_on_disk(tmp_path: Path, share: float) -> None:
+    """Three tiers: memory is counted to the byte, and the tokens are the same."""
+    make_llama(tmp_path / "model", n_layer=16, n_embd=96, n_ff=1600, n_head=3, n_head_kv=1, head_dim=32, n_ctx=128)
+    artifact = make_artifact(tmp_path / "model", tmp_path / "a.gguf", quant="f16", predictor=True, slack=0.05)
+    vram = budgets_of(card.artifact_problem(artifact, MACHINE, **HOW), share).vram
+    placed = plan_card(artifact, vram, None, machine=MACHINE, **HOW)
+    assert placed is not None
+    with pytest.raises(PowerinferError, match="--ram: expected at least") as refused:
+        fit(artifact, 0, **TIERS, card=placed)
+    least = int(re.findall(r"at least (\d+)", str(refused.value))[0])
+    whole = fit(artifact, 1 << 40, **TIERS, card=placed).total
+    assert least < whole
+    for ram in (least, (least + whole) // 2, whole):
+        budget = fit(artifact, ram, **TIERS, card=placed)
+        assert budget.total <= ram
+        assert (budget.limits is None) == (ram == whole)
+        model = Model(artifact.path, budget.limits, placed.limits)
+        if budget.limits is not None:
+            assert all(k1 <= k2 for k1, k2 in zip(placed.plan.vram, budget.limits.resident, strict=True))
+            info = model.info
+            assert (info.resident_bytes, info.cache_bytes) == (budget.weights, budget.cache)
+            assert info.disk_bytes == budget.beside
+        with Engine(model, ctx_size=64, threads=2) as engine, Engine(artifact.path, ctx_size=64, threads=2) as alone:
+            assert sum(engine.memory()) == budget.contexts
+            for each in (engine, alone):
+                each.prefill([1, 2, 3])
+            np.testing.assert_array_equal(engine.decode(4, logits=True), alone.decode(4, logits=True))
+
+
+def test_a_plan_for_little_memory_takes_more_to_the_card(artifact: Artifact) -> None:
+    problem = card.artifact_problem(artifact, MACHINE, **HOW)
+    vram, room = budgets_of(problem, 0.4).vram, problem.costs.needed - artifact.tensor_bytes // 3
+    plan = best_plan(problem, Budgets(vram, room))
+    assert problem.fits(plan, Budgets(vram, room))
+    with pytest.raises(PowerinferError, match=r"--ram: expected at least \d+ bytes .* beside --vram \d+, found 5096"):
+        best_plan(problem, Budgets(vram, 4096), apart=1000)
+
+
+def test_tokens_are_the_same_and_counts_are_the_plans(folder: Path) -> None:
+    how: dict[str, Any] = {"prompt_tokens": 48, "n_tokens": 12, "repeats": 1, "threads": 2, "progress": silent}
+    for name in ("gate", "predictor"):
+        path = folder / f"{name}.gguf"
+        alone = bench(path, **how)
+        assert alone["card"] is None
+        seen, problem = set(), card.artifact_problem(open_artifact(path), MACHINE, ctx_size=60)
+        for vram in (budgets_of(problem, share).vram for share in (0, 0.1, 0.3, 0.6, 0.9, 3)):
+            found = bench(path, vram=vram, machine=MACHINE, **how)
+            assert found["output_hash"] == alone["output_hash"]
+            tiers = {tier["name"]: tier for tier in found["tiers"]}
+            assert sum(tier["neurons_share"] for tier in tiers.values()) == pytest.approx(1)
+            assert sum(tier["hits_share"] for tier in tiers.values()) == pytest.approx(1)
+            if (on_card := found["card"]) is not None:
+                seen.add((on_card["dense_blocks"], tiers["vram"]["neurons_share"]))
+                budget = on_card["budget"]
+                assert budget["total"] <= budget["planned"] <= budget["vram"] == vram
+            assert found["predicted_ms_per_token"] > 0
+        assert len(seen) > 3
+
+
+def test_the_card_computes_its_prefix_of_every_layer_and_what_crosses_is_foreseen(folder: Path) -> None:
+    """In mode gate each token computes every deciding row: on the card k1 of each layer."""
+    artifact = open_artifact(folder / "gate.gguf")
+    for vram in (MIB, 2 * MIB, 4 * MIB):
+        opened = open_within(artifact, None, vram, machine=MACHINE, **HOW)
+        if opened.card is None:
+            continue
+        plan, n = opened.card.plan, 5
+        with Engine(opened.model, ctx_size=64, threads=2) as engine:
+            engine.prefill([1, 2, 3])
+            engine.reset_stats()
+            for token in range(n):
+                engine.decode(token)
+            stats = engine.stats()
+        assert stats.card_neurons == n * int(plan.vram.sum())
+        assert stats.neurons_computed == n * artifact.config.n_layer * artifact.config.n_ff
+        divided = np.count_nonzero((plan.dense | (plan.vram > 0)) & (~plan.dense | (plan.vram < artifact.config.n_ff)))
+        crossings = 2 * divided + np.count_nonzero(np.diff([0, *plan.dense, plan.head, 0]))
+        assert crossings <= stats.card_transfers / n <= crossings + divided + 2  # a merged sum may go back, too
+
+
+def test_plans_are_at_bounds_within_the_budget_and_no_slower_than_greedy_or_the_hottest() -> None:
+    for seed, share, merge_s in itertools.product(range(6), (0.05, 0.2, 0.5, 0.9), (2e-8, 5e-7)):
+        problem = world(seed, mode=("gate", "predictor", "mixed")[seed % 3], merge_s=merge_s)
+        budgets = budgets_of(problem, share)
+        plan = best_plan(problem, budgets)
+        assert problem.fits(plan, budgets)
+        assert all(k in bounds for k, bounds in zip(plan.vram, problem.bounds, strict=True))
+        searched = Search(problem, time(problem), budgets).best(quick=True).plan
+        assert searched is not None
+        rivals = [nothing(problem), searched, at_bounds(problem, nothing(problem), budgets)]
+        for rival in rivals:
+            assert problem.fits(rival, budgets)
+            assert problem.seconds(plan) <= problem.seconds(rival)
+        assert problem.seconds(plan) <= problem.seconds(hottest(problem, budgets)) * 1.005  # a chunk is a large step
+
+
+def hottest(problem: Problem, budgets: Budgets) -> Plan:
+    """Chunks of all layers by falling frequency, each that fits."""
+    plan, at = nothing(problem), np.zeros(problem.n_layer, np.int64)
+    steps = []
+    for i, bounds in enumerate(problem.bounds):
+        for j, (a, b) in enumerate(itertools.pairwise(bounds)):
+            if b > a:
+                steps.append(((problem.fired[i, b] - problem.fired[i, a]) / (b - a), i, j + 1))
+    for _, i, j in sorted(steps, key=lambda step: -step[0]):
+        longer = plan.vram.copy()
+        longer[i] = problem.bounds[i, j]
+        if j == at[i] + 1 and problem.fits(replace(plan, vram=longer), budgets):
+            plan, at[i] = replace(plan, vram=longer), j
+    return plan
+
+
+def test_rounding_keeps_the_budget_and_spends_what_is_left() -> None:
+    for seed, share in itertools.product(range(8), (0.1, 0.3, 0.7)):
+        problem = world(seed, mode="gate", merge_s=2e-8)
+        budgets = budgets_of(problem, share)
+        free = Problem(problem.costs, worlds.Firing(np.diff(problem.fired, axis=1)), problem.machine)
+        found = Search(free, time(free), budgets).best()
+        assert found.plan is not None
+        plan = at_bounds(problem, found.plan, budgets)
+        assert problem.fits(plan, budgets)
+        lowered = np.array(
+            [max(b for b in bounds if b <= k) for k, bounds in zip(found.plan.vram, problem.bounds, strict=True)]
+        )
+        assert problem.seconds(plan) <= problem.seconds(replace(found.plan, vram=lowered))
+        for i in np.flatnonzero(plan.vram < problem.n_ff):  # no further chunk both fits and helps
+            longer = plan.vram.copy()
+            longer[i] = problem.bounds[i][problem.bounds[i] > plan.vram[i]][0]
+            more = replace(plan, vram=longer)
+            assert not (problem.fits(more, budgets) and problem.seconds(more) < problem.seconds(plan) * (1 - 1e-9))
+
+
+def test_bounds_that_repeat_are_one() -> None:
+    problem = world(0, n_ff=352)
+    assert all(len(set(bounds[bounds < 352])) == np.count_nonzero(bounds < 352) for bounds in problem.bounds)
+    assert [sorted(set(chunk_bounds(np.diff(row).astype(np.float32)))) for row in problem.fired] == [
+        sorted(set(bounds.tolist())) for bounds in problem.bounds
+    ]
+
+
+def test_where_nothing_is_gained_no_card_is_used_and_it_is_said(artifact: Artifact) -> None:
+    said: list[str] = []
+    opened = open_within(artifact, None, 4096, machine=MACHINE, say=said.append, **HOW)
+    assert opened.card is None
+    assert opened.model.info.card_bytes == 0
+    assert len(said) == 1
+    assert "nothing is faster on the card within 4096 bytes" in said[0]
+
+
+def test_more_than_the_card_has_is_refused(artifact: Artifact) -> None:
+    assert MACHINE.vram is not None
+    small = replace(MACHINE, vram=replace(MACHINE.vram, n_bytes=MIB))
+    with pytest.raises(PowerinferError, match=f"--vram: expected at most the card's {MIB} bytes, found {2 * MIB}"):
+        plan_card(artifact, 2 * MIB, None, machine=small, **HOW)
+    with pytest.raises(PowerinferError, match="has no card"):
+        plan_card(artifact, 2 * MIB, None, machine=replace(MACHINE, vram=None), **HOW)
+
+
+def test_neurons_are_lent_from_where_copying_is_faster(folder: Path) -> None:
+    artifact = open_artifact(folder / "gate.gguf")
+
+    def tokens(copy: float, vram: int = 1 << 30, threads: int = 2) -> int:
+        assert MACHINE.vram is not None
+        return lending(artifact, replace(MACHINE, vram=replace(MACHINE.vram, copy=copy)), vram, threads)
+
+    assert 0 < tokens(1e11) < tokens(2e10) < tokens(2e10, threads=4) <= PIECE
+    assert tokens(0.0) == tokens(1e6) == tokens(2e10, vram=MIB) == 0
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """This machine was measured before, and is MACHINE."""
+    monkeypatch.setenv("POWERINFER_CACHE", str(tmp_path))
+    monkeypatch.setenv("POWERINFER_THREADS", "2")
+    here = replace(MACHINE, name=measure._processor(), card=measure.describe_card("host")[0])
+    measure.write_machine(here, tmp_path / f"machine-{platform.node() or 'here'}-2.json")
+
+
+@pytest.mark.usefixtures("measured")
+def test_eval_with_a_card_scores_the_same(folder: Path) -> None:
+    how: dict[str, Any] = {"n_tokens": 128, "window": 64, "threads": 2, "progress": silent}
+    alone = evaluate(folder / "gate.gguf", [folder / "text.txt"], **how)
+    assert evaluate(folder / "gate.gguf", [folder / "text.txt"], vram=8 * MIB, **how).as_dict() == alone.as_dict()
+
+
+def powerinfer(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "powerinfer_tools.cli.main", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.usefixtures("measured")
+def test_commands_take_vram(folder: Path) -> None:
+    model, prompt = folder / "gate.gguf", ("-p", "Once", "--temp", 0, "-n", 4, "--ctx-size", 64)
+    plain, card = (powerinfer("generate", model, *prompt, "--json", "--vram", vram) for vram in ("0", "4MiB"))
+    assert "stands in for the card" in card.stderr
+    assert card.stderr.count("\n") == 1
+    assert plain.stderr == ""
+    assert json.loads(plain.stdout)["tokens"] == json.loads(card.stdout)["tokens"]
+    shown = powerinfer("bench", model, "--vram", "4MiB", "--prompt-tokens", 8, "--decode-tokens", 4, "--repeats", 1)
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"budget, all counted +4.0 MiB, .* used", shown.stdout)
+
+
+def test_without_vram_no_card_is_touched_and_a_missing_one_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("POWERINFER_DEVICE")
+    monkeypatch.setenv("POWERINFER_CACHE", str(tmp_path))
+    (tmp_path / "cuda.so").write_text("no library")
+    monkeypatch.setenv("POWERINFER_CUDA_LIB", str(tmp_path / "cuda.so"))
+    words = folder / "gate.gguf", "-p", "Once", "--temp", 0, "-n", 4, "--ctx-size", 64
+    assert powerinfer("generate", *words).returncode == powerinfer("generate", *words, "--vram", 0).returncode == 0
+    for command in ("generate", "chat", "bench", "eval"):
+        extra = {
+            "generate": words[1:],
+            "eval": ("--corpus", folder / "text.txt", "--window", 64),
+            "bench": ("--prompt-tokens", 8, "--decode-tokens", 4),
+        }
+        failed = powerinfer(command, folder / "gate.gguf", *extra.get(command, ()), "--vram", "1GiB")
+        assert failed.returncode == 1
+        assert failed.stderr.startswith("powerinfer: no CUDA part of the engine (make native CUDA=1)")
+        assert failed.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "cuda.so"]  # nothing was measured
