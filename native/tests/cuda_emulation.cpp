@@ -31,16 +31,19 @@ __asm__(
 #error "the emulation of CUDA changes fibers on x86-64 only"
 #endif
 
+// One set of fibers after the other waits in the same place.
+struct Barrier {
+    size_t n_waiting = 0, n_turns = 0;
+};
+
 struct Fiber {
     std::unique_ptr<uint8_t[]> stack{new uint8_t[STACK_BYTES]};
     void* at = nullptr;
     Thread thread;
     bool done = false;
-};
-
-// One set of fibers after the other waits in the same place.
-struct Barrier {
-    size_t n_waiting = 0, n_turns = 0;
+    const Barrier* barrier = nullptr;  // where it waits for the end of a turn
+    size_t turn = 0;
+    bool ready() const { return !done && !(barrier && barrier->n_turns == turn); }
 };
 
 struct Warp {
@@ -74,7 +77,10 @@ void wait(Barrier& barrier, size_t n) {
         barrier.n_turns++;
         machine.n_changes++;
     }
-    while (barrier.n_turns == turn) pause();
+    if (barrier.n_turns != turn) return;
+    fiber().barrier = &barrier;
+    fiber().turn = turn;
+    pause();
 }
 
 void start_fiber() {
@@ -93,6 +99,7 @@ void prepare(Fiber& f) {
     for (int i = 0; i < 6; i++) *--sp = nullptr;
     f.at = sp;
     f.done = false;
+    f.barrier = nullptr;
 }
 
 // In an order that changes from barrier to barrier, and some warps far ahead of others, so that a barrier that is
@@ -108,7 +115,7 @@ void run_block() {
         for (size_t i = 0; i < n; i++) {
             size_t t = (first + (left_out & 1 ? i : n - i)) % n;
             machine.running = t;
-            if (!fiber().done && !(left_out >> (1 + t / WARP % 24) & 1))
+            if (fiber().ready() && !(left_out >> (1 + t / WARP % 24) & 1))
                 pi_change_fiber(&machine.scheduler, fiber().at);
             n_done += fiber().done;
         }
