@@ -102,15 +102,16 @@ void prepare(Fiber& f) {
     f.barrier = nullptr;
 }
 
-// In an order that changes from barrier to barrier, and some warps far ahead of others, so that a barrier that is
-// missing is seen in the results.
+// In an order that changes from barrier to barrier, and in one block of eight some warps far ahead of others, so that a
+// barrier that is missing is seen in the results.
 void run_block() {
     constexpr size_t STRETCH = 16,
                      PATIENCE = 64 * STRETCH;  // rounds that the same warps sit out; in which nobody gets on
     size_t n = machine.n_threads;
+    bool apart = machine.draws() % 8 == 0;
     for (size_t n_done = 0, stuck = 0, round = 0, left_out = 0; n_done < n; round++) {
         size_t before = machine.n_changes, first = machine.draws() % n;
-        if (round % STRETCH == 0) left_out = machine.draws();
+        if (round % STRETCH == 0) left_out = apart ? machine.draws() : round / STRETCH % 2;
         n_done = 0;
         for (size_t i = 0; i < n; i++) {
             size_t t = (first + (left_out & 1 ? i : n - i)) % n;
