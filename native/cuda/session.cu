@@ -153,8 +153,8 @@ class Session final : public DeviceSession {
     uint64_t* n_done_;          // tickets
     float *cos_, *sin_;         // (batch, rotary_dim / 2)
     float *residual_, *entry_;  // (batch, n_embd) the stream; what it was before attention
-    MutableVec x_, heads_,
-        rank_;  // (batch, ld_): a normalised input, what attention gave, the predictor's hidden layer
+    // (batch, ld_) a normalised input, what attention gave, the predictor's hidden layer
+    MutableVec x_, heads_, rank_;
     uint32_t x_ld_, heads_ld_, rank_ld_;
     float *q_, *k_, *v_;         // (batch, q_dim) (batch, kv_dim) (batch, kv_dim)
     float* raw_rank_;            // (batch, max rank)

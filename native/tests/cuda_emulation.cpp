@@ -31,16 +31,19 @@ __asm__(
 #error "the emulation of CUDA changes fibers on x86-64 only"
 #endif
 
+// One set of fibers after the other waits in the same place.
+struct Barrier {
+    size_t n_waiting = 0, n_turns = 0;
+};
+
 struct Fiber {
     std::unique_ptr<uint8_t[]> stack{new uint8_t[STACK_BYTES]};
     void* at = nullptr;
     Thread thread;
     bool done = false;
-};
-
-// One set of fibers after the other waits in the same place.
-struct Barrier {
-    size_t n_waiting = 0, n_turns = 0;
+    const Barrier* barrier = nullptr;  // where it waits for the end of a turn
+    size_t turn = 0;
+    bool ready() const { return !done && !(barrier && barrier->n_turns == turn); }
 };
 
 struct Warp {
@@ -74,7 +77,10 @@ void wait(Barrier& barrier, size_t n) {
         barrier.n_turns++;
         machine.n_changes++;
     }
-    while (barrier.n_turns == turn) pause();
+    if (barrier.n_turns != turn) return;
+    fiber().barrier = &barrier;
+    fiber().turn = turn;
+    pause();
 }
 
 void start_fiber() {
@@ -93,22 +99,29 @@ void prepare(Fiber& f) {
     for (int i = 0; i < 6; i++) *--sp = nullptr;
     f.at = sp;
     f.done = false;
+    f.barrier = nullptr;
 }
 
-// In an order that changes from barrier to barrier, so that a barrier that is missing is seen in the results.
+// In an order that changes from barrier to barrier, and in one block of eight some warps far ahead of others, so that a
+// barrier that is missing is seen in the results.
 void run_block() {
+    constexpr size_t STRETCH = 16,
+                     PATIENCE = 64 * STRETCH;  // rounds that the same warps sit out; in which nobody gets on
     size_t n = machine.n_threads;
-    for (size_t n_done = 0; n_done < n;) {
-        size_t before = machine.n_changes, draw = machine.draws();
-        size_t first = draw / 2 % n;
+    bool apart = machine.draws() % 8 == 0;
+    for (size_t n_done = 0, stuck = 0, round = 0, left_out = 0; n_done < n; round++) {
+        size_t before = machine.n_changes, first = machine.draws() % n;
+        if (round % STRETCH == 0) left_out = apart ? machine.draws() : round / STRETCH % 2;
         n_done = 0;
         for (size_t i = 0; i < n; i++) {
-            size_t t = (first + (draw % 2 ? i : n - i)) % n;
+            size_t t = (first + (left_out & 1 ? i : n - i)) % n;
             machine.running = t;
-            if (!fiber().done) pi_change_fiber(&machine.scheduler, fiber().at);
+            if (fiber().ready() && !(left_out >> (1 + t / WARP % 24) & 1))
+                pi_change_fiber(&machine.scheduler, fiber().at);
             n_done += fiber().done;
         }
-        if (machine.n_changes == before) fail("threads wait for one another forever");
+        stuck = machine.n_changes == before ? stuck + 1 : 0;
+        if (stuck == PATIENCE) fail("threads wait for one another forever");
     }
 }
 

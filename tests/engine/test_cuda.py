@@ -77,7 +77,7 @@ def close(found: tuple[Any, ...], expected: tuple[Any, ...], bound: float) -> No
 @pytest.mark.parametrize("kind", ["llama-gate", "llama-predictor", "opt-stream"])
 def test_whole_runs_are_those_of_the_processor(folder: Path, kind: str, quant: str) -> None:
     path = artifact(folder, kind, quant)
-    for mode in ("auto", "dense"):
+    for mode in ("auto", "dense") if kind == "llama-gate" else ("auto",):
         expected = run(Model(path), mode=mode)
         for seed, name in enumerate(("all", "neurons", "most neurons", "mixed")):
             limits = on_card(path, name, seed, lend_from=9 * (seed % 2))
