@@ -26,14 +26,14 @@ PRODUCTS = 2e11  # that a thread adds in a second, in prompts: benchmarks/LOG.md
 
 
 class StoredFiring:
-    """The firing frequencies that an artifact carries, as placement asks for them."""
+    """The firing frequencies that an artifact carries, as placement asks for them; dense: all neurons are computed."""
 
-    def __init__(self, artifact: Artifact) -> None:
-        self.artifact, self.digest = artifact, artifact.data_sha256
+    def __init__(self, artifact: Artifact, dense: bool = False) -> None:
+        self.artifact, self.digest, self.dense = artifact, artifact.data_sha256, dense
         self.n_layer, self.n_ff = artifact.config.n_layer, artifact.config.n_ff
 
     def frequency(self, i: int, /) -> npt.NDArray[np.float64]:
-        return self.artifact.frequency(i).astype(np.float64)
+        return np.ones(self.n_ff) if self.dense else self.artifact.frequency(i).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def plan_card(
     ctx_size: int,
     threads: int,
     contexts: int = 1,
+    dense: bool = False,
     machine: Machine | None = None,
     say: Callable[[str], None] | None = None,
 ) -> CardPlan | None:
@@ -69,7 +70,7 @@ def plan_card(
 
     def problem_on(machine: Machine) -> Problem:
         how = {"ctx_size": ctx_size, "threads": threads, "contexts": contexts}
-        return artifact_problem(artifact, machine, lends=lend_from > 0, **how)
+        return artifact_problem(artifact, machine, lends=lend_from > 0, dense=dense, **how)
 
     problem = problem_on(machine)
     room = problem.costs.needed if ram is None else min(problem.costs.needed, ram - apart)
@@ -104,16 +105,18 @@ def artifact_problem(
     threads: int | None = None,
     contexts: int = 1,
     lends: bool = False,
+    dense: bool = False,
 ) -> Problem:
     """What judges a plan of an artifact on this machine, run with so many threads (else the machine's) and contexts.
 
-    lends: the card has room for the neurons of a layer, too.
+    lends: the card has room for the neurons of a layer, too; dense: all neurons are computed.
     """
     return card_problem(
         artifact.config,
         artifact.plans,
-        StoredFiring(artifact),
+        StoredFiring(artifact, dense),
         machine,
+        divided_by=StoredFiring(artifact),
         quant=artifact.quant,
         head=artifact.head,
         biases=artifact.biases,
@@ -131,14 +134,19 @@ def card_problem(
     firing: Firing,
     machine: Machine,
     *,
+    divided_by: Firing | None = None,
     let_through: Sequence[float] | None = None,
     **how: Any,
 ) -> Problem:
-    """The problem whose k1 are bounds of the engine's chunks; how: as artifact_costs takes it."""
+    """The problem whose k1 are bounds of the engine's chunks; how: as artifact_costs takes it.
+
+    divided_by: the frequencies that the artifact carries, where these are not what is expected to fire.
+    """
     context = machine.vram.context if machine.vram is not None else 0
     costs = artifact_costs(config, plans, card_context=context, **how)
     ratio = None if let_through is None else np.asarray(let_through, np.float64)
-    bounds = [chunk_bounds(firing.frequency(i).astype(np.float32), config.taking_part) for i in range(config.n_layer)]
+    stored = divided_by or firing
+    bounds = [chunk_bounds(stored.frequency(i).astype(np.float32), config.taking_part) for i in range(config.n_layer)]
     return Problem(costs, firing, machine, ratio, bounds)
 
 
