@@ -63,6 +63,15 @@ def spread(values: list[float], decimals: int) -> str:
     return f"{median} ({low} to {high})"
 
 
+def table(rows: list[list[str]]) -> str:
+    """In Markdown; the first row is the head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in lines
+    )
+
+
 def markdown(findings: Findings) -> str:
     """The table, and under it what the models were."""
     rows = [["measure", "ours", "llama.cpp", "result (min to max)", "at least", "aim", "reached"]]
@@ -72,11 +81,7 @@ def markdown(findings: Findings) -> str:
         sides = [spread(side, 2) if side else "" for side in (line.ours if line.theirs else None, line.theirs)]
         result = f"{spread(line.results, 0 if unit == '%' else 2)} {unit}"
         rows.append([line.measure, *sides, result, at_least, aim, line.reached])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rows.insert(1, ["-" * width for width in widths])
-    text = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
+    text = [table(rows)]
     text.append("\nTokens/s; medians of the rounds. Models are of random weights, but for the default one.")
     for model in findings.models:
         n_bytes, dense = model["bytes_per_token"] / 1e9, model["dense_bytes_per_token"] / 1e9

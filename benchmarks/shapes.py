@@ -12,8 +12,8 @@ learned, and the neurons of a set have nothing in common but the predictor. Of a
 token before, too (10 % of a llama; 3 % of an opt: 39 %, in its last layers 57 %). Mode `dense` of the same file reads
 every neuron. What fires and what is read are measured by `bench`, not taken from here.
 
-llama.cpp gets the same shape as a plain llama. For opt, which it does not know, it gets the llama that reads as many
-bytes a token: three FFN matrices as large together as opt's two (0.1 % smaller: their rows are whole blocks of 32).
+llama.cpp gets the same shape as a plain llama. For opt, which it does not know, and falcon it gets the llama that reads
+as many bytes a token: three FFN matrices as large together as their two (0.1 % smaller: rows are whole blocks of 32).
 """
 
 import argparse
@@ -61,17 +61,23 @@ SHAPES = {
         Shape("mistral-7b", 32, 4096, 14336, 32, 8),
         Shape("tinyllama-1.1b", 22, 2048, 5632, 32, 4),
         Shape("opt-6.7b", 32, 4096, 16384, 32, 32, arch="opt", n_vocab=50272, n_ctx=2048, tied=True),
+        Shape("falcon-40b", 60, 8192, 32768, 128, 8, arch="falcon", n_vocab=65024, n_ctx=2048),
     )
 }
 RANK, FIRING_BIAS = 256, 50.0
 SPREAD = 4.32  # standard deviation of whole numbers from -7 to 7
 BLOCK_BYTES = 16 << 20  # random bytes that are drawn once and used again
-BIASES_OF_OPT = "attn_norm attn_q attn_k attn_v attn_output ffn_norm ffn_up ffn_down"
+BIASES = {
+    "llama": "ffn_gate",
+    "opt": "attn_norm attn_q attn_k attn_v attn_output ffn_norm ffn_up ffn_down",
+    "falcon": "attn_norm ffn_norm ffn_up",
+}
+"""Of a layer: those of the model, and that of the deciding row, which is planted."""
 
 
 def shape_config(shape: Shape) -> Config:
-    """The shape with a ReLU FFN: gated in a llama, plain in an opt."""
-    llama = shape.arch == "llama"
+    """The shape with a ReLU FFN: gated in a llama, plain in an opt and, beside attention, in a falcon."""
+    llama, opt = shape.arch == "llama", shape.arch == "opt"
     head_dim = shape.n_embd // shape.n_head
     inv_freq = 1e4 ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
     return Config(
@@ -89,10 +95,11 @@ def shape_config(shape: Shape) -> Config:
         activation="relu",
         gated=llama,
         tied=shape.tied,
-        rope=Rope(inv_freq.astype(np.float32)) if llama else None,
+        rope=None if opt else Rope(inv_freq.astype(np.float32)),
         thresholds=(0.0,) * shape.n_layer,
         norm="rms" if llama else "layer",
-        learned_positions=not llama,
+        learned_positions=opt,
+        parallel=shape.arch == "falcon",
     )
 
 
@@ -107,10 +114,10 @@ class Planted(Checkpoint):
 
     def names(self) -> frozenset[str]:
         """The biases alone."""
-        layer_norm = self.config.norm == "layer"
-        parts = BIASES_OF_OPT.split() if layer_norm else ["ffn_gate"]
-        names = {f"blk.{i}.{part}.bias" for i in range(self.config.n_layer) for part in parts}
-        return frozenset(names | ({"output_norm.bias"} if layer_norm else set()))
+        names = {
+            f"blk.{i}.{part}.bias" for i in range(self.config.n_layer) for part in BIASES[self.config.arch].split()
+        }
+        return frozenset(names | ({"output_norm.bias"} if self.config.norm == "layer" else set()))
 
     def read(self, name: str, rows: slice | None = None) -> npt.NDArray[np.float32]:
         raise AssertionError("planted weights are drawn as they are written")

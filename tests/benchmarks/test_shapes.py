@@ -16,7 +16,8 @@ from tests.tiny_gguf import make_gguf
 ACTIVE = 0.1
 LLAMA = Shape("tiny llama", 2, 128, 960, 4, 2, n_vocab=320, n_ctx=128)
 OPT = Shape("tiny opt", 2, 128, 960, 4, 4, arch="opt", n_vocab=320, n_ctx=128, tied=True)
-SHAPES = pytest.mark.parametrize("shape", [LLAMA, OPT], ids=lambda shape: shape.arch)
+FALCON = Shape("tiny falcon", 2, 128, 960, 4, 2, arch="falcon", n_vocab=320, n_ctx=128)
+SHAPES = pytest.mark.parametrize("shape", [LLAMA, OPT, FALCON], ids=lambda shape: shape.arch)
 
 
 def decode(path: Path, mode: str, n: int = 100) -> Stats:

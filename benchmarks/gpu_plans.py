@@ -1,0 +1,162 @@
+"""What the card holds within a budget: as the program finds it, and the plans that it is compared with.
+
+ours            the program's own search for the fastest plan
+hottest first   output head and dense blocks, which every token needs, then the neurons that fire most, of all layers
+random          head, dense blocks and shares of the layers' neurons, drawn until the budget is spent; within a
+                layer they are still its hottest, as the engine has it, so that this is stronger than it sounds
+whole layers    attention and all neurons of as many layers as fit, from the last on, then the head: what llama.cpp
+                does; it runs dense, and is not charged for predictors, which it does not use
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.shapes import RANK, Planted, Shape, frequencies, shape_config
+from powerinfer_tools.artifact.layout import MODE_GATE, MODE_PREDICTOR, LayerPlan
+from powerinfer_tools.placement import Machine
+from powerinfer_tools.placement.card import best_plan, card_problem
+from powerinfer_tools.placement.problem import Bools, Budgets, Ints, Plan, Problem
+
+Item = tuple[str, int]
+BLOCK, NEURONS = "block", "neurons"  # of a layer
+HEAD: Item = ("head", 0)
+
+
+@dataclass(frozen=True)
+class Fires:
+    """Each layer's neurons fire with the same frequencies, which is what shapes.py plants."""
+
+    each: npt.NDArray[np.float64]
+    n_layer: int
+    digest: str = "planted"
+
+    @property
+    def n_ff(self) -> int:
+        return len(self.each)
+
+    def frequency(self, i: int, /) -> npt.NDArray[np.float64]:
+        return self.each
+
+
+def sparse_problem(shape: Shape, quant: str, active: float, machine: Machine, ctx_size: int) -> Problem:
+    """The model as shapes.py writes it, run sparsely."""
+    return _problem(
+        shape, quant, LayerPlan(MODE_PREDICTOR, RANK, 0), frequencies(shape.n_ff, active), machine, ctx_size
+    )
+
+
+def dense_problem(shape: Shape, quant: str, machine: Machine, ctx_size: int) -> Problem:
+    """The same model run dense: no predictor, all neurons, read in sequence."""
+    in_sequence = replace(machine, ram=replace(machine.ram, rows=()))
+    if machine.vram is not None:
+        in_sequence = replace(in_sequence, vram=replace(machine.vram, rows=()))
+    return _problem(shape, quant, LayerPlan(MODE_GATE), np.ones(shape.n_ff), in_sequence, ctx_size)
+
+
+def _problem(
+    shape: Shape, quant: str, plan: LayerPlan, fires: npt.NDArray[np.float64], machine: Machine, ctx_size: int
+) -> Problem:
+    config = shape_config(shape)
+    biases = frozenset(name for name in Planted(config).names())
+    return card_problem(
+        config,
+        [plan] * config.n_layer,
+        Fires(fires, config.n_layer),
+        machine,
+        quant=quant,
+        biases=biases,
+        ctx_size=ctx_size,
+        threads=machine.threads,
+    )
+
+
+def everything(problem: Problem) -> Plan:
+    """The whole model on the card."""
+    return _plan(problem, np.ones(problem.n_layer, bool), True, np.full(problem.n_layer, problem.n_ff))
+
+
+def nothing(problem: Problem) -> Plan:
+    """The processor alone."""
+    return _plan(problem, np.zeros(problem.n_layer, bool), False, np.zeros(problem.n_layer, np.int64))
+
+
+def bounds(problem: Problem) -> list[list[int]]:
+    """Of each layer, from 0 to n_ff: where the engine can divide its neurons."""
+    return [sorted(set(row)) for row in problem.bounds.tolist()]
+
+
+def budget(problem: Problem, share: float) -> int:
+    """Bytes of the card: a share of all weights and KV cache there, and what beside them does not shrink with them."""
+    fixed = problem.costs.card_fixed
+    return fixed + int(share * (card_bytes(problem, everything(problem)) - fixed))
+
+
+def found(problem: Problem, vram: int) -> Plan:
+    """The plan that the program finds for so many bytes of the card."""
+    return best_plan(problem, Budgets(vram, problem.costs.needed))
+
+
+def whole_layers(problem: Problem, vram: int) -> Plan:
+    """problem: the dense one."""
+    n = problem.n_layer
+
+    def last(n_layers: int, head: bool) -> Plan:
+        there = np.arange(n) >= n - n_layers
+        return _plan(problem, there, head, np.where(there, problem.n_ff, 0))
+
+    most = max((k for k in range(n + 1) if card_bytes(problem, last(k, False)) <= vram), default=0)
+    return last(most, card_bytes(problem, last(most, True)) <= vram)
+
+
+def hottest_first(problem: Problem, vram: int) -> Plan:
+    rows = enumerate(bounds(problem))
+    heat = {(i, j): _heat(problem, i, a, b) for i, row in rows for j, (a, b) in enumerate(pairwise(row))}
+    pieces = sorted(heat, key=lambda piece: -heat[piece])
+    blocks = [HEAD, *((BLOCK, i) for i in range(problem.n_layer))]
+    return _one_by_one(problem, vram, [*blocks, *((NEURONS, i) for i, _ in pieces)])
+
+
+def drawn(problem: Problem, vram: int, seed: int = 0) -> Plan:
+    """The random plan."""
+    blocks = [HEAD, *((BLOCK, i) for i in range(problem.n_layer))]
+    items = [*blocks, *((NEURONS, i) for i, row in enumerate(bounds(problem)) for _ in row[1:])]
+    order = np.random.default_rng(seed).permutation(len(items))
+    return _one_by_one(problem, vram, [items[i] for i in order])
+
+
+def _heat(problem: Problem, i: int, begin: int, end: int) -> float:
+    """How often a neuron of layer i's [begin, end) fires, on average."""
+    return float(problem.fired[i, end] - problem.fired[i, begin]) / (end - begin)
+
+
+def _one_by_one(problem: Problem, vram: int, items: Sequence[Item]) -> Plan:
+    """The items in order, but for those that no longer fit; NEURONS are a layer's next ones, up to its next bound."""
+    plan, rows = nothing(problem), bounds(problem)
+    for kind, i in items:
+        dense, k1 = plan.dense.copy(), plan.vram.copy()
+        if kind == BLOCK:
+            dense[i] = True
+        elif kind == NEURONS:
+            k1[i] = next((bound for bound in rows[i] if bound > k1[i]), problem.n_ff)
+        fuller = _plan(problem, dense, bool(plan.head) or (kind, i) == HEAD, k1)
+        plan = fuller if card_bytes(problem, fuller) <= vram else plan
+    return plan
+
+
+def same(a: Plan, b: Plan) -> bool:
+    """Whether they have the same on the card."""
+    return bool(a.head) == bool(b.head) and np.array_equal(a.dense, b.dense) and np.array_equal(a.vram, b.vram)
+
+
+def _plan(problem: Problem, dense: Bools, head: bool, k1: Ints) -> Plan:
+    """Nothing on disk."""
+    return Plan(dense, head, k1, np.full(problem.n_layer, problem.n_ff))
+
+
+def card_bytes(problem: Problem, plan: Plan) -> int:
+    """What a plan takes on the card."""
+    return int(problem.bytes(plan)[0])
