@@ -21,7 +21,7 @@ from powerinfer_tools.placement.place import check_vram, infeasible, let_through
 from powerinfer_tools.placement.problem import Budgets, Firing, Floats, Ints, Plan, Problem
 from powerinfer_tools.placement.search import Search, fastest_in_ram
 
-VISIT_SHARE = 0.1  # of a card, for neurons that are lent
+VISIT_SHARE = 0.1  # of what weights may take of a card, for neurons that are lent
 PRODUCTS = 2e11  # that a thread adds in a second, in prompts: benchmarks/LOG.md
 
 
@@ -66,17 +66,19 @@ def plan_card(
     scratch; machine: what to plan for, else this one. Errors: no card; more than it has; no plan.
     """
     machine = machine or cached_machine(None, threads, card=True)
-    lend_from = lending(artifact, machine, vram // contexts, threads)
 
     def problem_on(machine: Machine) -> Problem:
         how = {"ctx_size": ctx_size, "threads": threads, "contexts": contexts}
-        return artifact_problem(artifact, machine, lends=lend_from > 0, dense=dense, **how)
+        return artifact_problem(artifact, machine, dense=dense, **how)
 
     problem = problem_on(machine)
     room = problem.costs.needed if ram is None else min(problem.costs.needed, ram - apart)
     if room < problem.costs.needed and machine.disk is None:
         problem = problem_on(replace(machine, disk=measure_file(artifact.path)))
     check_vram(problem, vram)
+    lend_from = lending(artifact, machine, (vram - problem.costs.card_fixed) // contexts, threads)
+    if lend_from > 0:
+        problem.reserve(contexts * visit_bytes(artifact.config, artifact.quant))
     plan = best_plan(problem, Budgets(vram, room), apart)
     if n_bytes := int(problem.bytes(plan)[0]):
         return CardPlan(vram, n_bytes, plan, problem, card_limits(plan, vram, device(), lend_from))
@@ -87,7 +89,7 @@ def plan_card(
 
 def lending(artifact: Artifact, machine: Machine, vram: int, threads: int) -> int:
     """Tokens of a prompt from which a neuron is copied to the card in less time than the processor computes it; 0:
-    never, or the room for a layer's neurons is too large a share of vram."""
+    never, or the room for a layer's neurons is too large a share of these bytes of vram."""
     config, copy = artifact.config, machine.vram.copy if machine.vram is not None else 0.0
     room = visit_bytes(config, artifact.quant)
     if copy <= 0 or room > VISIT_SHARE * vram:
@@ -104,12 +106,11 @@ def artifact_problem(
     ctx_size: int,
     threads: int | None = None,
     contexts: int = 1,
-    lends: bool = False,
     dense: bool = False,
 ) -> Problem:
     """What judges a plan of an artifact on this machine, run with so many threads (else the machine's) and contexts.
 
-    lends: the card has room for the neurons of a layer, too; dense: all neurons are computed.
+    dense: all neurons are computed.
     """
     return card_problem(
         artifact.config,
@@ -123,7 +124,6 @@ def artifact_problem(
         ctx_size=ctx_size,
         threads=threads or machine.threads,
         contexts=contexts,
-        lends=lends,
         let_through=_let_through(artifact),
     )
 
