@@ -78,7 +78,7 @@ def plan_card(
     check_vram(problem, vram)
     lend_from = lending(artifact, machine, (vram - problem.costs.card_fixed) // contexts, threads)
     if lend_from > 0:
-        problem.reserve(contexts * visit_bytes(artifact.config, artifact.quant))
+        _reserve(problem, artifact.config, artifact.quant)
     plan = best_plan(problem, Budgets(vram, room), apart)
     if n_bytes := int(problem.bytes(plan)[0]):
         return CardPlan(vram, n_bytes, plan, problem, card_limits(plan, vram, device(), lend_from))
@@ -134,20 +134,31 @@ def card_problem(
     firing: Firing,
     machine: Machine,
     *,
+    quant: str,
+    lends: bool = False,
     divided_by: Firing | None = None,
     let_through: Sequence[float] | None = None,
     **how: Any,
 ) -> Problem:
     """The problem whose k1 are bounds of the engine's chunks; how: as artifact_costs takes it.
 
-    divided_by: the frequencies that the artifact carries, where these are not what is expected to fire.
+    lends: a layer's neurons may visit the card; divided_by: the frequencies that the artifact carries, where these are
+    not what is expected to fire.
     """
     context = machine.vram.context if machine.vram is not None else 0
-    costs = artifact_costs(config, plans, card_context=context, **how)
+    costs = artifact_costs(config, plans, quant=quant, card_context=context, **how)
     ratio = None if let_through is None else np.asarray(let_through, np.float64)
     stored = divided_by or firing
     bounds = [chunk_bounds(stored.frequency(i).astype(np.float32), config.taking_part) for i in range(config.n_layer)]
-    return Problem(costs, firing, machine, ratio, bounds)
+    problem = Problem(costs, firing, machine, ratio, bounds)
+    if lends:
+        _reserve(problem, config, quant)
+    return problem
+
+
+def _reserve(problem: Problem, config: Config, quant: str) -> None:
+    """Keeps room on the card for the neurons of a layer, lent for a prompt, in each context."""
+    problem.reserve(problem.costs.contexts * visit_bytes(config, quant))
 
 
 def _let_through(artifact: Artifact) -> list[float] | None:
