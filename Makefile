@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup native check test demo bench families fuzz asan tsan gpu-check clean
+.PHONY: help setup native check test demo bench families fuzz asan tsan cuda gpu-check clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +12,10 @@ CONFIGURE := $(BIN)/cmake -S native -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BI
 READY := .venv/.ready
 MODEL := .venv/.default-model
 SOURCES := $(shell find native -type f)
-CXX_FILES := $(filter %.h %.cpp,$(SOURCES))
+CXX_FILES := $(filter %.h %.cpp %.cu,$(SOURCES))
+# With CUDA=1 the engine's CUDA part is built, too; once it is there, every later build has it. CUDA= leaves it out.
+WITH_CUDA := .venv/.with-cuda
+CUDA ?= $(wildcard $(WITH_CUDA))
 CORPUS := $(addprefix examples/corpus/,sotu.txt factbook.txt jargon.txt)
 HELDOUT := examples/corpus/heldout.txt
 PATCH := examples/default-model/smollm2-135m-sparse.patch.safetensors
@@ -23,7 +26,7 @@ help: ## list the targets
 
 setup: $(READY) ## make .venv, install what is needed, build the native library
 
-native: $(READY) ## build the native library again where its sources changed
+native: $(READY) ## build the native library again where its sources changed; CUDA=1: and its part for a card
 
 check: $(READY) $(MODEL) ## lint, types and the quick tests: under 3 minutes
 	$(BIN)/ruff check .
@@ -65,6 +68,10 @@ tsan: $(READY) ## the native tests of what runs in several threads, under TSan
 	$(BIN)/cmake --build build/tsan --target test_hybrid test_threads
 	$(BIN)/ctest --test-dir build/tsan --output-on-failure -R "hybrid|threads"
 
+cuda: $(READY) ## compile the CUDA part and its tests, which need a card to run; needs nvcc
+	$(CONFIGURE) -B build/cuda -DPI_CUDA=ON -DPI_TESTS=ON > /dev/null
+	$(BIN)/cmake --build build/cuda --target powerinfer powerinfer_cuda test_cuda
+
 # with $(PYTHON) where there is no .venv: docs/gpu-check.md says what it must have
 gpu-check: ## what a machine with a card can say: kernels, whole runs, budgets, sanitizers, benchmarks; ARGS="..."
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py $(ARGS)
@@ -73,12 +80,19 @@ clean: ## remove what was built; keep .venv
 	rm -rf build .demo .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Build tools come first, from pip, so that building needs no isolated copy of them and keeps its folder.
-$(READY): pyproject.toml constraints.txt $(SOURCES)
+$(READY): pyproject.toml constraints.txt $(SOURCES) $(if $(CUDA),$(WITH_CUDA))
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "expected Python 3.10 or newer, found " + sys.version)'
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt 'scikit-build-core>=0.10' 'cmake>=3.22' 'ninja>=1.10'
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]' \
+	    -C cmake.define.PI_CUDA=$(if $(CUDA),ON,OFF) \
 	    | sed -u '/^Requirement already satisfied/d'
+	touch $@
+
+$(WITH_CUDA):
+	@command -v nvcc > /dev/null || test -x /usr/local/cuda/bin/nvcc || \
+	    { echo "make native CUDA=1 needs nvcc: install the CUDA toolkit, 12 or newer" >&2; exit 1; }
+	mkdir -p .venv
 	touch $@
 
 # The package is a carrier of the file: its code and what it depends on are not needed.

@@ -240,6 +240,7 @@ void Side::predictor_rank_batch(const Predictor& predictor, const float* x) {
 
 // b_asked_[t][i] < 0 where the predictor holds back neuron first_asked + i of token t; b_q8_ is another then
 void Side::predict_batch(const Layer& layer) {
+    if (layer.last <= layer.always) return;  // nobody here is asked about
     const Predictor& p = *layer.predictor;
     uint32_t begin = first_asked(layer) - layer.always, end = layer.last - layer.always;
     quantise_batch(b_rank_.data(), pass_.n, p.out.n);

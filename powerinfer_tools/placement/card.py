@@ -11,8 +11,9 @@ from powerinfer_tools.artifact.layout import LayerPlan
 from powerinfer_tools.artifact.read import Artifact
 from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.engine.engine import CardLimits
+from powerinfer_tools.engine.generate import PIECE
 from powerinfer_tools.engine.native import chunk_bounds
-from powerinfer_tools.placement.costs import BATCH, artifact_costs, visit_bytes
+from powerinfer_tools.placement.costs import artifact_costs, visit_bytes
 from powerinfer_tools.placement.machine import Machine
 from powerinfer_tools.placement.measure import cached_machine, device, measure_file
 from powerinfer_tools.placement.objective import time
@@ -50,6 +51,7 @@ def plan_card(
     artifact: Artifact,
     vram: int,
     ram: int | None,
+    apart: int = 0,
     *,
     ctx_size: int,
     threads: int,
@@ -59,8 +61,8 @@ def plan_card(
 ) -> CardPlan | None:
     """What goes to the card; None, said, where nothing is faster there.
 
-    ram: bytes for weights, KV caches and scratch, None: as many as there need be; machine: what to plan for, else this
-    one. Errors: no card; more than it has; no plan.
+    ram: bytes of memory, None: as many as there need be; apart: what of these is not for weights, KV caches and
+    scratch; machine: what to plan for, else this one. Errors: no card; more than it has; no plan.
     """
     machine = machine or cached_machine(None, threads, card=True)
     lend_from = lending(artifact, machine, vram // contexts, threads)
@@ -70,11 +72,11 @@ def plan_card(
         return artifact_problem(artifact, machine, lends=lend_from > 0, **how)
 
     problem = problem_on(machine)
-    room = problem.costs.needed if ram is None else min(problem.costs.needed, ram)
+    room = problem.costs.needed if ram is None else min(problem.costs.needed, ram - apart)
     if room < problem.costs.needed and machine.disk is None:
         problem = problem_on(replace(machine, disk=measure_file(artifact.path)))
     check_vram(problem, vram)
-    plan = best_plan(problem, Budgets(vram, room))
+    plan = best_plan(problem, Budgets(vram, room), apart)
     if n_bytes := int(problem.bytes(plan)[0]):
         return CardPlan(vram, n_bytes, plan, problem, card_limits(plan, vram, device(), lend_from))
     if say is not None:
@@ -91,7 +93,7 @@ def lending(artifact: Artifact, machine: Machine, vram: int, threads: int) -> in
         return 0
     products = config.n_ff * config.n_rows * config.n_embd
     tokens = int(np.ceil(room / copy * threads * PRODUCTS / products))
-    return tokens if tokens <= BATCH else 0
+    return tokens if tokens <= PIECE else 0
 
 
 def artifact_problem(
@@ -149,12 +151,12 @@ def _let_through(artifact: Artifact) -> list[float] | None:
         return None
 
 
-def best_plan(problem: Problem, budgets: Budgets) -> Plan:
-    """The fastest plan that is found within the budgets. Errors: there is none."""
+def best_plan(problem: Problem, budgets: Budgets, apart: int = 0) -> Plan:
+    """The fastest plan that is found within the budgets; apart: bytes of ram beside. Errors: there is none."""
     objective = time(problem)
     found = Search(problem, objective, budgets).best(quick=True)
     if found.plan is None:
-        raise infeasible(problem, objective, budgets)
+        raise infeasible(problem, objective, budgets, apart)
     none = np.zeros(problem.n_layer, np.int64)
     bare = Plan(none > 0, False, none, none + problem.n_ff)
     plans = [at_bounds(problem, plan, budgets) for plan in (found.plan, bare)]  # chunks may be too large for the first

@@ -149,7 +149,7 @@ def artifact_costs(
         if tensor.name.startswith("blk."):
             _, number, name = tensor.name.split(".", 2)
             parts[int(number)][name] = tensor
-        elif tensor.name.startswith("output") or (config.tied and tensor.name == "token_embd.weight"):
+        elif is_head(config, tensor.name):
             output += tensor.n_bytes
             card_head += _card_bytes(tensor)
         else:
@@ -160,6 +160,11 @@ def artifact_costs(
     one = card_scratch_bytes(config, plans, ctx_size) + lends * visit_bytes(config, quant)
     card_fixed = card_context + contexts * one + CARD_TENSOR * len(table)
     return Costs(layers, output, host, scratch, card_head, card_fixed, 4 * config.n_vocab, config.taking_part, contexts)
+
+
+def is_head(config: Config, name: str) -> bool:
+    """Whether a tensor, of no layer, is the output head's."""
+    return name.startswith("output") or (config.tied and name == "token_embd.weight")
 
 
 def _layer_costs(config: Config, plan: LayerPlan, tensors: dict[str, TensorPlan], kv: int) -> LayerCosts:

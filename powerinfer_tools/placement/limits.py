@@ -25,6 +25,7 @@ from powerinfer_tools.placement.costs import (
     TABLE,
     DiskCosts,
     disk_scratch_bytes,
+    is_head,
     kv_bytes,
     mailbox_bytes,
     scratch_bytes,
@@ -82,9 +83,9 @@ def open_within(
     ctx_size, threads = ctx_size or default_ctx(artifact.config.n_ctx), threads or default_threads()
     card = budget = limits = None
     if vram:
-        room = None if ram is None else ram - process_bytes() - _beside_weights(artifact, ctx_size, contexts)
         how = {"ctx_size": ctx_size, "threads": threads, "contexts": contexts}
-        card = plan_card(artifact, vram, room, machine=machine, say=say, **how)
+        apart = 0 if ram is None else _apart(artifact, ram, **how)
+        card = plan_card(artifact, vram, ram, apart, machine=machine, say=say, **how)
     if ram is not None:
         budget = fit(artifact, ram, ctx_size=ctx_size, threads=threads, contexts=contexts, card=card)
         limits = budget.limits
@@ -93,10 +94,16 @@ def open_within(
     return Opened(Model(artifact.path, limits, card.limits if card is not None else None), budget, card)
 
 
-def _beside_weights(artifact: Artifact, ctx_size: int, contexts: int) -> int:
-    """Memory that a model with a card takes beside weights, KV cache and scratch: padding of pages, what crosses."""
-    padding = disk_costs(artifact).whole - artifact.tensor_bytes
-    return padding + contexts * mailbox_bytes(artifact.config, artifact.plans, ctx_size)
+def _apart(artifact: Artifact, ram: int, *, ctx_size: int, threads: int, contexts: int) -> int:
+    """Memory that a model with a card takes beside weights, KV caches and scratch: this process, padding of pages, what
+    crosses; where the model is larger than `ram` the least of a disk tier, too."""
+    config, plans, disk = artifact.config, artifact.plans, disk_costs(artifact)
+    apart = process_bytes() + disk.whole - artifact.tensor_bytes + contexts * mailbox_bytes(config, plans, ctx_size)
+    if apart + artifact.tensor_bytes + contexts * session_bytes(artifact, ctx_size, threads) > ram:
+        none = [0] * config.n_layer
+        apart += _Solver(artifact, disk, CACHE_SHARE, none).least() - disk.weights(none)
+        apart += contexts * disk_scratch_bytes(config, plans, threads)
+    return apart
 
 
 def _forget_cached(path: Path) -> None:
@@ -186,8 +193,7 @@ def moved_bytes(artifact: Artifact, plan: Plan) -> int:
             elif part in TABLE:
                 moved = 0
         else:
-            head = name.startswith("output") or (config.tied and name == "token_embd.weight")
-            moved = tensor.n_bytes * int(plan.head and head)
+            moved = tensor.n_bytes * int(plan.head and is_head(config, name))
         total += moved // PAGE * PAGE
     return total
 

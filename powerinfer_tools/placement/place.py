@@ -129,12 +129,12 @@ def _best(problem: Problem, limits: dict[str, int | None], objective: str) -> tu
     return fastest_in_ram(problem, found.plan, budgets), problem.impact(found.plan) + found.cost - found.bound
 
 
-def infeasible(problem: Problem, objective: Objective, budgets: Budgets) -> PowerinferError:
-    """What says that no plan fits, and which ram would do."""
-    least = smallest_ram(problem, objective, budgets.vram)
+def infeasible(problem: Problem, objective: Objective, budgets: Budgets, apart: int = 0) -> PowerinferError:
+    """What says that no plan fits, and which ram would do; apart: bytes of ram that are not in the budget."""
+    least = smallest_ram(problem, objective, budgets.vram) + apart
     beside = f" beside --vram {budgets.vram}" if budgets.vram else ""
     return PowerinferError(
-        f"--ram: expected at least {least} bytes ({least / 2**20:.1f} MiB){beside}, found {budgets.ram}: "
+        f"--ram: expected at least {least} bytes ({least / 2**20:.1f} MiB){beside}, found {budgets.ram + apart}: "
         "attention, KV cache, scratch and what chooses neurons cannot stay on disk",
         "infeasible",
     )

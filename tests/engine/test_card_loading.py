@@ -8,7 +8,7 @@ import pytest
 
 from powerinfer_tools.artifact import open_artifact
 from powerinfer_tools.engine import CardLimits, Model
-from powerinfer_tools.engine.native import chunk_bounds
+from powerinfer_tools.engine.native import CARD_MEASURES, chunk_bounds, measure_card
 from powerinfer_tools.errors import PowerinferError
 from tests.artifacts import make_artifact
 from tests.tiny import make_llama
@@ -74,3 +74,11 @@ def test_an_install_without_the_cuda_part_says_how_to_get_it(model: Path, monkey
     monkeypatch.setitem(os.environ, "POWERINFER_CUDA_LIB", str(model.parent / "none.so"))
     with pytest.raises(PowerinferError, match=r"no CUDA part of the engine \(make native CUDA=1\)"):
         Model(model, None, CardLimits((False,) * 3, (0,) * 3))
+
+
+def test_a_device_is_measured() -> None:
+    found = {
+        what: measure_card(what, "host", buffer_bytes=1 << 22, row_bytes=4096, stride_rows=4) for what in CARD_MEASURES
+    }
+    assert all(value > 0 for value in found.values())
+    assert len(set(found.values())) == len(found)

@@ -1,5 +1,7 @@
 """Processor and device together, the host device in a card's place: whatever lies where, every bit is the same."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +254,17 @@ def test_what_is_on_the_card_takes_no_memory_beside_a_disk(tmp_path: Path) -> No
     assert 0 <= info.resident_bytes + info.card_bytes - without.resident_bytes <= pages
     with pytest.raises(PowerinferError, match=r"n_resident: expected \d+ to 1024, found 0"):
         Model(path, DiskLimits((900, 0), 24, 400), CardLimits((False,) * n_layer, divided, device="host"))
+
+
+@pytest.mark.parametrize("name", ["blocks", "neurons", "most neurons"])
+def test_a_disk_that_fails_beside_a_card_is_one_clear_error(models: Path, tmp_path: Path, name: str) -> None:
+    path = Path(shutil.copy(models / "llama-predictor-q8_0.gguf", tmp_path / "a.gguf"))
+    card = place(path, name, lend_from=2)
+    with Engine(Model(path, DiskLimits(card.neurons, 8, 352), card), ctx_size=64) as engine:
+        engine.decode(1)
+        os.truncate(path, path.stat().st_size // 2)
+        steps = [lambda: engine.decode(2), lambda: engine.prefill([2, 3]), lambda: engine.score([2])] * 2
+        for step in steps:
+            with pytest.raises(PowerinferError, match=r"became shorter|was changed"):
+                step()
+        assert engine.position == 1

@@ -15,14 +15,15 @@ import pytest
 
 from powerinfer_tools.artifact import Artifact, open_artifact
 from powerinfer_tools.bench import bench
-from powerinfer_tools.engine import Engine
+from powerinfer_tools.engine import Engine, Model
+from powerinfer_tools.engine.generate import PIECE
 from powerinfer_tools.engine.native import chunk_bounds
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.evaluate import evaluate
 from powerinfer_tools.placement import card, measure
 from powerinfer_tools.placement.card import at_bounds, best_plan, card_problem, lending, plan_card
 from powerinfer_tools.placement.costs import CARD_TENSOR, card_scratch_bytes, kv_bytes, visit_bytes
-from powerinfer_tools.placement.limits import open_within, process_bytes
+from powerinfer_tools.placement.limits import fit, open_within, process_bytes
 from powerinfer_tools.placement.objective import time
 from powerinfer_tools.placement.problem import Budgets, Plan, Problem
 from powerinfer_tools.placement.search import Search
@@ -33,6 +34,7 @@ from tests.tiny import CORPUS, make_llama
 
 MACHINE = replace(worlds.machine(merge_s=2e-7), threads=2)
 HOW: dict[str, Any] = {"ctx_size": 64, "threads": 2}
+TIERS: dict[str, Any] = {**HOW, "process": 1 << 20}
 MIB = 1 << 20
 
 
@@ -110,6 +112,45 @@ def test_weights_lie_in_memory_or_on_the_card_and_ram_is_kept(artifact: Artifact
             blocks = 0 if opened.card is None else int(opened.card.plan.dense.sum())
             assert engine.memory()[0] == kv_bytes(config, config.n_layer - blocks, 64)
             assert engine.card_memory()[0] == kv_bytes(config, blocks, 64)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_what_lies_neither_on_the_card_nor_in_memory_stays_on_disk(tmp_path: Path, share: float) -> None:
+    """Three tiers: memory is counted to the byte, and the tokens are the same."""
+    make_llama(tmp_path / "model", n_layer=16, n_embd=96, n_ff=1600, n_head=3, n_head_kv=1, head_dim=32, n_ctx=128)
+    artifact = make_artifact(tmp_path / "model", tmp_path / "a.gguf", quant="f16", predictor=True, slack=0.05)
+    vram = budgets_of(card.artifact_problem(artifact, MACHINE, **HOW), share).vram
+    placed = plan_card(artifact, vram, None, machine=MACHINE, **HOW)
+    assert placed is not None
+    with pytest.raises(PowerinferError, match="--ram: expected at least") as refused:
+        fit(artifact, 0, **TIERS, card=placed)
+    least = int(re.findall(r"at least (\d+)", str(refused.value))[0])
+    whole = fit(artifact, 1 << 40, **TIERS, card=placed).total
+    assert least < whole
+    for ram in (least, (least + whole) // 2, whole):
+        budget = fit(artifact, ram, **TIERS, card=placed)
+        assert budget.total <= ram
+        assert (budget.limits is None) == (ram == whole)
+        model = Model(artifact.path, budget.limits, placed.limits)
+        if budget.limits is not None:
+            assert all(k1 <= k2 for k1, k2 in zip(placed.plan.vram, budget.limits.resident, strict=True))
+            info = model.info
+            assert (info.resident_bytes, info.cache_bytes) == (budget.weights, budget.cache)
+            assert info.disk_bytes == budget.beside
+        with Engine(model, ctx_size=64, threads=2) as engine, Engine(artifact.path, ctx_size=64, threads=2) as alone:
+            assert sum(engine.memory()) == budget.contexts
+            for each in (engine, alone):
+                each.prefill([1, 2, 3])
+            np.testing.assert_array_equal(engine.decode(4, logits=True), alone.decode(4, logits=True))
+
+
+def test_a_plan_for_little_memory_takes_more_to_the_card(artifact: Artifact) -> None:
+    problem = card.artifact_problem(artifact, MACHINE, **HOW)
+    vram, room = budgets_of(problem, 0.4).vram, problem.costs.needed - artifact.tensor_bytes // 3
+    plan = best_plan(problem, Budgets(vram, room))
+    assert problem.fits(plan, Budgets(vram, room))
+    with pytest.raises(PowerinferError, match=r"--ram: expected at least \d+ bytes .* beside --vram \d+, found 5096"):
+        best_plan(problem, Budgets(vram, 4096), apart=1000)
 
 
 def test_tokens_are_the_same_and_counts_are_the_plans(folder: Path) -> None:
@@ -239,7 +280,7 @@ def test_neurons_are_lent_from_where_copying_is_faster(folder: Path) -> None:
         assert MACHINE.vram is not None
         return lending(artifact, replace(MACHINE, vram=replace(MACHINE.vram, copy=copy)), vram, threads)
 
-    assert 0 < tokens(1e11) < tokens(2e10) < tokens(2e10, threads=8) <= 256
+    assert 0 < tokens(1e11) < tokens(2e10) < tokens(2e10, threads=4) <= PIECE
     assert tokens(0.0) == tokens(1e6) == tokens(2e10, vram=MIB) == 0
 
 

@@ -1,0 +1,244 @@
+// The card as the engine sees it: what it is, its memory, its speeds.
+#include <chrono>
+#include <cstdlib>
+#include <vector>
+
+#include "context.h"
+#include "device.h"
+#include "memory.h"
+#include "session.h"
+
+namespace pi::card {
+
+namespace {
+
+// ---- what is measured
+
+__device__ __forceinline__ uint64_t picked_row(uint64_t p, uint32_t stride) {
+    return p * stride + (p * 0x9e3779b97f4a7c15u >> 40) % stride;  // as measure.cpp picks: at no fixed distance
+}
+
+// Reads n_picked rows of n_pieces pieces, a warp a row at a time; what is read is summed so that it is needed.
+__global__ void __launch_bounds__(256)
+    read_rows(const uint8_t* rows, uint64_t n_picked, uint32_t n_pieces, uint32_t stride, uint32_t* sink) {
+    constexpr uint32_t AT_ONCE = 4;
+    const uint32_t lane = threadIdx.x % WARP, n_warps = gridDim.x * (blockDim.x / WARP);
+    uint32_t sum = 0;
+    for (uint64_t i = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP; i < n_picked; i += n_warps) {
+        const uint8_t* row = rows + picked_row(i, stride) * n_pieces * PIECE_BYTES;
+        for (uint32_t p = lane; p < n_pieces; p += AT_ONCE * WARP) {
+            uint4 w[AT_ONCE];
+#pragma unroll
+            for (uint32_t k = 0; k < AT_ONCE; k++)
+                w[k] =
+                    p + k * WARP < n_pieces ? load_weights(row + (p + k * WARP) * PIECE_BYTES) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+            for (uint32_t k = 0; k < AT_ONCE; k++) sum ^= w[k].x ^ w[k].y ^ w[k].z ^ w[k].w;
+        }
+    }
+    if (sum == 0x5eed5eed) *sink = sum;
+}
+
+__global__ void copy_floats(const float* from, float* to, uint64_t n) {
+    for (uint64_t i = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += uint64_t(gridDim.x) * blockDim.x)
+        to[i] = from[i];
+}
+
+double median(std::vector<double> values) {
+    auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+    std::nth_element(values.begin(), middle, values.end());
+    return *middle;
+}
+
+template <class Work>
+double median_seconds(Work&& work) {
+    constexpr int REPEATS = 5;
+    std::vector<double> seconds;
+    for (int r = 0; r <= REPEATS; r++) {  // the first warms up
+        double spent = work();
+        if (r > 0) seconds.push_back(spent);
+    }
+    return median(seconds);
+}
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// Work on a stream, once: recorded, to be launched again and again.
+class Recorded {
+   public:
+    template <class Work>
+    Recorded(cudaStream_t stream, Work&& work) {
+        check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cannot record work");
+        work();
+        cudaGraph_t graph = nullptr;
+        check(cudaStreamEndCapture(stream, &graph), "cannot record work");
+        cudaError_t error = cudaGraphInstantiate(&graph_, graph, 0);
+        cudaGraphDestroy(graph);
+        check(error, "cannot prepare work");
+    }
+    ~Recorded() { cudaGraphExecDestroy(graph_); }
+    Recorded(const Recorded&) = delete;
+    Recorded& operator=(const Recorded&) = delete;
+    void start(cudaStream_t stream) { check(cudaGraphLaunch(graph_, stream), "cannot start work"); }
+
+   private:
+    cudaGraphExec_t graph_ = nullptr;
+};
+
+// ---- the device
+
+class CudaDevice final : public Device {
+   public:
+    explicit CudaDevice(const DeviceInfo& info, uint32_t n_processors)
+        : info_(info), n_processors_(n_processors), upload_(stream_) {}
+
+    DeviceInfo info() override {
+        size_t free = 0, total = 0;
+        check(cudaMemGetInfo(&free, &total), "cannot ask for its memory");
+        info_.total = total;
+        info_.free = free;
+        return info_;
+    }
+
+    uint64_t row_bytes(Type type, uint64_t n) const override { return card_row_bytes(type, n); }
+
+    uint8_t* allocate(uint64_t n_bytes) override {
+        memory_ = Memory(n_bytes, true);
+        return memory_.data();
+    }
+
+    void store(uint8_t* to, Type type, uint64_t n, uint64_t n_rows, const uint8_t* rows) override {
+        upload_.rows(to, type, n, n_rows, rows, pi::row_bytes(type, n));
+        stream_.finish();
+    }
+
+    std::unique_ptr<DeviceSession> open(const Config& config, const Weights& weights, const pi_session_params& params,
+                                        uint32_t lent) override {
+        return open_session(config, weights, params, lent, n_processors_);
+    }
+
+    double read_rate(uint64_t buffer_bytes, uint64_t row_bytes, uint32_t stride_rows) override;
+    double copy_rate() override;
+    double launch_seconds() override;
+    double merge_seconds(uint64_t n) override;
+
+   private:
+    template <class Work>
+    double seconds_on_card(Work&& work);
+
+    DeviceInfo info_;
+    uint32_t n_processors_;
+    Stream stream_;
+    Upload upload_;
+    Memory memory_;
+};
+
+// As the card's own clock has it.
+template <class Work>
+double CudaDevice::seconds_on_card(Work&& work) {
+    Event begin, end;
+    return median_seconds([&] {
+        begin.record(stream_);
+        work();
+        end.record(stream_);
+        end.wait();
+        float ms = 0;
+        check(cudaEventElapsedTime(&ms, begin, end), "cannot measure");
+        return ms * 1e-3;
+    });
+}
+
+double CudaDevice::read_rate(uint64_t buffer_bytes, uint64_t row_bytes, uint32_t stride_rows) {
+    Memory buffer(buffer_bytes, true), sink(sizeof(uint32_t), true);
+    const uint64_t n_picked = buffer_bytes / row_bytes / stride_rows;
+    check(cudaMemsetAsync(buffer.data(), 1, buffer_bytes, stream_), "cannot clear memory");
+    constexpr uint32_t BLOCKS = 8;  // of a processor: as many warps as it holds
+    double seconds = seconds_on_card([&] {
+        check(launch(read_rows, n_processors_ * BLOCKS, 256, 0, stream_, buffer.data(), n_picked,
+                     static_cast<uint32_t>(row_bytes / PIECE_BYTES), stride_rows, sink.data<uint32_t>()),
+              "cannot start work");
+    });
+    return static_cast<double>(n_picked * row_bytes) / seconds;
+}
+
+// As neurons are lent: rows of the processor's memory, through pinned buffers.
+double CudaDevice::copy_rate() {
+    constexpr uint64_t ROW = 8192, N_ROWS = 8192;
+    Memory to(ROW * N_ROWS, true);
+    std::vector<uint8_t> from(ROW * N_ROWS, 1);
+    double seconds = median_seconds([&] {
+        auto start = std::chrono::steady_clock::now();
+        upload_.rows(to.data(), Type::F16, ROW / 2, N_ROWS, from.data(), ROW);
+        stream_.finish();
+        return seconds_since(start);
+    });
+    return static_cast<double>(ROW * N_ROWS) / seconds;
+}
+
+double CudaDevice::launch_seconds() {
+    constexpr int STEPS = 100;
+    Memory count(sizeof(uint64_t), true);
+    check(cudaMemsetAsync(count.data(), 0, sizeof(uint64_t), stream_), "cannot clear memory");
+    Recorded steps(stream_, [&] {
+        for (int i = 0; i < STEPS; i++)
+            check(launch(copy_floats, 1, WARP, 0, stream_, count.data<float>(), count.data<float>() + 1, 1),
+                  "cannot start work");
+    });
+    return seconds_on_card([&] { steps.start(stream_); }) / STEPS;
+}
+
+double CudaDevice::merge_seconds(uint64_t n) {
+    Memory shared(2 * n * sizeof(float) + sizeof(uint64_t), false), x(n * sizeof(float), true);
+    Memory count(sizeof(uint64_t), true);
+    check(cudaMemsetAsync(count.data(), 0, sizeof(uint64_t), stream_), "cannot clear memory");
+    volatile uint64_t* seen = shared.data<uint64_t>();
+    auto* there = reinterpret_cast<float*>(shared.data<uint64_t>() + 1);
+    const auto blocks = static_cast<uint32_t>((n + 255) / 256);
+    Recorded merge(stream_, [&] {
+        check(launch(copy_floats, blocks, 256, 0, stream_, there, x.data<float>(), n), "cannot start work");
+        check(launch(copy_floats, blocks, 256, 0, stream_, x.data<float>(), there + n, n), "cannot start work");
+        check(launch(signal, 1, WARP, 0, stream_, count.data<uint64_t>(), seen), "cannot start work");
+    });
+    uint64_t n_told = 0;
+    return median_seconds([&] {
+        constexpr int REPEATS = 20;
+        auto start = std::chrono::steady_clock::now();
+        for (int r = 0; r < REPEATS; r++) {
+            merge.start(stream_);
+            wait_for_signal(seen, ++n_told, stream_);
+        }
+        return seconds_since(start) / REPEATS;
+    });
+}
+
+}  // namespace
+
+// The driver answers, a card is there, and its context is made: what that takes is measured before and after.
+Device* open_device() {
+    constexpr int FIRST = 0;
+    setenv("CUDA_MODULE_LOADING", "EAGER", 0);  // kernels come with the context, and count as it does
+    int n_cards = 0;
+    cudaError_t error = cudaGetDeviceCount(&n_cards);
+    if (error == cudaErrorInsufficientDriver)
+        throw Error(PI_ERROR_UNSUPPORTED, "no driver of a card, or one older than this engine's CUDA part needs");
+    if (error == cudaErrorNoDevice || (error == cudaSuccess && n_cards == 0))
+        throw Error(PI_ERROR_UNSUPPORTED, "expected a card that runs CUDA, found none");
+    check(error, "cannot be asked for");
+    static const CardContext context(FIRST);  // the context is made once, for all models of this program
+    cudaDeviceProp properties{};
+    check(cudaGetDeviceProperties(&properties, FIRST), "cannot be asked for");
+    DeviceInfo info{.name = properties.name, .context = context.bytes()};
+    if (!context.measured()) info.name += " (context estimated)";
+    return new CudaDevice(info, static_cast<uint32_t>(properties.multiProcessorCount));
+}
+
+}  // namespace pi::card
+
+extern "C" PI_API pi::Device* pi_cuda_device(uint32_t abi) {
+    if (abi != PI_ABI_VERSION)
+        throw pi::Error(PI_ERROR_MISMATCH, "the CUDA part: expected version " + std::to_string(abi) + ", found " +
+                                               std::to_string(PI_ABI_VERSION) + ": rebuild it (make native CUDA=1)");
+    return pi::card::open_device();
+}
