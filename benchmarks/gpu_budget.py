@@ -34,7 +34,7 @@ def within(share: float, model: Path) -> tuple[int, int, int]:
     """(budget, bytes that the engine counts, bytes that the driver counts)"""
     before = used()
     case = Case(SHAPE, QUANT, ACTIVE, share, THREADS, "cuda", PROMPT, DECODE)
-    ours = next(c for c in all_contenders(case, measured(case)) if c.name == OURS)
+    ours = next(c for c in all_contenders(case, model, measured(case)) if c.name == OURS)
     loaded = ours.open(model, case.device)
     prompt, tokens = ids(case, loaded)
     with Engine(loaded, ctx_size=case.ctx_size, threads=case.threads, mode=ours.mode) as engine:

@@ -10,7 +10,7 @@ from benchmarks.report import spread, table
 
 Row = dict[str, Any]
 Document = dict[str, Any]
-NMSE = {"f16": 1e-5, "q4_0": 1e-3}  # of logits run dense: for Q4_0 the processor rounds activations to 8 bits
+NMSE = {"f16": 1e-5, "q4_0": 5e-3}  # of logits run dense: for Q4_0 the processor rounds activations to 8 bits
 ACTIVE_OFF = 0.02  # of the share that is active: such a rounding lets other neurons through a planted predictor
 WITHIN = (OURS, HOTTEST, RANDOM)  # whose plans keep the budget
 

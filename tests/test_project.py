@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TARGETS = "help setup native check test demo bench families fuzz asan tsan gpu-check clean".split()
+TARGETS = "help setup native check test demo bench families fuzz asan tsan cuda gpu-check clean".split()
 
 
 def test_make_lists_its_targets() -> None:
