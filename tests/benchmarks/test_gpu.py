@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_check
 from benchmarks.gpu_report import Measure, agreement, markdown, measures, ratios, sound
 from benchmarks.gpu_row import HOTTEST, LAYERS, OURS, PROCESSOR, RANDOM, Case, Contender, agreement_of, in_turn
 from benchmarks.placement import PC_HIGH
@@ -191,6 +192,27 @@ def test_the_table_is_made_of_the_document_alone(tmp_path: Path) -> None:
     assert "FAILED: another: a broken card" in text
     assert "its times mean nothing" in text
     assert "falcon-40b, 60 layers, q4_0, 5% active" in text
+
+
+def alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_a_step_that_takes_too_long_ends_with_all_that_it_started(tmp_path: Path) -> None:
+    check, begun = gpu_check.Check(argparse.Namespace(device="host"), time.monotonic() + 2), tmp_path / "begun"
+    with pytest.raises(gpu_check.Left, match="sh: not done after"):
+        check.call("sh", "-c", f"sleep 600 & echo $! > {begun}; wait")
+    assert not alive(int(begun.read_text()))
+
+
+def test_a_step_that_fails_says_why() -> None:
+    check = gpu_check.Check(argparse.Namespace(device="host"), float("inf"))
+    assert check.call("sh", "-c", "echo fine") == "fine"
+    with pytest.raises(gpu_check.Failed, match="exit status 3\nwhy"):
+        check.call("sh", "-c", "echo why; exit 3")
+    with pytest.raises(gpu_check.Failed, match="no such program"):
+        check.call("nowhere-to-be-found")
 
 
 def test_without_a_card_it_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
