@@ -215,7 +215,8 @@ def open_assistant(
     tokenizer = Tokenizer(artifact.tokenizer_json, artifact.special)  # first: what the budget counts, too
     model: Path | Model = path
     if ram is not None or vram:
-        model = open_within(artifact, ram, vram, ctx_size=ctx_size, threads=threads, say=say).model
+        dense = mode == "dense"
+        model = open_within(artifact, ram, vram, ctx_size=ctx_size, threads=threads, dense=dense, say=say).model
     engine = Engine(model, ctx_size=ctx_size, threads=threads, mode=MODES[mode])
     timings.load_s = time.perf_counter() - timings.started
     return Assistant(artifact, tokenizer, engine, template if use_template else None, timings)

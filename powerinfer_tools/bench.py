@@ -83,13 +83,12 @@ def bench(
         here = _measure(threads, measure_file(path), min(CEILING_BYTES, ram // 4))
     runs: list[Timed] = []
     start = time.perf_counter()
-    opened = open_within(artifact, ram, vram, ctx_size=ctx_size, threads=threads, machine=machine, say=say)
+    how: dict[str, Any] = {"ctx_size": ctx_size, "threads": threads}
+    opened = open_within(artifact, ram, vram, dense=mode == "dense", machine=machine, say=say, **how)
     card_memory = 0, 0
     with default_progress(progress) as report:
         for i in range(repeats):
-            with Engine(
-                opened.model, ctx_size=ctx_size, threads=threads, mode=mode, kernels=KERNELS[kernels]
-            ) as engine:
+            with Engine(opened.model, mode=mode, kernels=KERNELS[kernels], **how) as engine:
                 if i == 0:
                     engine.prefill(ids)
                     engine.sample(Sampling())

@@ -21,19 +21,19 @@ from powerinfer_tools.placement.place import check_vram, infeasible, let_through
 from powerinfer_tools.placement.problem import Budgets, Firing, Floats, Ints, Plan, Problem
 from powerinfer_tools.placement.search import Search, fastest_in_ram
 
-VISIT_SHARE = 0.1  # of a card, for neurons that are lent
+VISIT_SHARE = 0.1  # of what weights may take of a card, for neurons that are lent
 PRODUCTS = 2e11  # that a thread adds in a second, in prompts: benchmarks/LOG.md
 
 
 class StoredFiring:
-    """The firing frequencies that an artifact carries, as placement asks for them."""
+    """The firing frequencies that an artifact carries, as placement asks for them; dense: all neurons are computed."""
 
-    def __init__(self, artifact: Artifact) -> None:
-        self.artifact, self.digest = artifact, artifact.data_sha256
+    def __init__(self, artifact: Artifact, dense: bool = False) -> None:
+        self.artifact, self.digest, self.dense = artifact, artifact.data_sha256, dense
         self.n_layer, self.n_ff = artifact.config.n_layer, artifact.config.n_ff
 
     def frequency(self, i: int, /) -> npt.NDArray[np.float64]:
-        return self.artifact.frequency(i).astype(np.float64)
+        return np.ones(self.n_ff) if self.dense else self.artifact.frequency(i).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def plan_card(
     ctx_size: int,
     threads: int,
     contexts: int = 1,
+    dense: bool = False,
     machine: Machine | None = None,
     say: Callable[[str], None] | None = None,
 ) -> CardPlan | None:
@@ -65,17 +66,19 @@ def plan_card(
     scratch; machine: what to plan for, else this one. Errors: no card; more than it has; no plan.
     """
     machine = machine or cached_machine(None, threads, card=True)
-    lend_from = lending(artifact, machine, vram // contexts, threads)
 
     def problem_on(machine: Machine) -> Problem:
         how = {"ctx_size": ctx_size, "threads": threads, "contexts": contexts}
-        return artifact_problem(artifact, machine, lends=lend_from > 0, **how)
+        return artifact_problem(artifact, machine, dense=dense, **how)
 
     problem = problem_on(machine)
     room = problem.costs.needed if ram is None else min(problem.costs.needed, ram - apart)
     if room < problem.costs.needed and machine.disk is None:
         problem = problem_on(replace(machine, disk=measure_file(artifact.path)))
     check_vram(problem, vram)
+    lend_from = lending(artifact, machine, (vram - problem.costs.card_fixed) // contexts, threads)
+    if lend_from > 0:
+        _reserve(problem, artifact.config, artifact.quant)
     plan = best_plan(problem, Budgets(vram, room), apart)
     if n_bytes := int(problem.bytes(plan)[0]):
         return CardPlan(vram, n_bytes, plan, problem, card_limits(plan, vram, device(), lend_from))
@@ -86,7 +89,7 @@ def plan_card(
 
 def lending(artifact: Artifact, machine: Machine, vram: int, threads: int) -> int:
     """Tokens of a prompt from which a neuron is copied to the card in less time than the processor computes it; 0:
-    never, or the room for a layer's neurons is too large a share of vram."""
+    never, or the room for a layer's neurons is too large a share of these bytes of vram."""
     config, copy = artifact.config, machine.vram.copy if machine.vram is not None else 0.0
     room = visit_bytes(config, artifact.quant)
     if copy <= 0 or room > VISIT_SHARE * vram:
@@ -103,24 +106,24 @@ def artifact_problem(
     ctx_size: int,
     threads: int | None = None,
     contexts: int = 1,
-    lends: bool = False,
+    dense: bool = False,
 ) -> Problem:
     """What judges a plan of an artifact on this machine, run with so many threads (else the machine's) and contexts.
 
-    lends: the card has room for the neurons of a layer, too.
+    dense: all neurons are computed.
     """
     return card_problem(
         artifact.config,
         artifact.plans,
-        StoredFiring(artifact),
+        StoredFiring(artifact, dense),
         machine,
+        divided_by=StoredFiring(artifact),
         quant=artifact.quant,
         head=artifact.head,
         biases=artifact.biases,
         ctx_size=ctx_size,
         threads=threads or machine.threads,
         contexts=contexts,
-        lends=lends,
         let_through=_let_through(artifact),
     )
 
@@ -131,15 +134,31 @@ def card_problem(
     firing: Firing,
     machine: Machine,
     *,
+    quant: str,
+    lends: bool = False,
+    divided_by: Firing | None = None,
     let_through: Sequence[float] | None = None,
     **how: Any,
 ) -> Problem:
-    """The problem whose k1 are bounds of the engine's chunks; how: as artifact_costs takes it."""
+    """The problem whose k1 are bounds of the engine's chunks; how: as artifact_costs takes it.
+
+    lends: a layer's neurons may visit the card; divided_by: the frequencies that the artifact carries, where these are
+    not what is expected to fire.
+    """
     context = machine.vram.context if machine.vram is not None else 0
-    costs = artifact_costs(config, plans, card_context=context, **how)
+    costs = artifact_costs(config, plans, quant=quant, card_context=context, **how)
     ratio = None if let_through is None else np.asarray(let_through, np.float64)
-    bounds = [chunk_bounds(firing.frequency(i).astype(np.float32), config.taking_part) for i in range(config.n_layer)]
-    return Problem(costs, firing, machine, ratio, bounds)
+    stored = divided_by or firing
+    bounds = [chunk_bounds(stored.frequency(i).astype(np.float32), config.taking_part) for i in range(config.n_layer)]
+    problem = Problem(costs, firing, machine, ratio, bounds)
+    if lends:
+        _reserve(problem, config, quant)
+    return problem
+
+
+def _reserve(problem: Problem, config: Config, quant: str) -> None:
+    """Keeps room on the card for the neurons of a layer, lent for a prompt, in each context."""
+    problem.reserve(problem.costs.contexts * visit_bytes(config, quant))
 
 
 def _let_through(artifact: Artifact) -> list[float] | None:

@@ -131,12 +131,10 @@ def artifact_costs(
     head: str | None = None,
     contexts: int = 1,
     card_context: int = 0,
-    lends: bool = False,
 ) -> Costs:
     """The bytes of the artifact that `split` makes of these choices, run with `ctx_size` positions and `threads`.
 
-    head: the type of output.weight, where it is not `quant`; card_context: what a card takes before anything is there;
-    lends: it has room for the neurons of a layer, lent for a prompt.
+    head: the type of output.weight, where it is not `quant`; card_context: what a card takes before anything is there.
     """
     if len(plans) != config.n_layer:
         raise PowerinferError(f"expected one plan a layer ({config.n_layer}), found {len(plans)}", "mismatch")
@@ -157,8 +155,7 @@ def artifact_costs(
     kv = kv_bytes(config, 1, ctx_size)
     layers = tuple(_layer_costs(config, plan, part, kv) for plan, part in zip(plans, parts, strict=True))
     scratch = contexts * scratch_bytes(config, plans, ctx_size, threads)
-    one = card_scratch_bytes(config, plans, ctx_size) + lends * visit_bytes(config, quant)
-    card_fixed = card_context + contexts * one + CARD_TENSOR * len(table)
+    card_fixed = card_context + contexts * card_scratch_bytes(config, plans, ctx_size) + CARD_TENSOR * len(table)
     return Costs(layers, output, host, scratch, card_head, card_fixed, 4 * config.n_vocab, config.taking_part, contexts)
 
 

@@ -73,19 +73,21 @@ def open_within(
     ctx_size: int | None = None,
     threads: int | None = None,
     contexts: int = 1,
+    dense: bool = False,
     machine: Machine | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Opened:
     """The model, within `ram` bytes of memory and `vram` of a card, together with so many contexts.
 
-    ram None: as much as it needs; vram 0: no card is touched. machine: what to plan for, else this one.
+    ram None: as much as it needs; vram 0: no card is touched. dense: all neurons will be computed; machine: what to
+    plan for, else this one.
     """
     ctx_size, threads = ctx_size or default_ctx(artifact.config.n_ctx), threads or default_threads()
     card = budget = limits = None
     if vram:
         how = {"ctx_size": ctx_size, "threads": threads, "contexts": contexts}
         apart = 0 if ram is None else _apart(artifact, ram, **how)
-        card = plan_card(artifact, vram, ram, apart, machine=machine, say=say, **how)
+        card = plan_card(artifact, vram, ram, apart, dense=dense, machine=machine, say=say, **how)
     if ram is not None:
         budget = fit(artifact, ram, ctx_size=ctx_size, threads=threads, contexts=contexts, card=card)
         limits = budget.limits

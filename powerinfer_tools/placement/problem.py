@@ -16,7 +16,7 @@ share meanwhile, so that less of it is seen: the time is then an upper bound, by
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -109,6 +109,10 @@ class Problem:
         self.bounds = _padded(bounds or [(0, self.n_ff)] * self.n_layer)
         tiers = [tier for tier in (machine.vram, machine.ram, machine.disk) if tier is not None]
         self._row_seconds = {tier: self._seconds_of_rows(tier) for tier in tiers}
+
+    def reserve(self, n_bytes: int) -> None:
+        """Keeps so many bytes of vram free of weights and KV caches."""
+        self.costs = replace(self.costs, card_fixed=self.costs.card_fixed + n_bytes)
 
     @property
     def fewest(self) -> Ints:

@@ -247,6 +247,19 @@ def test_rounding_keeps_the_budget_and_spends_what_is_left() -> None:
             assert not (problem.fits(more, budgets) and problem.seconds(more) < problem.seconds(plan) * (1 - 1e-9))
 
 
+def test_a_dense_run_is_planned_as_one(folder: Path) -> None:
+    """All neurons count alike, at the bounds that the artifact has."""
+    artifact = open_artifact(folder / "gate.gguf")
+    sparse, dense = (card.artifact_problem(artifact, MACHINE, dense=dense, **HOW) for dense in (False, True))
+    assert np.array_equal(sparse.bounds, dense.bounds)
+    assert np.array_equal(dense.fired[:, -1], np.full(4, 1600.0))
+    budgets = budgets_of(dense, 0.4)
+    assert dense.seconds(best_plan(dense, budgets)) <= dense.seconds(best_plan(sparse, budgets))
+    opened = open_within(artifact, None, budgets.vram, dense=True, machine=MACHINE, **HOW)
+    with Engine(opened.model, ctx_size=64, threads=2, mode="dense") as engine, Engine(artifact.path) as alone:
+        np.testing.assert_array_equal(engine.decode(4, logits=True), alone.decode(4, logits=True))
+
+
 def test_bounds_that_repeat_are_one() -> None:
     problem = world(0, n_ff=352)
     assert all(len(set(bounds[bounds < 352])) == np.count_nonzero(bounds < 352) for bounds in problem.bounds)
