@@ -143,8 +143,9 @@ def measured(case: Case) -> Machine:
 def all_contenders(case: Case, model: Path, machine: Machine) -> list[Contender]:
     """Ours first, and those whose plan is not ours by another way; prompts are lent as the loader would."""
     how = case.shape, case.quant, case.active, machine, case.ctx_size
-    least = plans.budget(plans.sparse_problem(*how), case.share)
-    lend_from = lending(open_artifact(model), machine, least, case.threads)
+    unlent = plans.sparse_problem(*how)
+    room = plans.budget(unlent, case.share) - unlent.costs.card_fixed
+    lend_from = lending(open_artifact(model), machine, room, case.threads)
     sparse = plans.sparse_problem(*how, lends=lend_from > 0)
     dense = plans.dense_problem(case.shape, case.quant, machine, case.ctx_size, lends=lend_from > 0)
     budget = plans.budget(sparse, case.share)
