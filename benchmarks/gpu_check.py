@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -67,31 +68,32 @@ class Check:
 
     def call(self, *words: Any, **env: str) -> str:
         """What a program prints. Errors: an exit status other than 0, no time left."""
-        left = min(STEP_SECONDS, self.end - time.monotonic())
+        left = max(1, min(STEP_SECONDS, self.end - time.monotonic()))
+        env = {**os.environ, **env}
+        how: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         try:
-            done = subprocess.run(
-                [str(word) for word in words],
-                cwd=ROOT,
-                env={**os.environ, **env},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=max(1, left),
-            )
+            process = subprocess.Popen([str(word) for word in words], cwd=ROOT, env=env, start_new_session=True, **how)
         except FileNotFoundError:
             raise Failed(f"{words[0]}: no such program") from None
-        except subprocess.TimeoutExpired:
-            raise Left(f"{words[0]}: not done after {left:.0f} s") from None
-        if done.returncode:
-            raise Failed(f"{' '.join(map(str, words))}: exit status {done.returncode}\n{done.stdout[-4000:]}")
-        return done.stdout.strip()
+        try:
+            said, _ = process.communicate(timeout=left)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)  # what it started, too
+            process.communicate()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise Left(f"{words[0]}: not done after {left:.0f} s") from None
+            raise
+        if process.returncode:
+            raise Failed(f"{' '.join(map(str, words))}: exit status {process.returncode}\n{said[-4000:]}")
+        return str(said).strip()
 
 
 def build(check: Check) -> None:
     """The engine and its CUDA part, which this process and those that it starts then use."""
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    check.call("cmake", "-S", "native", "-B", BUILD, *generator, "-DPI_CUDA=ON", "-DPI_TESTS=ON")
-    check.call("cmake", "--build", BUILD, "--parallel")
+    options = ["-DPI_CUDA=ON", "-DPI_TESTS=ON", "-DCMAKE_CUDA_ARCHITECTURES=native"]  # for the card that is here
+    check.call("cmake", "-S", "native", "-B", BUILD, *generator, *options)
+    check.call("cmake", "--build", BUILD, "--parallel", "--target", "powerinfer", "powerinfer_cuda", "test_cuda")
     os.environ["POWERINFER_LIB"] = str((ROOT / BUILD / "libpowerinfer.so").resolve())
 
 
@@ -227,7 +229,7 @@ def main() -> int:
         if not check.host:
             build(check)
         check.document = {"steps": {}, **gpu.opened(given.output / "gpu-check.json", given.device)}
-    except (Failed, PowerinferError) as error:
+    except (Failed, Left, PowerinferError) as error:
         sys.exit(f"gpu-check: {error}")
     steps = check.document["steps"]
     for name in given.steps:

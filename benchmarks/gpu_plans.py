@@ -42,23 +42,30 @@ class Fires:
         return self.each
 
 
-def sparse_problem(shape: Shape, quant: str, active: float, machine: Machine, ctx_size: int) -> Problem:
-    """The model as shapes.py writes it, run sparsely."""
-    return _problem(
-        shape, quant, LayerPlan(MODE_PREDICTOR, RANK, 0), frequencies(shape.n_ff, active), machine, ctx_size
-    )
+def sparse_problem(
+    shape: Shape, quant: str, active: float, machine: Machine, ctx_size: int, lends: bool = False
+) -> Problem:
+    """The model as shapes.py writes it, run sparsely. lends: the card has room for neurons that are lent to it, too."""
+    plan = LayerPlan(MODE_PREDICTOR, RANK, 0)
+    return _problem(shape, quant, plan, frequencies(shape.n_ff, active), machine, ctx_size, lends)
 
 
-def dense_problem(shape: Shape, quant: str, machine: Machine, ctx_size: int) -> Problem:
+def dense_problem(shape: Shape, quant: str, machine: Machine, ctx_size: int, lends: bool = False) -> Problem:
     """The same model run dense: no predictor, all neurons, read in sequence."""
     in_sequence = replace(machine, ram=replace(machine.ram, rows=()))
     if machine.vram is not None:
         in_sequence = replace(in_sequence, vram=replace(machine.vram, rows=()))
-    return _problem(shape, quant, LayerPlan(MODE_GATE), np.ones(shape.n_ff), in_sequence, ctx_size)
+    return _problem(shape, quant, LayerPlan(MODE_GATE), np.ones(shape.n_ff), in_sequence, ctx_size, lends)
 
 
 def _problem(
-    shape: Shape, quant: str, plan: LayerPlan, fires: npt.NDArray[np.float64], machine: Machine, ctx_size: int
+    shape: Shape,
+    quant: str,
+    plan: LayerPlan,
+    fires: npt.NDArray[np.float64],
+    machine: Machine,
+    ctx_size: int,
+    lends: bool,
 ) -> Problem:
     config = shape_config(shape)
     biases = frozenset(name for name in Planted(config).names())
@@ -71,6 +78,7 @@ def _problem(
         biases=biases,
         ctx_size=ctx_size,
         threads=machine.threads,
+        lends=lends,
     )
 
 

@@ -12,11 +12,12 @@ import numpy.typing as npt
 
 from benchmarks import gpu_plans as plans
 from benchmarks.shapes import Shape
+from powerinfer_tools.artifact import open_artifact
 from powerinfer_tools.engine import Engine, Model, Stats
 from powerinfer_tools.engine.native import describe_card
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement import Machine, Tier, measure_machine
-from powerinfer_tools.placement.card import card_limits
+from powerinfer_tools.placement.card import card_limits, lending
 from powerinfer_tools.placement.problem import Plan, Problem
 
 Logits = npt.NDArray[np.float32]
@@ -54,18 +55,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to run the model. problem: what foretells its time; budget: of the card, 0 where nothing keeps it."""
+    """One way to run the model. problem: what foretells its time; budget: of the card, 0 where nothing keeps it;
+    lend_from: tokens of a prompt that is computed there as a whole."""
 
     name: str
     mode: str
     plan: Plan
     problem: Problem
     budget: int = 0
+    lend_from: int = 0
 
     def open(self, model: Path, device: str) -> Model:
         if plans.same(self.plan, plans.nothing(self.problem)):
             return Model(model)
-        return Model(model, None, card_limits(self.plan, self.budget, device))
+        return Model(model, None, card_limits(self.plan, self.budget, device, self.lend_from))
 
 
 class Models:
@@ -105,13 +108,14 @@ class Run:
 def measure(case: Case, model: Path, rounds: int) -> dict[str, Any]:
     """The row: every contender's figures, one a round, and what they depend on."""
     machine = measured(case)
-    contenders = all_contenders(case, machine)
+    contenders = all_contenders(case, model, machine)
     models = Models(contenders, model, case.device)
     agreements = compare(case, contenders, models)
     runs = in_turn(contenders, rounds, lambda c: run(models.of(c), c.mode, case))
     return {
         "machine": machine.to_json(),
         "vram": contenders[0].budget,
+        "lend_from": contenders[0].lend_from,
         "contenders": {c.name: figures(c, runs[c.name]) | {"agreement": agreements[c.name]} for c in contenders},
     }
 
@@ -136,16 +140,20 @@ def measured(case: Case) -> Machine:
     return machine
 
 
-def all_contenders(case: Case, machine: Machine) -> list[Contender]:
-    """Ours first, and those whose plan is not ours by another way."""
-    sparse = plans.sparse_problem(case.shape, case.quant, case.active, machine, case.ctx_size)
-    dense = plans.dense_problem(case.shape, case.quant, machine, case.ctx_size)
+def all_contenders(case: Case, model: Path, machine: Machine) -> list[Contender]:
+    """Ours first, and those whose plan is not ours by another way; prompts are lent as the loader would."""
+    how = case.shape, case.quant, case.active, machine, case.ctx_size
+    unlent = plans.sparse_problem(*how)
+    room = plans.budget(unlent, case.share) - unlent.costs.card_fixed
+    lend_from = lending(open_artifact(model), machine, room, case.threads)
+    sparse = plans.sparse_problem(*how, lends=lend_from > 0)
+    dense = plans.dense_problem(case.shape, case.quant, machine, case.ctx_size, lends=lend_from > 0)
     budget = plans.budget(sparse, case.share)
     contenders = [
-        Contender(OURS, "auto", plans.found(sparse, budget), sparse, budget),
-        Contender(HOTTEST, "auto", plans.hottest_first(sparse, budget), sparse, budget),
-        Contender(RANDOM, "auto", plans.drawn(sparse, budget), sparse, budget),
-        Contender(LAYERS, "dense", plans.whole_layers(dense, budget), dense),
+        Contender(OURS, "auto", plans.found(sparse, budget), sparse, budget, lend_from),
+        Contender(HOTTEST, "auto", plans.hottest_first(sparse, budget), sparse, budget, lend_from),
+        Contender(RANDOM, "auto", plans.drawn(sparse, budget), sparse, budget, lend_from),
+        Contender(LAYERS, "dense", plans.whole_layers(dense, budget), dense, 0, lend_from),
         Contender(PROCESSOR, "auto", plans.nothing(sparse), sparse),
     ]
     return [c for c in contenders if c.name not in (HOTTEST, RANDOM) or not plans.same(c.plan, contenders[0].plan)]

@@ -31,7 +31,7 @@ from powerinfer_tools.engine.native import chunk_bounds
 from tests.artifacts import write_artifact
 from tests.drawn import DrawnCheckpoint, drawn_config, rope_of
 
-NMSE = {"f32": 1e-5, "f16": 1e-5, "q8_0": 1e-3, "q4_0": 1e-3}
+NMSE = {"f32": 1e-5, "f16": 1e-5, "q8_0": 2e-3, "q4_0": 2e-3}
 BIASES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 WIDE: dict[str, Any] = {"n_embd": 96, "n_ff": 352, "n_head": 6, "n_ctx": 512}
 PLAIN: dict[str, Any] = {"gated": False, "norm": "layer"}

@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_check
 from benchmarks.gpu_report import Measure, agreement, markdown, measures, ratios, sound
 from benchmarks.gpu_row import HOTTEST, LAYERS, OURS, PROCESSOR, RANDOM, Case, Contender, agreement_of, in_turn
 from benchmarks.placement import PC_HIGH
@@ -39,7 +40,14 @@ def contender(ms: list[float], **changed: Any) -> dict[str, Any]:
     """A contender's figures, as gpu_row measures them."""
     same = {"nmse": 0.0, "equal": True, "same_tokens": 1.0, "far_tokens": 0}
     zeros = dict.fromkeys(("hits_card", "transfers", "waits", "crossed_bytes", "wait_ms"), 0.0)
-    figures = {"mode": "auto", "ms": ms, "prompt_tokens_per_s": [9.0], "predicted_ms": ms[0], "card_bytes": 50}
+    figures = {
+        "mode": "auto",
+        "active": 0.05,
+        "ms": ms,
+        "prompt_tokens_per_s": [9.0],
+        "predicted_ms": ms[0],
+        "card_bytes": 50,
+    }
     plan = {"head": True, "dense": [True] * 3, "neurons": [32] * 3}
     return figures | zeros | {"plan": plan, "read_bytes": {"card": 8e6, "ram": 2e6}, "agreement": same} | changed
 
@@ -130,7 +138,7 @@ def test_what_is_asked_is_taken_from_the_rows_that_say_it(tmp_path: Path) -> Non
     slow = contender([1.0], predicted_ms=1.2)
     rows = [
         row_of(quarter, ours=slow, layers=contender([6.0]), hottest=contender([0.9]), random=contender([2.0])),
-        row_of(whole, ours=contender([1.0]), layers=contender([1.5])),
+        row_of(whole, ours=contender([0.5]), hottest=contender([1.0]), layers=contender([1.5])),
     ]
     found = {measure.name.split(": ")[-1]: (round(measure.value, 6), measure.reached) for measure in measures(rows)}
     share = 100 * 8e6 / 1.5e-3 / PC_HIGH.vram.sequential  # type: ignore[union-attr]
@@ -152,17 +160,25 @@ def test_where_less_is_better_less_reaches_more(value: float, reached: str) -> N
     assert Measure("error", "%", [value], 25, 10).reached == reached
 
 
-def test_a_row_is_sound_if_its_logits_agree_and_its_budget_is_kept(tmp_path: Path) -> None:
+def test_a_row_is_sound_if_it_agrees_with_the_processor_and_keeps_its_budget(tmp_path: Path) -> None:
     here, card = a_case(tmp_path), a_case(tmp_path, device="cuda")
-    near = {"nmse": 1e-3, "equal": False, "same_tokens": 1.0, "far_tokens": 0}
-    assert sound(row_of(here, ours=contender([1.0])))
-    assert not sound(row_of(here, ours=contender([1.0], agreement=near)))
-    assert sound(row_of(card, ours=contender([1.0], agreement=near)))
-    assert not sound(row_of(card, ours=contender([1.0], agreement=near | {"nmse": 0.1})))
-    assert not sound(row_of(here, ours=contender([1.0], card_bytes=101)))
+
+    def found(case: Case, ours: dict[str, Any] | None = None, **dense: Any) -> dict[str, Any]:
+        agree = {"nmse": 1e-4, "equal": False, "same_tokens": 1.0, "far_tokens": 1} | dense
+        layers = contender([1.0], mode="dense", agreement=agree, card_bytes=200)
+        alone = contender([1.0], agreement=None)
+        return row_of(case, ours=contender([1.0], **(ours or {})), layers=layers, processor=alone)
+
+    assert sound(found(here, equal=True))
+    assert not sound(found(here))
+    assert sound(found(card))
+    assert not sound(found(card, nmse=0.01))
+    assert not sound(found(card, {"card_bytes": 101}))
+    assert not sound(found(card, {"active": 0.06}))
     assert not sound({"case": {}, "error": "a broken card"})
     f16 = a_case(tmp_path, device="cuda", quant="f16")
-    assert agreement(row_of(f16, ours=contender([1.0], agreement=near | {"far_tokens": 1}))).startswith("NO")
+    assert agreement(found(f16, nmse=1e-6, far_tokens=0)).startswith("ok")
+    assert agreement(found(f16, nmse=1e-6)).startswith("NO")
 
 
 def test_the_table_is_made_of_the_document_alone(tmp_path: Path) -> None:
@@ -176,6 +192,27 @@ def test_the_table_is_made_of_the_document_alone(tmp_path: Path) -> None:
     assert "FAILED: another: a broken card" in text
     assert "its times mean nothing" in text
     assert "falcon-40b, 60 layers, q4_0, 5% active" in text
+
+
+def alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_a_step_that_takes_too_long_ends_with_all_that_it_started(tmp_path: Path) -> None:
+    check, begun = gpu_check.Check(argparse.Namespace(device="host"), time.monotonic() + 2), tmp_path / "begun"
+    with pytest.raises(gpu_check.Left, match="sh: not done after"):
+        check.call("sh", "-c", f"sleep 600 & echo $! > {begun}; wait")
+    assert not alive(int(begun.read_text()))
+
+
+def test_a_step_that_fails_says_why() -> None:
+    check = gpu_check.Check(argparse.Namespace(device="host"), float("inf"))
+    assert check.call("sh", "-c", "echo fine") == "fine"
+    with pytest.raises(gpu_check.Failed, match="exit status 3\nwhy"):
+        check.call("sh", "-c", "echo why; exit 3")
+    with pytest.raises(gpu_check.Failed, match="no such program"):
+        check.call("nowhere-to-be-found")
 
 
 def test_without_a_card_it_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
