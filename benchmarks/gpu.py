@@ -206,13 +206,22 @@ def opened(output: Path, device: str) -> Document:
     document = fresh(device)
     if not output.exists():
         return document
-    before: Document = json.loads(output.read_text())
+    before = written(output)
     found, expected = (
         f"{one['card']} beside {one['machine']['processor']}, sources {one['sources']}" for one in (before, document)
     )
     if found != expected:
         raise PowerinferError(f"{output}: expected figures of {expected}, found those of {found}", "mismatch")
     return before
+
+
+def written(output: Path) -> Document:
+    """What an earlier run left. Errors: nothing, or no JSON."""
+    try:
+        document: Document = json.loads(output.read_text())
+    except (OSError, ValueError) as error:
+        raise PowerinferError(f"{output}: expected the JSON of an earlier run, found {error}", "usage") from error
+    return document
 
 
 def done(document: Document, case: Case) -> bool:
@@ -254,10 +263,10 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     given = parse()
-    if given.show:
-        print(markdown(json.loads(given.output.read_text())))
-        return 0
     try:
+        if given.show:
+            print(markdown(written(given.output)))
+            return 0
         document = opened(given.output, given.device)
     except PowerinferError as error:
         say(str(error))

@@ -2,7 +2,7 @@
 
     make gpu-check                                              # all steps, then the benchmarks
     make gpu-check ARGS="--time-limit 540 -o FOLDER"            # what can be done in 9 minutes; again: goes on
-    make gpu-check ARGS="--steps build kernels runs"
+    make gpu-check ARGS="--steps kernels runs"
     make gpu-check ARGS="--device host"                         # without a card: what can be checked anywhere
 
 Writes FOLDER/gpu-check.json and FOLDER/gpu-check.txt after every step. Exit status: 0 all is well, 1 not, 3 not all is

@@ -70,7 +70,7 @@ def _show(result: dict[str, Any], breakdown: bool) -> None:
         (f"prompt, {prompt['tokens']} tokens", f"{prompt['tokens_per_s']:.1f} tokens/s"),
         (f"decode, {decode['tokens']} tokens", f"{decode['tokens_per_s']:.1f} tokens/s"),
         ("ms a token, p50 / p90 / p99", f"{ms['p50']:.2f} / {ms['p90']:.2f} / {ms['p99']:.2f}"),
-        ("bytes a token", f"{result['bytes_per_token'] / 1e6:.1f} MB"),
+        ("bytes a token, in memory", f"{result['bytes_per_token'] / 1e6:.1f} MB"),
         ("memory ceiling, sequential reads", f"{result['ceiling_gb_s']:.1f} GB/s"),
         ("share of the ceiling", f"{result['ceiling_share']:.0%}"),
         ("neurons that fired", f"{result['active_ratio']:.1%}"),
@@ -96,7 +96,7 @@ def _show_tiers(result: dict[str, Any]) -> None:
         (tier["name"], console.size(tier["bytes"]), f"{tier['neurons_share']:.1%}", f"{tier['hits_share']:.1%}")
         for tier in result["tiers"]
     ]
-    console.table("", ["memory", "bytes", "of the neurons", "of what tokens asked for"], tiers)
+    console.table("", ["memory", "neurons' bytes", "of the neurons", "of what tokens asked for"], tiers)
 
 
 def _show_card(card: dict[str, Any]) -> None:
@@ -104,8 +104,9 @@ def _show_card(card: dict[str, Any]) -> None:
     rows = [
         ("card", card["name"]),
         ("on it", f"{card['dense_blocks']} dense blocks{head}"),
-        ("budget, all counted", f"{console.size(budget['vram'])}, {console.size(budget['total'])} used"),
+        ("its budget, all counted", f"{console.size(budget['vram'])}, {console.size(budget['total'])} used"),
         ("read there, a token", f"{card['read_bytes_per_token'] / 1e6:.1f} MB"),
+        ("share of its ceiling", f"{card['ceiling_share']:.0%} of {card['ceiling_gb_s']:.0f} GB/s"),
         ("crossed, a token", f"{card['crossed_bytes_per_token'] / 1e3:.1f} kB in {card['transfers_per_token']:.1f}"),
         ("waits for one another, a token", f"{card['waits_per_token']:.1f}, {card['wait_ms_per_token']:.3f} ms"),
     ]
@@ -115,7 +116,7 @@ def _show_card(card: dict[str, Any]) -> None:
 def _show_disk(result: dict[str, Any]) -> None:
     disk, budget = result["disk"], result["disk"]["budget"]
     rows = [
-        ("budget, all counted", f"{console.size(budget['ram'])}, {console.size(budget['total'])} used"),
+        ("memory's budget, all counted", f"{console.size(budget['ram'])}, {console.size(budget['total'])} used"),
         ("read from disk, a token", f"{disk['bytes_per_token'] / 1e6:.1f} MB in {disk['reads_per_token']:.0f} reads"),
         ("of that between the neurons", f"{disk['padding_share']:.1%}"),
         ("layers read whole, a token", f"{disk['stream_bytes_per_token'] / 1e6:.1f} MB"),

@@ -27,9 +27,8 @@ def eval(
     from powerinfer_tools.evaluate import evaluate
 
     with console.progress() as progress:
-        result = evaluate(
-            artifact, corpus, n_tokens=tokens, window=window, threads=threads, ram=ram, vram=vram, progress=progress
-        ).as_dict()
+        how: dict[str, Any] = {"n_tokens": tokens, "window": window, "threads": threads, "ram": ram, "vram": vram}
+        result = evaluate(artifact, corpus, **how, say=console.say, progress=progress).as_dict()
     if json:
         console.print_json(result)
     else:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 BUILD, SAMPLING, RUN, TEXT, OUTPUT = "Build", "Sampling", "Run", "Prompt", "Output"
 
+_MOST = 1 << 50  # bytes: far beyond any machine, and what every calculation with sizes can hold
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -28,7 +29,10 @@ def parse_size(text: str | int) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.strip(), re.IGNORECASE)
     if match is None:
         raise typer.BadParameter(f"expected a size like 8GiB or 512MiB, found {text!r}")
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+    size = float(match[1]) * _UNITS[(match[2] or "").lower()]
+    if size > _MOST:
+        raise typer.BadParameter(f"expected at most {_MOST >> 40} TiB, found {text!r}")
+    return int(size)
 
 
 def _quieten(quiet: bool) -> bool:

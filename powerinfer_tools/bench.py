@@ -18,7 +18,7 @@ from powerinfer_tools.engine.engine import default_threads
 from powerinfer_tools.engine.native import KERNELS, measure_memory
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement.card import CardPlan, artifact_problem
-from powerinfer_tools.placement.limits import Budget, Opened, disk_costs, moved_bytes, open_within
+from powerinfer_tools.placement.limits import Budget, Opened, disk_costs, open_within
 from powerinfer_tools.placement.machine import Machine, Tier
 from powerinfer_tools.placement.measure import measure_file
 from powerinfer_tools.placement.problem import Plan
@@ -64,10 +64,11 @@ def bench(
     """The document of `bench --json`: medians over `repeats` runs of the same tokens (drawn with one seed).
 
     The prompt is `text`, repeated to prompt_tokens; decoding continues it at temperature 0.8. bytes_per_token counts
-    weights and KV cache that decoding read; ceiling_gb_s is this machine's sequential read with as many threads.
+    weights and KV cache that decoding read in memory; ceiling_gb_s is its sequential read with as many threads.
     kernels: best, scalar, avx2 or avx512. ram: bytes to stay within: "disk" says what that cost, "tiers" where neurons
     were; first_token_s is then from the start of loading, past the page cache, to the first token of the prompt.
-    vram: bytes of a card to stay within: "card" says what crossed; machine: what to plan for, else this one.
+    vram: bytes of a card to stay within: "card" says what was read there and what crossed, against its own ceiling;
+    machine: what to plan for, else this one.
     """
     artifact = open_artifact(path)
     if prompt_tokens + n_tokens > artifact.config.n_ctx:
@@ -81,19 +82,15 @@ def bench(
     here = None
     if ram is not None:  # now, as memory is free: beside the weights there may be no room for what is read
         here = _measure(threads, measure_file(path), min(CEILING_BYTES, ram // 4))
-    runs: list[Timed] = []
     start = time.perf_counter()
     how: dict[str, Any] = {"ctx_size": ctx_size, "threads": threads}
     opened = open_within(artifact, ram, vram, dense=mode == "dense", machine=machine, say=say, **how)
-    card_memory = 0, 0
+    runs: list[Timed] = []
     with default_progress(progress) as report:
         for i in range(repeats):
             with Engine(opened.model, mode=mode, kernels=KERNELS[kernels], **how) as engine:
                 if i == 0:
-                    engine.prefill(ids)
-                    engine.sample(Sampling())
-                    first_token_s = time.perf_counter() - start
-                    engine.truncate(0)
+                    first_token_s = _first_token(engine, ids) - start
                 runs.append(_run(engine, ids, n_tokens))
                 card_memory = engine.card_memory()
             report("bench, runs", i + 1, repeats)
@@ -112,6 +109,15 @@ def _prompt(artifact: Artifact, text: str, n: int) -> list[int]:
     if not ids:
         raise PowerinferError("the prompt is empty: expected at least one token", "usage")
     return [ids[i % len(ids)] for i in range(n)]
+
+
+def _first_token(engine: Engine, prompt: list[int]) -> float:
+    """When the token after the prompt was there; the context is empty again."""
+    engine.prefill(prompt)
+    engine.sample(Sampling())
+    there = time.perf_counter()
+    engine.truncate(0)
+    return there
 
 
 def _run(engine: Engine, prompt: list[int], n_tokens: int) -> Timed:
@@ -178,17 +184,17 @@ def _document(
 
 
 def _tiers(artifact: Artifact, limits: DiskLimits | None, opened: Opened, stats: Stats) -> list[dict[str, Any]]:
-    """Where neurons lie, and where decoding found those that it asked for; on a card, those that fired."""
+    """Where neurons lie, bytes of their bundles, and where decoding found those that it asked for; on a card, those
+    that fired."""
     config, size = artifact.config, disk_costs(artifact).bundles[0][1]
     card, n_all, n_card = opened.card, config.n_layer * config.n_ff, 0
     rows: list[tuple[str, int, int, float]] = []  # name, bytes, neurons, share of hits
     left = 1.0
     if card is not None:
         n_card, on_card = int(card.plan.vram.sum()), stats.card_neurons_fired / max(1, stats.neurons_active)
-        rows, left = [("vram", opened.model.info.card_bytes, n_card, on_card)], 1.0 - on_card
+        rows, left = [("vram", n_card * size, n_card, on_card)], 1.0 - on_card
     if limits is None:
-        moved = 0 if card is None else moved_bytes(artifact, card.plan)
-        rows.append(("ram", artifact.tensor_bytes - moved, n_all - n_card, left))
+        rows.append(("ram", (n_all - n_card) * size, n_all - n_card, left))
     else:
         prefix = sum(limits.resident)
         cached = sum(min(limits.slots, config.n_ff - k) for k in limits.resident)
@@ -210,6 +216,8 @@ def _card(opened: Opened, memory: tuple[int, int], runs: list[Timed]) -> dict[st
     assert opened.card is not None
     card, info, stats, n = opened.card, opened.model.info, runs[0].stats, len(runs[0].ids)
     kv, scratch = memory
+    decode_s = statistics.median(sum(run.decode_s) for run in runs)
+    ceiling = card.problem.vram.sequential
     used = {"context": info.card_context_bytes, "weights": info.card_bytes, "kv": kv, "scratch": scratch}
     return {
         "name": card.problem.machine.card,
@@ -217,6 +225,8 @@ def _card(opened: Opened, memory: tuple[int, int], runs: list[Timed]) -> dict[st
         "dense_blocks": int(card.plan.dense.sum()),
         "head": bool(card.plan.head),
         "read_bytes_per_token": stats.card_read_bytes / n,
+        "ceiling_gb_s": ceiling / 1e9,
+        "ceiling_share": stats.card_read_bytes / decode_s / ceiling,
         "transfers_per_token": stats.card_transfers / n,
         "waits_per_token": stats.card_waits / n,
         "crossed_bytes_per_token": stats.card_bytes / n,

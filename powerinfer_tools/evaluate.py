@@ -1,6 +1,7 @@
 """What sparsity costs: perplexity and agreement, sparse against dense, and each layer's recall."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def evaluate(
     threads: int | None = None,
     ram: int | None = None,
     vram: int = 0,
+    say: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Scores windows of the corpus by teacher forcing, each from an empty context; ram, vram: bytes to stay within.
@@ -59,7 +61,7 @@ def evaluate(
     artifact = open_artifact(path)
     window = min(window, artifact.config.n_ctx)
     windows = _windows(Tokenizer(artifact.tokenizer_json, artifact.special), corpus, n_tokens, window)
-    return evaluate_windows(path, windows, threads=threads, ram=ram, vram=vram, progress=progress)
+    return evaluate_windows(path, windows, threads=threads, ram=ram, vram=vram, say=say, progress=progress)
 
 
 def evaluate_windows(
@@ -69,6 +71,7 @@ def evaluate_windows(
     threads: int | None = None,
     ram: int | None = None,
     vram: int = 0,
+    say: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """As evaluate, on windows of token ids, at least one and all of one length."""
@@ -76,7 +79,7 @@ def evaluate_windows(
     runs = {"sparse": "auto", "dense": "dense"}
     uncut = artifact.config.activation == "silu" and any(artifact.config.thresholds)
     contexts = len(runs) + uncut
-    model = open_within(artifact, ram, vram, ctx_size=window, threads=threads, contexts=contexts).model
+    model = open_within(artifact, ram, vram, ctx_size=window, threads=threads, contexts=contexts, say=say).model
     engines = {name: Engine(model, ctx_size=window, threads=threads, mode=mode) for name, mode in runs.items()}
     if uncut:
         engines["uncut"] = Engine(model, ctx_size=window, threads=threads, mode="dense", uncut=True)

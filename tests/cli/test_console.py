@@ -34,6 +34,12 @@ def test_no_sizes(text: str) -> None:
         parse_size(text)
 
 
+@pytest.mark.parametrize("text", ["1049600GiB", "17179869184GiB", "99999999999999999999GiB"])
+def test_sizes_beyond_any_machine(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="expected at most 1024 TiB, found"):
+        parse_size(text)
+
+
 @pytest.mark.parametrize(
     ("n_bytes", "text"),
     [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 29, "1.5 GiB"), (1 << 42, "4096.0 GiB")],

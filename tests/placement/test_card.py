@@ -328,7 +328,7 @@ def test_commands_take_vram(folder: Path) -> None:
     assert json.loads(plain.stdout)["tokens"] == json.loads(card.stdout)["tokens"]
     shown = powerinfer("bench", model, "--vram", "4MiB", "--prompt-tokens", 8, "--decode-tokens", 4, "--repeats", 1)
     assert shown.returncode == 0, shown.stderr
-    assert re.search(r"budget, all counted +4.0 MiB, .* used", shown.stdout)
+    assert re.search(r"its budget, all counted +4.0 MiB, .* used", shown.stdout)
 
 
 def test_without_vram_no_card_is_touched_and_a_missing_one_is_one_line(
