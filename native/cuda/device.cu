@@ -14,20 +14,21 @@ namespace {
 
 // ---- what is measured
 
-__device__ __forceinline__ uint64_t picked_row(uint64_t p, uint32_t stride) {
-    return p * stride + (p * 0x9e3779b97f4a7c15u >> 40) % stride;  // as measure.cpp picks: at no fixed distance
+// As measure.cpp picks, at no fixed distance; other rows each turn, which no cache holds yet.
+__device__ __forceinline__ uint64_t picked_row(uint64_t p, uint32_t stride, uint32_t turn) {
+    return p * stride + ((p * 0x9e3779b97f4a7c15u >> 40) + turn) % stride;
 }
 
 // Reads n_picked rows of n_pieces pieces. Each warp takes some pieces of a row at a time, so that rows of any length
 // keep the whole card busy; what is read is summed so that it is needed.
-__global__ void __launch_bounds__(256)
-    read_rows(const uint8_t* rows, uint64_t n_picked, uint64_t n_pieces, uint32_t stride, uint32_t* sink) {
+__global__ void __launch_bounds__(256) read_rows(const uint8_t* rows, uint64_t n_picked, uint64_t n_pieces,
+                                                 uint32_t stride, uint32_t turn, uint32_t* sink) {
     constexpr uint32_t AT_ONCE = 4, TAKEN = AT_ONCE * WARP;
     const uint32_t lane = threadIdx.x % WARP, n_warps = gridDim.x * (blockDim.x / WARP);
     const uint64_t per_row = (n_pieces + TAKEN - 1) / TAKEN;
     uint32_t sum = 0;
     for (uint64_t i = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP; i < n_picked * per_row; i += n_warps) {
-        const uint8_t* row = rows + picked_row(i / per_row, stride) * n_pieces * PIECE_BYTES;
+        const uint8_t* row = rows + picked_row(i / per_row, stride, turn) * n_pieces * PIECE_BYTES;
         const uint64_t p = i % per_row * TAKEN + lane;
         uint4 w[AT_ONCE];
 #pragma unroll
@@ -154,10 +155,11 @@ double CudaDevice::read_rate(uint64_t buffer_bytes, uint64_t row_bytes, uint32_t
     Memory buffer(buffer_bytes, true), sink(sizeof(uint32_t), true);
     const uint64_t n_picked = buffer_bytes / row_bytes / stride_rows;
     check(cudaMemsetAsync(buffer.data(), 1, buffer_bytes, stream_), "cannot clear memory");
+    uint32_t turn = 0;
     constexpr uint32_t BLOCKS = 8;  // of a processor: more than any holds or as many
     double seconds = seconds_on_card([&] {
         check(launch(read_rows, n_processors_ * BLOCKS, 256, 0, stream_, buffer.data(), n_picked,
-                     row_bytes / PIECE_BYTES, stride_rows, sink.data<uint32_t>()),
+                     row_bytes / PIECE_BYTES, stride_rows, turn++, sink.data<uint32_t>()),
               "cannot start work");
     });
     return static_cast<double>(n_picked * row_bytes) / seconds;
