@@ -96,6 +96,7 @@ class CudaDevice final : public Device {
         : info_(info), n_processors_(n_processors), upload_(stream_) {}
 
     DeviceInfo info() override {
+        choose_card();
         size_t free = 0, total = 0;
         check(cudaMemGetInfo(&free, &total), "cannot ask for its memory");
         info_.total = total;
@@ -219,7 +220,6 @@ double CudaDevice::merge_seconds(uint64_t n) {
 
 // The driver answers, a card is there, and its context is made: what that takes is measured before and after.
 Device* open_device() {
-    constexpr int FIRST = 0;
     setenv("CUDA_MODULE_LOADING", "EAGER", 0);  // kernels come with the context, and count as it does
     int n_cards = 0;
     cudaError_t error = cudaGetDeviceCount(&n_cards);
@@ -228,6 +228,7 @@ Device* open_device() {
     if (error == cudaErrorNoDevice || (error == cudaSuccess && n_cards == 0))
         throw Error(PI_ERROR_UNSUPPORTED, "expected a card that runs CUDA, found none");
     check(error, "cannot be asked for");
+    choose_card();
     static const CardContext context(FIRST);  // the context is made once, for all models of this program
     cudaDeviceProp properties{};
     check(cudaGetDeviceProperties(&properties, FIRST), "cannot be asked for");

@@ -17,6 +17,11 @@ inline void check(cudaError_t error, const char* what) {
     throw Error(status, std::string("the card: ") + what + ": " + cudaGetErrorString(error));
 }
 
+constexpr int FIRST = 0;  // the card that is used
+
+// Each thread says so before it starts work there: other libraries may have chosen another.
+inline void choose_card() { check(cudaSetDevice(FIRST), "cannot be chosen"); }
+
 inline uint64_t align_up(uint64_t n, uint64_t alignment) { return (n + alignment - 1) / alignment * alignment; }
 
 inline uint64_t card_row_bytes(Type type, uint64_t n) { return align_up(row_bytes(type, n), PIECE_BYTES); }

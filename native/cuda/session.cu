@@ -393,6 +393,7 @@ void Session::carry_out(Command command) {
 }
 
 void Session::begin(const Pass& pass) {
+    guarded(choose_card);
     flush();
     pass_ = pass;
     visitors_ = {};
@@ -756,6 +757,7 @@ void Session::output_head() {
 
 std::unique_ptr<DeviceSession> open_session(const Config& config, const Weights& weights,
                                             const pi_session_params& params, uint32_t lent, uint32_t n_processors) {
+    choose_card();
     return std::make_unique<Session>(config, weights, params, lent, n_processors);
 }
 

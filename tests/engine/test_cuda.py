@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,14 @@ def test_contexts_around_the_splits_of_attention(tmp_path: Path) -> None:
 
     for n in (62, 255, 257, 600):
         assert nmse(logits(on_card(path, "all"), n), logits(None, n)) <= BATCHES["f16"]
+
+
+def test_threads_that_have_chosen_no_card(folder: Path) -> None:
+    path = artifact(folder, "llama-predictor", "f16")
+    with Engine(Model(path, None, on_card(path, "all")), ctx_size=16) as engine, ThreadPoolExecutor(1) as other:
+        engine.prefill([1, 2])
+        other.submit(engine.decode, 3).result()
+        assert engine.position == 3
 
 
 def test_the_card_is_described_and_measured() -> None:
