@@ -70,22 +70,14 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 class Recorded {
    public:
     template <class Work>
-    Recorded(cudaStream_t stream, Work&& work) {
-        check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cannot record work");
-        work();
-        cudaGraph_t graph = nullptr;
-        check(cudaStreamEndCapture(stream, &graph), "cannot record work");
-        cudaError_t error = cudaGraphInstantiate(&graph_, graph, 0);
-        cudaGraphDestroy(graph);
-        check(error, "cannot prepare work");
-    }
+    Recorded(cudaStream_t stream, Work&& work) : graph_(record(stream, work)) {}
     ~Recorded() { cudaGraphExecDestroy(graph_); }
     Recorded(const Recorded&) = delete;
     Recorded& operator=(const Recorded&) = delete;
     void start(cudaStream_t stream) { check(cudaGraphLaunch(graph_, stream), "cannot start work"); }
 
    private:
-    cudaGraphExec_t graph_ = nullptr;
+    cudaGraphExec_t graph_;
 };
 
 // ---- the device

@@ -116,6 +116,27 @@ class Event {
     cudaEvent_t event_ = nullptr;
 };
 
+// What `work` gives the stream, to be launched again and again. The stream is as before whatever it throws.
+template <class Work>
+cudaGraphExec_t record(cudaStream_t stream, Work&& work) {
+    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cannot record work");
+    cudaGraph_t graph = nullptr;
+    try {
+        work();
+    } catch (...) {
+        cudaStreamEndCapture(stream, &graph);
+        if (graph) cudaGraphDestroy(graph);
+        cudaGetLastError();  // the recording's failure is no later call's
+        throw;
+    }
+    check(cudaStreamEndCapture(stream, &graph), "cannot record work");
+    cudaGraphExec_t ready = nullptr;
+    cudaError_t error = cudaGraphInstantiate(&ready, graph, 0);
+    cudaGraphDestroy(graph);
+    check(error, "cannot prepare work");
+    return ready;
+}
+
 // One more piece of work is done, where the processor sees it.
 [[maybe_unused]] static __global__ void signal(uint64_t* n_done, volatile uint64_t* seen) {
     if (threadIdx.x != 0) return;

@@ -2,8 +2,8 @@
 // before is one launch of its graph. Those of a batch are launched one by one: there the work outweighs the launches.
 #include <atomic>
 #include <compare>
+#include <exception>
 #include <map>
-#include <optional>
 #include <vector>
 
 #include "batch.h"
@@ -142,7 +142,7 @@ class Session final : public DeviceSession {
     uint64_t n_marks_ = 0;
     volatile uint64_t* seen_ = nullptr;  // tickets that are done
     float* one_logits_ = nullptr;
-    std::optional<Error> failed_;
+    std::exception_ptr failed_;
     std::vector<std::pair<size_t, pi_layer_score*>> asked_scores_;
     Neurons visitors_{};          // what was lent for the next ffn
     size_t summed_ = 0;           // the layer of the last ffn
@@ -316,8 +316,8 @@ void Session::guarded(Work&& work) {
     if (failed_) return;
     try {
         work();
-    } catch (const Error& error) {
-        failed_ = error;
+    } catch (...) {
+        failed_ = std::current_exception();
         pending_.clear();
     }
 }
@@ -344,21 +344,9 @@ void Session::flush() {
 cudaGraphExec_t Session::graph_of(const Commands& commands) {
     auto found = graphs_.find(commands);
     if (found != graphs_.end()) return found->second;
-    check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "cannot record work");
-    cudaGraph_t graph = nullptr;
-    try {
-        for (Command command : commands) carry_out(command);
-    } catch (const Error&) {
-        cudaStreamEndCapture(stream_, &graph);
-        if (graph) cudaGraphDestroy(graph);
-        throw;
-    }
-    check(cudaStreamEndCapture(stream_, &graph), "cannot record work");
-    cudaGraphExec_t ready = nullptr;
-    cudaError_t error = cudaGraphInstantiate(&ready, graph, 0);
-    cudaGraphDestroy(graph);
-    check(error, "cannot prepare work");
-    return graphs_[commands] = ready;
+    return graphs_[commands] = record(stream_, [&] {
+               for (Command command : commands) carry_out(command);
+           });
 }
 
 void Session::carry_out(Command command) {
@@ -432,7 +420,7 @@ void Session::wait(uint64_t ticket) {
         wait_for_signal(seen_, ticket, stream_);
         collect_scores();
     });
-    if (failed_) throw Error(*failed_);
+    if (failed_) std::rethrow_exception(failed_);
 }
 
 void Session::collect_scores() {
