@@ -109,8 +109,8 @@ class CudaDevice final : public Device {
     }
 
     std::unique_ptr<DeviceSession> open(const Config& config, const Weights& weights, const pi_session_params& params,
-                                        uint32_t lent) override {
-        return open_session(config, weights, params, lent, n_processors_);
+                                        uint32_t lent, uint64_t room) override {
+        return open_session(config, weights, params, lent, room, n_processors_);
     }
 
     double read_rate(uint64_t buffer_bytes, uint64_t row_bytes, uint32_t stride_rows) override;

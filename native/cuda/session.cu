@@ -19,6 +19,11 @@ constexpr uint32_t MAX_SPLITS = 64;     // of the positions, in decode attention
 constexpr uint32_t MAX_SHARES = 32;     // of the firing neurons, when their down rows are added
 constexpr uint32_t MAX_HEAD_DIM = 256;  // what a warp holds of a head
 
+// On the card, of the graphs of a layer's commands: an allowance, which benchmarks/gpu_budget.py checks.
+constexpr uint64_t GRAPH_BYTES = 128u << 10;
+
+uint64_t whole_pages(uint64_t n) { return align_up(n, DEVICE_PAGE); }
+
 // A layer's neurons in a row: those that lie on the card, or those that the processor lent.
 struct Neurons {
     CardRows select, up, down;
@@ -28,7 +33,7 @@ struct Neurons {
 
 class Session final : public DeviceSession {
    public:
-    Session(const Config& config, const Weights& weights, const pi_session_params& params, uint32_t lent,
+    Session(const Config& config, const Weights& weights, const pi_session_params& params, uint32_t lent, uint64_t room,
             uint32_t n_processors);
     ~Session() override;
 
@@ -53,8 +58,8 @@ class Session final : public DeviceSession {
     void wait(uint64_t ticket) override;
 
     void take_counts(std::span<NeuronCounts> layers) override;
-    uint64_t kv_bytes() const override { return cache_.bytes(); }
-    uint64_t scratch_bytes() const override { return scratch_.bytes(); }
+    uint64_t kv_bytes() const override { return whole_pages(cache_.bytes()); }
+    uint64_t scratch_bytes() const override { return whole_pages(scratch_.bytes()) + graph_bytes(); }
 
    private:
     struct Command {
@@ -87,6 +92,7 @@ class Session final : public DeviceSession {
     template <class... P, class... A>
     void run(void (*kernel)(P...), dim3 grid, uint32_t threads, uint32_t shared, A... args);
 
+    uint64_t graph_bytes() const { return whole_pages(config_.n_layer * GRAPH_BYTES); }
     void place_scratch(Places& places);
     void place_mailboxes(Places& places);
     uint32_t most_rank() const;
@@ -183,7 +189,7 @@ uint32_t up_to_warps(uint64_t n) { return static_cast<uint32_t>(align_up(n, WARP
 // ---- opening
 
 Session::Session(const Config& config, const Weights& weights, const pi_session_params& params, uint32_t lent,
-                 uint32_t n_processors)
+                 uint64_t room, uint32_t n_processors)
     : config_(config),
       weights_(weights),
       mode_(static_cast<pi_mode>(params.mode)),
@@ -202,13 +208,18 @@ Session::Session(const Config& config, const Weights& weights, const pi_session_
                                               " neurons in a layer, found " + std::to_string(config.n_ff));
     uint32_t n_cached = 0;
     for (const Layer& layer : weights.layers) cache_slots_.push_back(layer.dense ? n_cached++ : 0);
-    cache_ = Memory(uint64_t{n_cached} * 2 * config.n_head_kv * n_ctx_ * head_ld_ * sizeof(__half), true);
+    const uint64_t n_cache = uint64_t{n_cached} * 2 * config.n_head_kv * n_ctx_ * head_ld_ * sizeof(__half);
     const uint32_t sharing = config.n_head / config.n_head_kv;
     group_ = sharing >= 3 ? 4 : sharing;
     const uint32_t n_blocks = config.n_head_kv * ceil_div(sharing, group_);
     n_splits_ = std::clamp(ceil_div(4 * n_processors, n_blocks), 1u, std::min(MAX_SPLITS, ceil_div(n_ctx_, MIN_SPAN)));
     Places measured;
     place_scratch(measured);
+    const uint64_t needed = whole_pages(n_cache) + whole_pages(measured.used) + graph_bytes();
+    if (needed > room)
+        throw Error(PI_ERROR_MEMORY, "card: expected at most " + std::to_string(room) + " bytes for a session, found " +
+                                         std::to_string(needed));
+    cache_ = Memory(n_cache, true);
     scratch_ = Memory(measured.used, true);
     check(cudaMemsetAsync(scratch_.data(), 0, scratch_.bytes(), stream_), "cannot clear memory");
     Places placed{scratch_.data()};
@@ -744,9 +755,10 @@ void Session::output_head() {
 }  // namespace
 
 std::unique_ptr<DeviceSession> open_session(const Config& config, const Weights& weights,
-                                            const pi_session_params& params, uint32_t lent, uint32_t n_processors) {
+                                            const pi_session_params& params, uint32_t lent, uint64_t room,
+                                            uint32_t n_processors) {
     choose_card();
-    return std::make_unique<Session>(config, weights, params, lent, n_processors);
+    return std::make_unique<Session>(config, weights, params, lent, room, n_processors);
 }
 
 }  // namespace pi::card

@@ -218,7 +218,7 @@ class HostDevice : public Device {
         std::memcpy(to, rows, n_rows * row_bytes(type, n));
     }
     std::unique_ptr<DeviceSession> open(const Config& config, const Weights& weights, const pi_session_params& params,
-                                        uint32_t) override {
+                                        uint32_t, uint64_t) override {
         return std::make_unique<HostSession>(config, weights, params, fails_at_);
     }
     double read_rate(uint64_t buffer_bytes, uint64_t row_bytes, uint32_t stride_rows) override {

@@ -60,6 +60,7 @@ void Model::open_device(const pi_card_params& card) {
         s.device_offset = device_bytes;
         device_bytes += align_up(checked_mul(s.n_rows, device->row_bytes(s.tensor->type, s.n), s.tensor->name));
     }
+    device_bytes = (device_bytes + DEVICE_PAGE - 1) / DEVICE_PAGE * DEVICE_PAGE;
     if (device_budget > 0 && device_context + device_bytes > device_budget)
         throw Error(PI_ERROR_MEMORY, "card: expected at most " + std::to_string(device_budget) + " bytes, found " +
                                          std::to_string(device_context) + " of context and " +

@@ -146,6 +146,12 @@ def test_no_card_and_no_room_are_one_clear_line(folder: Path, monkeypatch: pytes
     monkeypatch.setitem(os.environ, "CUDA_EMULATION_BYTES", "100000")
     with pytest.raises(PowerinferError, match=r"expected room for .* bytes, found 100000 free"):
         Model(path, None, on_card(path, "all"))
+    monkeypatch.delitem(os.environ, "CUDA_EMULATION_BYTES")
+    info = Model(path, None, on_card(path, "all")).info
+    budget = info.card_context_bytes + info.card_bytes + 1
+    model = Model(path, None, dataclasses.replace(on_card(path, "all"), budget=budget))
+    with pytest.raises(PowerinferError, match="card: expected at most 1 bytes for a session, found"):
+        Engine(model)
     monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(PowerinferError, match="expected a card that runs CUDA, found none"):
         Model(path, None, on_card(path, "all"))
