@@ -231,9 +231,9 @@ Device* open_device() {
 
 }  // namespace pi::card
 
-extern "C" PI_API pi::Device* pi_cuda_device(uint32_t abi) {
-    if (abi != PI_ABI_VERSION)
-        throw pi::Error(PI_ERROR_MISMATCH, "the CUDA part: expected version " + std::to_string(abi) + ", found " +
-                                               std::to_string(PI_ABI_VERSION) + ": rebuild it (make native CUDA=1)");
+extern "C" PI_API pi::Device* pi_cuda_device(uint32_t shared_headers) {
+    if (shared_headers != PI_SHARED_HEADERS)
+        throw pi::Error(PI_ERROR_MISMATCH,
+                        "the CUDA part was made of other sources than the engine: rebuild it (make native CUDA=1)");
     return pi::card::open_device();
 }
