@@ -110,6 +110,7 @@ class CudaDevice final : public Device {
 
     std::unique_ptr<DeviceSession> open(const Config& config, const Weights& weights, const pi_session_params& params,
                                         uint32_t lent, uint64_t room) override {
+        upload_.release();  // the weights are there
         return open_session(config, weights, params, lent, room, n_processors_);
     }
 

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <string>
 
+#include "device.h"
 #include "rows.h"
 
 namespace pi::card {
@@ -192,8 +193,16 @@ class Upload {
         }
     }
 
+    // Gives the buffers back, once nothing is on its way.
+    void release() {
+        for (Turn& turn : turns_) {
+            turn.copied.wait();
+            turn.staging = {};
+        }
+    }
+
    private:
-    static constexpr uint64_t STAGING_BYTES = 4u << 20;
+    static constexpr uint64_t STAGING_BYTES = DEVICE_STAGING / 2;
     struct Turn {
         Memory staging;
         Event copied{cudaEventDisableTiming};

@@ -87,6 +87,7 @@ class Session final : public DeviceSession {
     void guarded(Work&& work);
     void give(Command command);
     void flush();
+    void make_room_for_logits();
     void carry_out(Command command);
     cudaGraphExec_t graph_of(const Commands& commands);
     template <class... P, class... A>
@@ -401,12 +402,17 @@ void Session::begin(const Pass& pass) {
         run(begin_pass, ceil_div(std::max<uint64_t>(1, pass.n * half), THREADS), THREADS, 0, state_,
             static_cast<uint32_t>(pass.position), n_tokens(), half, weights_.rope_inv_freq, config_.rope_scale, cos_,
             sin_);
-        const uint64_t n_logits = pass.selective && weights_.output.data ? pass.n * config_.n_vocab : 0;
-        if (n_logits * sizeof(float) <= many_logits_.bytes()) return;
-        stream_.finish();
-        many_logits_ = Memory(n_logits * sizeof(float), false);
     });
+    make_room_for_logits();
     outbox.logits = pass.selective ? many_logits_.data<float>() : one_logits_;
+}
+
+// Of all tokens of a selective pass. Where there is none, this pass cannot be, but others can.
+void Session::make_room_for_logits() {
+    const uint64_t n = pass_.selective && weights_.output.data ? pass_.n * config_.n_vocab * sizeof(float) : 0;
+    if (failed_ || n <= many_logits_.bytes()) return;
+    stream_.finish();
+    many_logits_ = Memory(n, false);
 }
 
 void Session::embed(const int32_t* tokens) {

@@ -15,8 +15,8 @@
 // Sums are chains in the order of the neurons, the device's first: the same however the neurons are divided. Where one
 // side has all of them, nothing crosses.
 //
-// Commands are carried out in the order given, beside the caller. None fails at once: errors come out of wait(), of
-// every one from then on, and what is left is dropped.
+// Commands are carried out in the order given, beside the caller. None fails at once, but begin() where there is no
+// room for this pass: errors come out of wait(), of every one from then on, and what is left is dropped.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +30,9 @@ namespace pi {
 
 // Memory of a card is mapped in pages of so many bytes: what is allocated takes whole ones.
 constexpr uint64_t DEVICE_PAGE = 2u << 20;
+
+// Of the processor's memory, through which a session brings the neurons that are lent.
+constexpr uint64_t DEVICE_STAGING = 8u << 20;
 
 // One run of tokens through all layers.
 struct Pass {

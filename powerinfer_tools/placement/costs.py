@@ -31,6 +31,7 @@ CHUNKS = 24  # partial sums of an FFN
 # on a card (native/src/model_device.cpp, native/cuda)
 CARD_ROW, CARD_TENSOR = 16, 256  # what rows and tensors are padded to
 CARD_PAGE = 2 << 20  # its memory is mapped in these: weights, KV caches and scratches take whole ones
+CARD_STAGING = 8 << 20  # of ram, through which neurons are lent
 CARD_GRAPHS = 128 << 10  # of a layer's commands, kept for tokens to come
 CARD_LANES = 32  # what vectors are padded to
 CARD_PIECE = 8192  # neurons of a batch that are computed at once
@@ -264,10 +265,12 @@ def visit_bytes(config: Config, quant: str) -> int:
     return config.n_ff * (config.n_rows * row + 8) + 5 * CARD_TENSOR
 
 
-def mailbox_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int) -> int:
-    """Memory that a session shares with a card: residuals, sums, predictors' hidden layers, logits of one token."""
+def mailbox_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, lends: bool = True) -> int:
+    """Memory that a session shares with a card: residuals, sums, predictors' hidden layers, logits of one token; lends:
+    and what neurons are lent through. A score's logits of a whole batch come on top."""
     rank = max((plan.rank for plan in plans), default=0)
-    return 4 * (min(BATCH, ctx_size) * (3 * config.n_embd + 2 * rank) + config.n_vocab)
+    staging = CARD_STAGING if lends else 0
+    return 4 * (min(BATCH, ctx_size) * (3 * config.n_embd + 2 * rank) + config.n_vocab) + staging
 
 
 @dataclass(frozen=True)
