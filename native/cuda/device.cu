@@ -150,7 +150,7 @@ double CudaDevice::read_rate(uint64_t buffer_bytes, uint64_t row_bytes, uint32_t
     const uint64_t n_picked = buffer_bytes / row_bytes / stride_rows;
     check(cudaMemsetAsync(buffer.data(), 1, buffer_bytes, stream_), "cannot clear memory");
     uint32_t turn = 0;
-    constexpr uint32_t BLOCKS = 8;  // of a processor: more than any holds or as many
+    constexpr uint32_t BLOCKS = 8;  // of a processor: more warps than any holds, or as many
     double seconds = seconds_on_card([&] {
         check(launch(read_rows, n_processors_ * BLOCKS, 256, 0, stream_, buffer.data(), n_picked,
                      row_bytes / PIECE_BYTES, stride_rows, turn++, sink.data<uint32_t>()),
@@ -159,18 +159,19 @@ double CudaDevice::read_rate(uint64_t buffer_bytes, uint64_t row_bytes, uint32_t
     return static_cast<double>(n_picked * row_bytes) / seconds;
 }
 
-// As neurons are lent: rows of the processor's memory, through pinned buffers.
+// As neurons are lent: rows of the processor's memory, through pinned buffers. Q4_0 takes longest to bring in order.
 double CudaDevice::copy_rate() {
-    constexpr uint64_t ROW = 8192, N_ROWS = 8192;
-    Memory to(ROW * N_ROWS, true);
-    std::vector<uint8_t> from(ROW * N_ROWS, 1);
+    constexpr uint64_t N = 4096, N_ROWS = 32768;
+    const uint64_t row = pi::row_bytes(Type::Q4_0, N);
+    Memory to(row * N_ROWS, true);
+    std::vector<uint8_t> from(row * N_ROWS, 1);
     double seconds = median_seconds([&] {
         auto start = std::chrono::steady_clock::now();
-        upload_.rows(to.data(), Type::F16, ROW / 2, N_ROWS, from.data(), ROW);
+        upload_.rows(to.data(), Type::Q4_0, N, N_ROWS, from.data(), row);
         stream_.finish();
         return seconds_since(start);
     });
-    return static_cast<double>(ROW * N_ROWS) / seconds;
+    return static_cast<double>(row * N_ROWS) / seconds;
 }
 
 double CudaDevice::launch_seconds() {

@@ -158,20 +158,27 @@ inline void wait_for_signal(const volatile uint64_t* seen, uint64_t n_done, cuda
     std::atomic_thread_fence(std::memory_order_acquire);
 }
 
+// A row's blocks, each a scale and QUANTS bytes: all quants, then all scales.
+template <uint64_t QUANTS>
+void repack_blocks(uint64_t n_blocks, const uint8_t* from, uint8_t* to) {
+    constexpr uint64_t SCALE = sizeof(uint16_t);
+    uint8_t* scales = to + n_blocks * QUANTS;
+    for (uint64_t b = 0; b < n_blocks; b++, from += SCALE + QUANTS) {
+        std::memcpy(scales + b * SCALE, from, SCALE);
+        std::memcpy(to + b * QUANTS, from + SCALE, QUANTS);
+    }
+}
+
 // A row of the file in the card's order: quants, then scales, then zeros.
 inline void repack_row(Type type, uint64_t n, const uint8_t* from, uint8_t* to) {
     const uint64_t used = row_bytes(type, n);
     std::memset(to + used, 0, align_up(used, PIECE_BYTES) - used);
-    if (block_elements(type) == 1) {
+    if (type == Type::Q4_0)
+        repack_blocks<QK / 2>(n / QK, from, to);
+    else if (type == Type::Q8_0)
+        repack_blocks<QK>(n / QK, from, to);
+    else
         std::memcpy(to, from, used);
-        return;
-    }
-    constexpr uint64_t SCALE = sizeof(uint16_t);
-    const uint64_t quants = block_bytes(type) - SCALE, n_blocks = n / QK;
-    for (uint64_t b = 0; b < n_blocks; b++, from += SCALE + quants) {
-        std::memcpy(to + n_blocks * quants + b * SCALE, from, SCALE);
-        std::memcpy(to + b * quants, from + SCALE, quants);
-    }
 }
 
 // Brings rows to the card, through two pinned buffers in turn: one is filled while the other is on its way.
