@@ -1,5 +1,4 @@
 // The card as the engine sees it: what it is, its memory, its speeds.
-#include <chrono>
 #include <cstdlib>
 #include <vector>
 
@@ -43,27 +42,6 @@ __global__ void __launch_bounds__(256) read_rows(const uint8_t* rows, uint64_t n
 __global__ void copy_floats(const float* from, float* to, uint64_t n) {
     for (uint64_t i = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += uint64_t(gridDim.x) * blockDim.x)
         to[i] = from[i];
-}
-
-double median(std::vector<double> values) {
-    auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
-    std::nth_element(values.begin(), middle, values.end());
-    return *middle;
-}
-
-template <class Work>
-double median_seconds(Work&& work) {
-    constexpr int REPEATS = 5;
-    std::vector<double> seconds;
-    for (int r = 0; r <= REPEATS; r++) {  // the first warms up
-        double spent = work();
-        if (r > 0) seconds.push_back(spent);
-    }
-    return median(seconds);
-}
-
-double seconds_since(std::chrono::steady_clock::time_point start) {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 // Work on a stream, once: recorded, to be launched again and again.
@@ -166,10 +144,10 @@ double CudaDevice::copy_rate() {
     Memory to(row * N_ROWS, true);
     std::vector<uint8_t> from(row * N_ROWS, 1);
     double seconds = median_seconds([&] {
-        auto start = std::chrono::steady_clock::now();
-        upload_.rows(to.data(), Type::Q4_0, N, N_ROWS, from.data(), row);
-        stream_.finish();
-        return seconds_since(start);
+        return seconds_of([&] {
+            upload_.rows(to.data(), Type::Q4_0, N, N_ROWS, from.data(), row);
+            stream_.finish();
+        });
     });
     return static_cast<double>(row * N_ROWS) / seconds;
 }
@@ -201,12 +179,13 @@ double CudaDevice::merge_seconds(uint64_t n) {
     uint64_t n_told = 0;
     return median_seconds([&] {
         constexpr int REPEATS = 20;
-        auto start = std::chrono::steady_clock::now();
-        for (int r = 0; r < REPEATS; r++) {
-            merge.start(stream_);
-            wait_for_signal(seen, ++n_told, stream_);
-        }
-        return seconds_since(start) / REPEATS;
+        return seconds_of([&] {
+                   for (int r = 0; r < REPEATS; r++) {
+                       merge.start(stream_);
+                       wait_for_signal(seen, ++n_told, stream_);
+                   }
+               }) /
+               REPEATS;
     });
 }
 

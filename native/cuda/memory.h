@@ -7,6 +7,7 @@
 #include <string>
 
 #include "device.h"
+#include "numbers.h"
 #include "rows.h"
 
 namespace pi::card {
@@ -22,8 +23,6 @@ constexpr int FIRST = 0;  // the card that is used
 
 // Each thread says so before it starts work there: other libraries may have chosen another.
 inline void choose_card() { check(cudaSetDevice(FIRST), "cannot be chosen"); }
-
-inline uint64_t align_up(uint64_t n, uint64_t alignment) { return (n + alignment - 1) / alignment * alignment; }
 
 inline uint64_t card_row_bytes(Type type, uint64_t n) { return align_up(row_bytes(type, n), PIECE_BYTES); }
 

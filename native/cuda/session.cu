@@ -184,7 +184,7 @@ CardRows from_row(const CardRows& rows, uint64_t i) {
     return {rows.type, rows.n, rows.stride, rows.data + i * rows.stride};
 }
 
-uint32_t ceil_div(uint64_t a, uint64_t b) { return static_cast<uint32_t>((a + b - 1) / b); }
+uint32_t ceil_div(uint64_t a, uint64_t b) { return static_cast<uint32_t>(pi::ceil_div(a, b)); }
 uint32_t up_to_warps(uint64_t n) { return static_cast<uint32_t>(align_up(n, WARP)); }
 
 // ---- opening
