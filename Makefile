@@ -13,9 +13,10 @@ READY := .venv/.ready
 MODEL := .venv/.default-model
 SOURCES := $(shell find native -type f)
 CXX_FILES := $(filter %.h %.cpp %.cu,$(SOURCES))
-# With CUDA=1 the engine's CUDA part is built, too; once it is there, every later build has it. CUDA= leaves it out.
+# With CUDA=1 the engine's CUDA part is built, too; once it is there, every later build has it. CUDA=0 leaves it out.
+# Anything else that the environment may have under this name says nothing.
 WITH_CUDA := .venv/.with-cuda
-CUDA ?= $(wildcard $(WITH_CUDA))
+BUILD_CUDA := $(filter 1,$(or $(filter 0 1,$(CUDA)),$(if $(wildcard $(WITH_CUDA)),1)))
 CORPUS := $(addprefix examples/corpus/,sotu.txt factbook.txt jargon.txt)
 HELDOUT := examples/corpus/heldout.txt
 PATCH := examples/default-model/smollm2-135m-sparse.patch.safetensors
@@ -80,12 +81,12 @@ clean: ## remove what was built; keep .venv
 	rm -rf build .demo .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Build tools come first, from pip, so that building needs no isolated copy of them and keeps its folder.
-$(READY): pyproject.toml constraints.txt $(SOURCES) $(if $(CUDA),$(WITH_CUDA))
+$(READY): pyproject.toml constraints.txt $(SOURCES) $(if $(BUILD_CUDA),$(WITH_CUDA))
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "expected Python 3.10 or newer, found " + sys.version)'
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt 'scikit-build-core>=0.10' 'cmake>=3.22' 'ninja>=1.10'
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]' \
-	    -C cmake.define.PI_CUDA=$(if $(CUDA),ON,OFF) \
+	    -C cmake.define.PI_CUDA=$(if $(BUILD_CUDA),ON,OFF) \
 	    | sed -u '/^Requirement already satisfied/d'
 	touch $@
 

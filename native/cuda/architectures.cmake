@@ -1,5 +1,5 @@
-# Cards that get code of their own: Turing to Hopper, and Volta where the toolkit still knows it. Later ones compile the
-# last one's PTX when they first meet it.
+# Cards that get code of their own: Turing to Hopper, and Volta and Blackwell where the toolkit knows them. Others
+# compile Hopper's PTX when they first meet it.
 if(NOT CMAKE_CUDA_COMPILER)
     find_program(CMAKE_CUDA_COMPILER nvcc HINTS ENV CUDA_PATH /usr/local/cuda PATH_SUFFIXES bin REQUIRED)
 endif()
@@ -9,6 +9,11 @@ if(NOT CMAKE_CUDA_ARCHITECTURES)
     if(known MATCHES "compute_70")
         list(PREPEND CMAKE_CUDA_ARCHITECTURES 70-real)
     endif()
+    foreach(blackwell 100 120)
+        if(known MATCHES "compute_${blackwell}")
+            list(APPEND CMAKE_CUDA_ARCHITECTURES ${blackwell}-real)
+        endif()
+    endforeach()
 endif()
 set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)

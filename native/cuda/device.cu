@@ -1,5 +1,4 @@
 // The card as the engine sees it: what it is, its memory, its speeds.
-#include <chrono>
 #include <cstdlib>
 #include <vector>
 
@@ -14,27 +13,28 @@ namespace {
 
 // ---- what is measured
 
-__device__ __forceinline__ uint64_t picked_row(uint64_t p, uint32_t stride) {
-    return p * stride + (p * 0x9e3779b97f4a7c15u >> 40) % stride;  // as measure.cpp picks: at no fixed distance
+// As measure.cpp picks, at no fixed distance; other rows each turn, which no cache holds yet.
+__device__ __forceinline__ uint64_t picked_row(uint64_t p, uint32_t stride, uint32_t turn) {
+    return p * stride + ((p * 0x9e3779b97f4a7c15u >> 40) + turn) % stride;
 }
 
-// Reads n_picked rows of n_pieces pieces, a warp a row at a time; what is read is summed so that it is needed.
-__global__ void __launch_bounds__(256)
-    read_rows(const uint8_t* rows, uint64_t n_picked, uint32_t n_pieces, uint32_t stride, uint32_t* sink) {
-    constexpr uint32_t AT_ONCE = 4;
+// Reads n_picked rows of n_pieces pieces. Each warp takes some pieces of a row at a time, so that rows of any length
+// keep the whole card busy; what is read is summed so that it is needed.
+__global__ void __launch_bounds__(256) read_rows(const uint8_t* rows, uint64_t n_picked, uint64_t n_pieces,
+                                                 uint32_t stride, uint32_t turn, uint32_t* sink) {
+    constexpr uint32_t AT_ONCE = 4, TAKEN = AT_ONCE * WARP;
     const uint32_t lane = threadIdx.x % WARP, n_warps = gridDim.x * (blockDim.x / WARP);
+    const uint64_t per_row = (n_pieces + TAKEN - 1) / TAKEN;
     uint32_t sum = 0;
-    for (uint64_t i = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP; i < n_picked; i += n_warps) {
-        const uint8_t* row = rows + picked_row(i, stride) * n_pieces * PIECE_BYTES;
-        for (uint32_t p = lane; p < n_pieces; p += AT_ONCE * WARP) {
-            uint4 w[AT_ONCE];
+    for (uint64_t i = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP; i < n_picked * per_row; i += n_warps) {
+        const uint8_t* row = rows + picked_row(i / per_row, stride, turn) * n_pieces * PIECE_BYTES;
+        const uint64_t p = i % per_row * TAKEN + lane;
+        uint4 w[AT_ONCE];
 #pragma unroll
-            for (uint32_t k = 0; k < AT_ONCE; k++)
-                w[k] =
-                    p + k * WARP < n_pieces ? load_weights(row + (p + k * WARP) * PIECE_BYTES) : make_uint4(0, 0, 0, 0);
+        for (uint32_t k = 0; k < AT_ONCE; k++)
+            w[k] = p + k * WARP < n_pieces ? load_weights(row + (p + k * WARP) * PIECE_BYTES) : make_uint4(0, 0, 0, 0);
 #pragma unroll
-            for (uint32_t k = 0; k < AT_ONCE; k++) sum ^= w[k].x ^ w[k].y ^ w[k].z ^ w[k].w;
-        }
+        for (uint32_t k = 0; k < AT_ONCE; k++) sum ^= w[k].x ^ w[k].y ^ w[k].z ^ w[k].w;
     }
     if (sum == 0x5eed5eed) *sink = sum;
 }
@@ -44,47 +44,18 @@ __global__ void copy_floats(const float* from, float* to, uint64_t n) {
         to[i] = from[i];
 }
 
-double median(std::vector<double> values) {
-    auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
-    std::nth_element(values.begin(), middle, values.end());
-    return *middle;
-}
-
-template <class Work>
-double median_seconds(Work&& work) {
-    constexpr int REPEATS = 5;
-    std::vector<double> seconds;
-    for (int r = 0; r <= REPEATS; r++) {  // the first warms up
-        double spent = work();
-        if (r > 0) seconds.push_back(spent);
-    }
-    return median(seconds);
-}
-
-double seconds_since(std::chrono::steady_clock::time_point start) {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
 // Work on a stream, once: recorded, to be launched again and again.
 class Recorded {
    public:
     template <class Work>
-    Recorded(cudaStream_t stream, Work&& work) {
-        check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cannot record work");
-        work();
-        cudaGraph_t graph = nullptr;
-        check(cudaStreamEndCapture(stream, &graph), "cannot record work");
-        cudaError_t error = cudaGraphInstantiate(&graph_, graph, 0);
-        cudaGraphDestroy(graph);
-        check(error, "cannot prepare work");
-    }
+    Recorded(cudaStream_t stream, Work&& work) : graph_(record(stream, work)) {}
     ~Recorded() { cudaGraphExecDestroy(graph_); }
     Recorded(const Recorded&) = delete;
     Recorded& operator=(const Recorded&) = delete;
     void start(cudaStream_t stream) { check(cudaGraphLaunch(graph_, stream), "cannot start work"); }
 
    private:
-    cudaGraphExec_t graph_ = nullptr;
+    cudaGraphExec_t graph_;
 };
 
 // ---- the device
@@ -95,6 +66,7 @@ class CudaDevice final : public Device {
         : info_(info), n_processors_(n_processors), upload_(stream_) {}
 
     DeviceInfo info() override {
+        choose_card();
         size_t free = 0, total = 0;
         check(cudaMemGetInfo(&free, &total), "cannot ask for its memory");
         info_.total = total;
@@ -115,8 +87,9 @@ class CudaDevice final : public Device {
     }
 
     std::unique_ptr<DeviceSession> open(const Config& config, const Weights& weights, const pi_session_params& params,
-                                        uint32_t lent) override {
-        return open_session(config, weights, params, lent, n_processors_);
+                                        uint32_t lent, uint64_t room) override {
+        upload_.release();  // the weights are there
+        return open_session(config, weights, params, lent, room, n_processors_);
     }
 
     double read_rate(uint64_t buffer_bytes, uint64_t row_bytes, uint32_t stride_rows) override;
@@ -154,27 +127,29 @@ double CudaDevice::read_rate(uint64_t buffer_bytes, uint64_t row_bytes, uint32_t
     Memory buffer(buffer_bytes, true), sink(sizeof(uint32_t), true);
     const uint64_t n_picked = buffer_bytes / row_bytes / stride_rows;
     check(cudaMemsetAsync(buffer.data(), 1, buffer_bytes, stream_), "cannot clear memory");
-    constexpr uint32_t BLOCKS = 8;  // of a processor: as many warps as it holds
+    uint32_t turn = 0;
+    constexpr uint32_t BLOCKS = 8;  // of a processor: more warps than any holds, or as many
     double seconds = seconds_on_card([&] {
         check(launch(read_rows, n_processors_ * BLOCKS, 256, 0, stream_, buffer.data(), n_picked,
-                     static_cast<uint32_t>(row_bytes / PIECE_BYTES), stride_rows, sink.data<uint32_t>()),
+                     row_bytes / PIECE_BYTES, stride_rows, turn++, sink.data<uint32_t>()),
               "cannot start work");
     });
     return static_cast<double>(n_picked * row_bytes) / seconds;
 }
 
-// As neurons are lent: rows of the processor's memory, through pinned buffers.
+// As neurons are lent: rows of the processor's memory, through pinned buffers. Q4_0 takes longest to bring in order.
 double CudaDevice::copy_rate() {
-    constexpr uint64_t ROW = 8192, N_ROWS = 8192;
-    Memory to(ROW * N_ROWS, true);
-    std::vector<uint8_t> from(ROW * N_ROWS, 1);
+    constexpr uint64_t N = 4096, N_ROWS = 32768;
+    const uint64_t row = pi::row_bytes(Type::Q4_0, N);
+    Memory to(row * N_ROWS, true);
+    std::vector<uint8_t> from(row * N_ROWS, 1);
     double seconds = median_seconds([&] {
-        auto start = std::chrono::steady_clock::now();
-        upload_.rows(to.data(), Type::F16, ROW / 2, N_ROWS, from.data(), ROW);
-        stream_.finish();
-        return seconds_since(start);
+        return seconds_of([&] {
+            upload_.rows(to.data(), Type::Q4_0, N, N_ROWS, from.data(), row);
+            stream_.finish();
+        });
     });
-    return static_cast<double>(ROW * N_ROWS) / seconds;
+    return static_cast<double>(row * N_ROWS) / seconds;
 }
 
 double CudaDevice::launch_seconds() {
@@ -204,12 +179,13 @@ double CudaDevice::merge_seconds(uint64_t n) {
     uint64_t n_told = 0;
     return median_seconds([&] {
         constexpr int REPEATS = 20;
-        auto start = std::chrono::steady_clock::now();
-        for (int r = 0; r < REPEATS; r++) {
-            merge.start(stream_);
-            wait_for_signal(seen, ++n_told, stream_);
-        }
-        return seconds_since(start) / REPEATS;
+        return seconds_of([&] {
+                   for (int r = 0; r < REPEATS; r++) {
+                       merge.start(stream_);
+                       wait_for_signal(seen, ++n_told, stream_);
+                   }
+               }) /
+               REPEATS;
     });
 }
 
@@ -217,7 +193,6 @@ double CudaDevice::merge_seconds(uint64_t n) {
 
 // The driver answers, a card is there, and its context is made: what that takes is measured before and after.
 Device* open_device() {
-    constexpr int FIRST = 0;
     setenv("CUDA_MODULE_LOADING", "EAGER", 0);  // kernels come with the context, and count as it does
     int n_cards = 0;
     cudaError_t error = cudaGetDeviceCount(&n_cards);
@@ -226,6 +201,7 @@ Device* open_device() {
     if (error == cudaErrorNoDevice || (error == cudaSuccess && n_cards == 0))
         throw Error(PI_ERROR_UNSUPPORTED, "expected a card that runs CUDA, found none");
     check(error, "cannot be asked for");
+    choose_card();
     static const CardContext context(FIRST);  // the context is made once, for all models of this program
     cudaDeviceProp properties{};
     check(cudaGetDeviceProperties(&properties, FIRST), "cannot be asked for");
@@ -236,9 +212,9 @@ Device* open_device() {
 
 }  // namespace pi::card
 
-extern "C" PI_API pi::Device* pi_cuda_device(uint32_t abi) {
-    if (abi != PI_ABI_VERSION)
-        throw pi::Error(PI_ERROR_MISMATCH, "the CUDA part: expected version " + std::to_string(abi) + ", found " +
-                                               std::to_string(PI_ABI_VERSION) + ": rebuild it (make native CUDA=1)");
+extern "C" PI_API pi::Device* pi_cuda_device(uint32_t shared_headers) {
+    if (shared_headers != PI_SHARED_HEADERS)
+        throw pi::Error(PI_ERROR_MISMATCH,
+                        "the CUDA part was made of other sources than the engine: rebuild it (make native CUDA=1)");
     return pi::card::open_device();
 }

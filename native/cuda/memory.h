@@ -6,6 +6,8 @@
 #include <cstring>
 #include <string>
 
+#include "device.h"
+#include "numbers.h"
 #include "rows.h"
 
 namespace pi::card {
@@ -17,7 +19,10 @@ inline void check(cudaError_t error, const char* what) {
     throw Error(status, std::string("the card: ") + what + ": " + cudaGetErrorString(error));
 }
 
-inline uint64_t align_up(uint64_t n, uint64_t alignment) { return (n + alignment - 1) / alignment * alignment; }
+constexpr int FIRST = 0;  // the card that is used
+
+// Each thread says so before it starts work there: other libraries may have chosen another.
+inline void choose_card() { check(cudaSetDevice(FIRST), "cannot be chosen"); }
 
 inline uint64_t card_row_bytes(Type type, uint64_t n) { return align_up(row_bytes(type, n), PIECE_BYTES); }
 
@@ -111,6 +116,27 @@ class Event {
     cudaEvent_t event_ = nullptr;
 };
 
+// What `work` gives the stream, to be launched again and again. The stream is as before whatever it throws.
+template <class Work>
+cudaGraphExec_t record(cudaStream_t stream, Work&& work) {
+    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cannot record work");
+    cudaGraph_t graph = nullptr;
+    try {
+        work();
+    } catch (...) {
+        cudaStreamEndCapture(stream, &graph);
+        if (graph) cudaGraphDestroy(graph);
+        cudaGetLastError();  // the recording's failure is no later call's
+        throw;
+    }
+    check(cudaStreamEndCapture(stream, &graph), "cannot record work");
+    cudaGraphExec_t ready = nullptr;
+    cudaError_t error = cudaGraphInstantiate(&ready, graph, 0);
+    cudaGraphDestroy(graph);
+    check(error, "cannot prepare work");
+    return ready;
+}
+
 // One more piece of work is done, where the processor sees it.
 [[maybe_unused]] static __global__ void signal(uint64_t* n_done, volatile uint64_t* seen) {
     if (threadIdx.x != 0) return;
@@ -131,20 +157,27 @@ inline void wait_for_signal(const volatile uint64_t* seen, uint64_t n_done, cuda
     std::atomic_thread_fence(std::memory_order_acquire);
 }
 
+// A row's blocks, each a scale and QUANTS bytes: all quants, then all scales.
+template <uint64_t QUANTS>
+void repack_blocks(uint64_t n_blocks, const uint8_t* from, uint8_t* to) {
+    constexpr uint64_t SCALE = sizeof(uint16_t);
+    uint8_t* scales = to + n_blocks * QUANTS;
+    for (uint64_t b = 0; b < n_blocks; b++, from += SCALE + QUANTS) {
+        std::memcpy(scales + b * SCALE, from, SCALE);
+        std::memcpy(to + b * QUANTS, from + SCALE, QUANTS);
+    }
+}
+
 // A row of the file in the card's order: quants, then scales, then zeros.
 inline void repack_row(Type type, uint64_t n, const uint8_t* from, uint8_t* to) {
     const uint64_t used = row_bytes(type, n);
     std::memset(to + used, 0, align_up(used, PIECE_BYTES) - used);
-    if (block_elements(type) == 1) {
+    if (type == Type::Q4_0)
+        repack_blocks<QK / 2>(n / QK, from, to);
+    else if (type == Type::Q8_0)
+        repack_blocks<QK>(n / QK, from, to);
+    else
         std::memcpy(to, from, used);
-        return;
-    }
-    constexpr uint64_t SCALE = sizeof(uint16_t);
-    const uint64_t quants = block_bytes(type) - SCALE, n_blocks = n / QK;
-    for (uint64_t b = 0; b < n_blocks; b++, from += SCALE + quants) {
-        std::memcpy(to + n_blocks * quants + b * SCALE, from, SCALE);
-        std::memcpy(to + b * quants, from + SCALE, quants);
-    }
 }
 
 // Brings rows to the card, through two pinned buffers in turn: one is filled while the other is on its way.
@@ -166,8 +199,16 @@ class Upload {
         }
     }
 
+    // Gives the buffers back, once nothing is on its way.
+    void release() {
+        for (Turn& turn : turns_) {
+            turn.copied.wait();
+            turn.staging = {};
+        }
+    }
+
    private:
-    static constexpr uint64_t STAGING_BYTES = 4u << 20;
+    static constexpr uint64_t STAGING_BYTES = DEVICE_STAGING / 2;
     struct Turn {
         Memory staging;
         Event copied{cudaEventDisableTiming};

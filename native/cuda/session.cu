@@ -2,8 +2,8 @@
 // before is one launch of its graph. Those of a batch are launched one by one: there the work outweighs the launches.
 #include <atomic>
 #include <compare>
+#include <exception>
 #include <map>
-#include <optional>
 #include <vector>
 
 #include "batch.h"
@@ -19,6 +19,11 @@ constexpr uint32_t MAX_SPLITS = 64;     // of the positions, in decode attention
 constexpr uint32_t MAX_SHARES = 32;     // of the firing neurons, when their down rows are added
 constexpr uint32_t MAX_HEAD_DIM = 256;  // what a warp holds of a head
 
+// On the card, of the graphs of a layer's commands: an allowance, which benchmarks/gpu_budget.py checks.
+constexpr uint64_t GRAPH_BYTES = 128u << 10;
+
+uint64_t whole_pages(uint64_t n) { return align_up(n, DEVICE_PAGE); }
+
 // A layer's neurons in a row: those that lie on the card, or those that the processor lent.
 struct Neurons {
     CardRows select, up, down;
@@ -28,7 +33,7 @@ struct Neurons {
 
 class Session final : public DeviceSession {
    public:
-    Session(const Config& config, const Weights& weights, const pi_session_params& params, uint32_t lent,
+    Session(const Config& config, const Weights& weights, const pi_session_params& params, uint32_t lent, uint64_t room,
             uint32_t n_processors);
     ~Session() override;
 
@@ -53,8 +58,8 @@ class Session final : public DeviceSession {
     void wait(uint64_t ticket) override;
 
     void take_counts(std::span<NeuronCounts> layers) override;
-    uint64_t kv_bytes() const override { return cache_.bytes(); }
-    uint64_t scratch_bytes() const override { return scratch_.bytes(); }
+    uint64_t kv_bytes() const override { return whole_pages(cache_.bytes()); }
+    uint64_t scratch_bytes() const override { return whole_pages(scratch_.bytes()) + graph_bytes(); }
 
    private:
     struct Command {
@@ -82,11 +87,13 @@ class Session final : public DeviceSession {
     void guarded(Work&& work);
     void give(Command command);
     void flush();
+    void make_room_for_logits();
     void carry_out(Command command);
     cudaGraphExec_t graph_of(const Commands& commands);
     template <class... P, class... A>
     void run(void (*kernel)(P...), dim3 grid, uint32_t threads, uint32_t shared, A... args);
 
+    uint64_t graph_bytes() const { return whole_pages(config_.n_layer * GRAPH_BYTES); }
     void place_scratch(Places& places);
     void place_mailboxes(Places& places);
     uint32_t most_rank() const;
@@ -142,7 +149,7 @@ class Session final : public DeviceSession {
     uint64_t n_marks_ = 0;
     volatile uint64_t* seen_ = nullptr;  // tickets that are done
     float* one_logits_ = nullptr;
-    std::optional<Error> failed_;
+    std::exception_ptr failed_;
     std::vector<std::pair<size_t, pi_layer_score*>> asked_scores_;
     Neurons visitors_{};          // what was lent for the next ffn
     size_t summed_ = 0;           // the layer of the last ffn
@@ -177,13 +184,13 @@ CardRows from_row(const CardRows& rows, uint64_t i) {
     return {rows.type, rows.n, rows.stride, rows.data + i * rows.stride};
 }
 
-uint32_t ceil_div(uint64_t a, uint64_t b) { return static_cast<uint32_t>((a + b - 1) / b); }
+uint32_t ceil_div(uint64_t a, uint64_t b) { return static_cast<uint32_t>(pi::ceil_div(a, b)); }
 uint32_t up_to_warps(uint64_t n) { return static_cast<uint32_t>(align_up(n, WARP)); }
 
 // ---- opening
 
 Session::Session(const Config& config, const Weights& weights, const pi_session_params& params, uint32_t lent,
-                 uint32_t n_processors)
+                 uint64_t room, uint32_t n_processors)
     : config_(config),
       weights_(weights),
       mode_(static_cast<pi_mode>(params.mode)),
@@ -202,13 +209,18 @@ Session::Session(const Config& config, const Weights& weights, const pi_session_
                                               " neurons in a layer, found " + std::to_string(config.n_ff));
     uint32_t n_cached = 0;
     for (const Layer& layer : weights.layers) cache_slots_.push_back(layer.dense ? n_cached++ : 0);
-    cache_ = Memory(uint64_t{n_cached} * 2 * config.n_head_kv * n_ctx_ * head_ld_ * sizeof(__half), true);
+    const uint64_t n_cache = uint64_t{n_cached} * 2 * config.n_head_kv * n_ctx_ * head_ld_ * sizeof(__half);
     const uint32_t sharing = config.n_head / config.n_head_kv;
     group_ = sharing >= 3 ? 4 : sharing;
     const uint32_t n_blocks = config.n_head_kv * ceil_div(sharing, group_);
     n_splits_ = std::clamp(ceil_div(4 * n_processors, n_blocks), 1u, std::min(MAX_SPLITS, ceil_div(n_ctx_, MIN_SPAN)));
     Places measured;
     place_scratch(measured);
+    const uint64_t needed = whole_pages(n_cache) + whole_pages(measured.used) + graph_bytes();
+    if (needed > room)
+        throw Error(PI_ERROR_MEMORY, "card: expected at most " + std::to_string(room) + " bytes for a session, found " +
+                                         std::to_string(needed));
+    cache_ = Memory(n_cache, true);
     scratch_ = Memory(measured.used, true);
     check(cudaMemsetAsync(scratch_.data(), 0, scratch_.bytes(), stream_), "cannot clear memory");
     Places placed{scratch_.data()};
@@ -316,8 +328,8 @@ void Session::guarded(Work&& work) {
     if (failed_) return;
     try {
         work();
-    } catch (const Error& error) {
-        failed_ = error;
+    } catch (...) {
+        failed_ = std::current_exception();
         pending_.clear();
     }
 }
@@ -344,21 +356,9 @@ void Session::flush() {
 cudaGraphExec_t Session::graph_of(const Commands& commands) {
     auto found = graphs_.find(commands);
     if (found != graphs_.end()) return found->second;
-    check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "cannot record work");
-    cudaGraph_t graph = nullptr;
-    try {
-        for (Command command : commands) carry_out(command);
-    } catch (const Error&) {
-        cudaStreamEndCapture(stream_, &graph);
-        if (graph) cudaGraphDestroy(graph);
-        throw;
-    }
-    check(cudaStreamEndCapture(stream_, &graph), "cannot record work");
-    cudaGraphExec_t ready = nullptr;
-    cudaError_t error = cudaGraphInstantiate(&ready, graph, 0);
-    cudaGraphDestroy(graph);
-    check(error, "cannot prepare work");
-    return graphs_[commands] = ready;
+    return graphs_[commands] = record(stream_, [&] {
+               for (Command command : commands) carry_out(command);
+           });
 }
 
 void Session::carry_out(Command command) {
@@ -393,6 +393,7 @@ void Session::carry_out(Command command) {
 }
 
 void Session::begin(const Pass& pass) {
+    guarded(choose_card);
     flush();
     pass_ = pass;
     visitors_ = {};
@@ -401,12 +402,17 @@ void Session::begin(const Pass& pass) {
         run(begin_pass, ceil_div(std::max<uint64_t>(1, pass.n * half), THREADS), THREADS, 0, state_,
             static_cast<uint32_t>(pass.position), n_tokens(), half, weights_.rope_inv_freq, config_.rope_scale, cos_,
             sin_);
-        const uint64_t n_logits = pass.selective && weights_.output.data ? pass.n * config_.n_vocab : 0;
-        if (n_logits * sizeof(float) <= many_logits_.bytes()) return;
-        stream_.finish();
-        many_logits_ = Memory(n_logits * sizeof(float), false);
     });
+    make_room_for_logits();
     outbox.logits = pass.selective ? many_logits_.data<float>() : one_logits_;
+}
+
+// Of all tokens of a selective pass. Where there is none, this pass cannot be, but others can.
+void Session::make_room_for_logits() {
+    const uint64_t n = pass_.selective && weights_.output.data ? pass_.n * config_.n_vocab * sizeof(float) : 0;
+    if (failed_ || n <= many_logits_.bytes()) return;
+    stream_.finish();
+    many_logits_ = Memory(n, false);
 }
 
 void Session::embed(const int32_t* tokens) {
@@ -431,7 +437,7 @@ void Session::wait(uint64_t ticket) {
         wait_for_signal(seen_, ticket, stream_);
         collect_scores();
     });
-    if (failed_) throw Error(*failed_);
+    if (failed_) std::rethrow_exception(failed_);
 }
 
 void Session::collect_scores() {
@@ -755,8 +761,10 @@ void Session::output_head() {
 }  // namespace
 
 std::unique_ptr<DeviceSession> open_session(const Config& config, const Weights& weights,
-                                            const pi_session_params& params, uint32_t lent, uint32_t n_processors) {
-    return std::make_unique<Session>(config, weights, params, lent, n_processors);
+                                            const pi_session_params& params, uint32_t lent, uint64_t room,
+                                            uint32_t n_processors) {
+    choose_card();
+    return std::make_unique<Session>(config, weights, params, lent, room, n_processors);
 }
 
 }  // namespace pi::card

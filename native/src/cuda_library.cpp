@@ -29,7 +29,7 @@ std::unique_ptr<Device> cuda_device() {
         throw Error(PI_ERROR_UNSUPPORTED, std::string("no CUDA part of the engine (make native CUDA=1): ") + dlerror());
     auto open = reinterpret_cast<Device* (*)(uint32_t)>(dlsym(library, "pi_cuda_device"));
     if (!open) throw Error(PI_ERROR_MISMATCH, path + ": expected the function pi_cuda_device, found none: rebuild it");
-    return std::unique_ptr<Device>(open(PI_ABI_VERSION));
+    return std::unique_ptr<Device>(open(PI_SHARED_HEADERS));
 }
 
 }  // namespace pi

@@ -15,8 +15,8 @@
 // Sums are chains in the order of the neurons, the device's first: the same however the neurons are divided. Where one
 // side has all of them, nothing crosses.
 //
-// Commands are carried out in the order given, beside the caller. None fails at once: errors come out of wait(), of
-// every one from then on, and what is left is dropped.
+// Commands are carried out in the order given, beside the caller. None fails at once, but begin() where there is no
+// room for this pass: errors come out of wait(), of every one from then on, and what is left is dropped.
 #pragma once
 
 #include <cstdint>
@@ -27,6 +27,12 @@
 #include "model.h"
 
 namespace pi {
+
+// Memory of a card is mapped in pages of so many bytes: what is allocated takes whole ones.
+constexpr uint64_t DEVICE_PAGE = 2u << 20;
+
+// Of the processor's memory, through which a session brings the neurons that are lent.
+constexpr uint64_t DEVICE_STAGING = 8u << 20;
 
 // One run of tokens through all layers.
 struct Pass {
@@ -95,9 +101,9 @@ class DeviceSession {
     virtual void wait(uint64_t ticket) = 0;
 
     virtual void take_counts(
-        std::span<NeuronCounts> layers) = 0;  // added to each; since the last call, when all is done
-    virtual uint64_t kv_bytes() const = 0;
-    virtual uint64_t scratch_bytes() const = 0;  // on the device, without the KV cache
+        std::span<NeuronCounts> layers) = 0;     // added to each; since the last call, when all is done
+    virtual uint64_t kv_bytes() const = 0;       // on the device, with what its pages leave empty
+    virtual uint64_t scratch_bytes() const = 0;  // likewise, of all else
 };
 
 // What the device offers, in bytes of its memory. context: what it takes before anything is stored on it.
@@ -118,9 +124,9 @@ class Device {
     virtual void store(uint8_t* to, Type type, uint64_t n, uint64_t n_rows, const uint8_t* rows) = 0;
 
     // weights: of addresses there; NULL or no rows where something is not. lent: the most neurons that are lent, 0:
-    // none
+    // none. room: bytes that the session may take there; a card's takes none where it needs more
     virtual std::unique_ptr<DeviceSession> open(const Config& config, const Weights& weights,
-                                                const pi_session_params& params, uint32_t lent) = 0;
+                                                const pi_session_params& params, uint32_t lent, uint64_t room) = 0;
 
     // ---- measurements, each the median of several
     virtual double read_rate(uint64_t buffer_bytes, uint64_t row_bytes, uint32_t stride_rows) = 0;  // bytes per second

@@ -1,8 +1,6 @@
 // A device for tests: memory of its own, and a thread that carries out commands beside the caller, with the same code
 // as the processor's. They wait for start(), as a card's do.
 #include <algorithm>
-#include <array>
-#include <chrono>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
@@ -193,18 +191,6 @@ class HostSession : public DeviceSession {
 constexpr uint32_t REPEATS = 9, LAUNCHES = 1000;
 constexpr uint64_t COPY_BYTES = 32u << 20;
 
-template <class Step>
-double median_seconds(Step&& step) {
-    std::array<double, REPEATS> seconds;
-    for (double& s : seconds) {
-        auto start = std::chrono::steady_clock::now();
-        step();
-        s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    }
-    std::ranges::sort(seconds);
-    return seconds[REPEATS / 2];
-}
-
 class HostDevice : public Device {
    public:
     explicit HostDevice(uint64_t fails_at) : fails_at_(fails_at) {}
@@ -218,7 +204,7 @@ class HostDevice : public Device {
         std::memcpy(to, rows, n_rows * row_bytes(type, n));
     }
     std::unique_ptr<DeviceSession> open(const Config& config, const Weights& weights, const pi_session_params& params,
-                                        uint32_t) override {
+                                        uint32_t, uint64_t) override {
         return std::make_unique<HostSession>(config, weights, params, fails_at_);
     }
     double read_rate(uint64_t buffer_bytes, uint64_t row_bytes, uint32_t stride_rows) override {
@@ -228,14 +214,17 @@ class HostDevice : public Device {
         Buffer<uint8_t> from, to;
         from.resize(COPY_BYTES);
         to.resize(COPY_BYTES);
-        double seconds = median_seconds([&] { std::memcpy(to.data(), from.data(), COPY_BYTES); });
+        double seconds =
+            median_seconds([&] { return seconds_of([&] { std::memcpy(to.data(), from.data(), COPY_BYTES); }); });
         return static_cast<double>(COPY_BYTES) / seconds;
     }
     double launch_seconds() override {
         Commands commands(0);
         return median_seconds([&] {
-                   for (uint32_t i = 0; i < LAUNCHES; i++) commands.add([] {});
-                   commands.wait(commands.given());
+                   return seconds_of([&] {
+                       for (uint32_t i = 0; i < LAUNCHES; i++) commands.add([] {});
+                       commands.wait(commands.given());
+                   });
                }) /
                LAUNCHES;
     }
@@ -244,9 +233,11 @@ class HostDevice : public Device {
         Buffer<float> sent, there, back;
         for (auto* buffer : {&sent, &there, &back}) buffer->resize(n);
         return median_seconds([&] {
-            commands.add([&] { std::copy_n(sent.data(), n, there.data()); });
-            commands.add([&] { std::copy_n(there.data(), n, back.data()); });
-            commands.wait(commands.given());
+            return seconds_of([&] {
+                commands.add([&] { std::copy_n(sent.data(), n, there.data()); });
+                commands.add([&] { std::copy_n(there.data(), n, back.data()); });
+                commands.wait(commands.given());
+            });
         });
     }
 

@@ -235,7 +235,8 @@ void Session::read_stats_there() {
 
 uint64_t Session::mailbox_bytes() const {
     if (!device_) return 0;
-    return sizeof(float) * (std::min(BATCH, n_ctx) * (3 * config.n_embd + 2 * max_rank(weights)) + config.n_vocab);
+    return sizeof(float) * (std::min(BATCH, n_ctx) * (3 * config.n_embd + 2 * max_rank(weights)) + config.n_vocab) +
+           (lend_from_ > 0 ? DEVICE_STAGING : 0);
 }
 
 }  // namespace pi

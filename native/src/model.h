@@ -173,7 +173,7 @@ class Model {
         bool moved, copied;  // copied: it lies in the processor's memory, too
     };
     void open_device(const pi_card_params& card);
-    void check_card(const pi_card_params& card) const;
+    void check_division(const pi_card_params& card) const;
     void share(const std::string& name, uint64_t n, uint64_t n_rows, bool moved, bool copied = false);
     void share_norm(const std::string& name);
     void share_linear(const std::string& name);

@@ -4,6 +4,7 @@
 
 #include "device.h"
 #include "model.h"
+#include "numbers.h"
 
 namespace pi {
 
@@ -12,15 +13,13 @@ namespace {
 constexpr uint64_t ALIGNMENT = 256;  // of each tensor on the device
 constexpr uint64_t STAGING_BYTES = 16u << 20;
 
-uint64_t align_up(uint64_t n) { return (n + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
-
 void refuse(bool found, const char* what) {
     if (found) throw Error(PI_ERROR_UNSUPPORTED, std::string(what) + ": this engine runs such a model without a card");
 }
 
 }  // namespace
 
-void Model::check_card(const pi_card_params& card) const {
+void Model::check_division(const pi_card_params& card) const {
     refuse(config.experts.n > 0, "a model with experts");
     refuse(config.sub_norms, "a model that normalises its neurons' sum (powerinfer.sub_norms)");
     if (card.n_layer != config.n_layer)
@@ -40,7 +39,7 @@ void Model::check_card(const pi_card_params& card) const {
 
 // Opens the device and copies there what is its own.
 void Model::open_device(const pi_card_params& card) {
-    check_card(card);
+    check_division(card);
     device = card.device == PI_DEVICE_HOST ? host_device() : cuda_device();
     device_context = device->info().context;
     lend_from = card.lend_from;
@@ -58,8 +57,10 @@ void Model::open_device(const pi_card_params& card) {
     if (any_block && config.rotary_dim > 0) share("rope_inv_freq.weight", config.rotary_dim / 2, 1, false, true);
     for (Share& s : shares_) {
         s.device_offset = device_bytes;
-        device_bytes += align_up(checked_mul(s.n_rows, device->row_bytes(s.tensor->type, s.n), s.tensor->name));
+        device_bytes +=
+            align_up(checked_mul(s.n_rows, device->row_bytes(s.tensor->type, s.n), s.tensor->name), ALIGNMENT);
     }
+    device_bytes = align_up(device_bytes, DEVICE_PAGE);
     if (device_budget > 0 && device_context + device_bytes > device_budget)
         throw Error(PI_ERROR_MEMORY, "card: expected at most " + std::to_string(device_budget) + " bytes, found " +
                                          std::to_string(device_context) + " of context and " +

@@ -14,7 +14,9 @@ std::unique_ptr<DeviceSession> open_there(const Model& model, const pi_session_p
     if (!model.device) return nullptr;
     uint32_t lent = 0;
     for (const Layer& layer : model.weights.layers) lent = std::max(lent, layer.last - layer.first);
-    return model.device->open(model.config, model.on_device, params, model.lend_from > 0 ? lent : 0);
+    uint64_t taken = model.device_context + model.device_bytes + model.session_bytes,
+             room = model.device_budget > 0 ? model.device_budget - std::min(taken, model.device_budget) : UINT64_MAX;
+    return model.device->open(model.config, model.on_device, params, model.lend_from > 0 ? lent : 0, room);
 }
 
 }  // namespace

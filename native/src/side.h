@@ -15,6 +15,7 @@
 #include "disk.h"
 #include "huge_pages.h"
 #include "model.h"
+#include "numbers.h"
 #include "threads.h"
 #include "ticks.h"
 
@@ -27,8 +28,6 @@ constexpr size_t PACKED_FLOATS = 8192;  // a packed tile: 512 elements of 16 row
 constexpr size_t PACKED_BLOCKS = 16;    // the same in 8 bits: 512 elements of 32 rows or columns
 constexpr size_t PIECE = 256;           // neurons of an expert that a batch computes together
 constexpr size_t QUERIES = 32;          // tokens of a batch whose attention is computed together
-
-inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
 // A buffer whose start is aligned to a cache line, a large one's to a huge page.
 template <class T>

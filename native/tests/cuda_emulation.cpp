@@ -205,6 +205,7 @@ namespace {
 std::mutex allocations;
 std::map<void*, size_t> allocated;
 size_t n_allocated = 0;
+thread_local int chosen = -1;  // as if another library used another card in each thread
 
 size_t card_bytes() {
     const char* bytes = std::getenv("CUDA_EMULATION_BYTES");
@@ -212,6 +213,9 @@ size_t card_bytes() {
 }
 
 }  // namespace
+
+bool card_chosen() { return chosen == 0; }
+
 }  // namespace emulation
 
 using namespace emulation;
@@ -224,6 +228,10 @@ cudaError_t cudaGetDeviceCount(int* n) {
     const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");
     *n = visible && !*visible ? 0 : 1;
     return *n ? cudaSuccess : cudaErrorNoDevice;
+}
+cudaError_t cudaSetDevice(int device) {
+    chosen = device;
+    return cudaSuccess;
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* out, int) {
     *out = {"a card, emulated", 4, 9, 0};

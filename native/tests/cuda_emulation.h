@@ -1,6 +1,7 @@
 // CUDA on the processor, for tests: what native/cuda uses of the language and of the runtime. The threads of a block
 // are fibers that change where they wait for one another, blocks run one after the other, and a stream is the caller.
-// Stricter than a card: a barrier that some threads of a block never reach ends the program.
+// Stricter than a card: a barrier that some threads of a block never reach ends the program, and a kernel fails that is
+// started by a thread that has chosen no card.
 #pragma once
 
 #include <math.h>
@@ -186,6 +187,7 @@ enum cudaError_t {
     cudaErrorMemoryAllocation = 2,
     cudaErrorInsufficientDriver = 35,
     cudaErrorNoDevice = 100,
+    cudaErrorInvalidResourceHandle = 400,
     cudaErrorNotReady = 600,
     cudaErrorLaunchFailure = 719
 };
@@ -202,6 +204,7 @@ struct Event {
 };
 using Graph = std::vector<std::function<void()>>;
 void enqueue(Stream* stream, std::function<void()> work);
+bool card_chosen();  // by this thread
 
 }  // namespace emulation
 
@@ -217,6 +220,7 @@ struct cudaDeviceProp {
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetLastError();
 cudaError_t cudaGetDeviceCount(int* n);
+cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* out, int device);
 cudaError_t cudaDeviceGetPCIBusId(char* out, int n, int device);
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total);
@@ -248,6 +252,7 @@ namespace pi::card {
 // As cuda_api.h has it for a card.
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, A... args) {
+    if (!emulation::card_chosen()) return cudaErrorInvalidResourceHandle;
     emulation::enqueue(stream, [=, values = std::tuple<P...>(args...)] {
         emulation::run(grid, block, shared, [&] { std::apply(kernel, values); });
     });

@@ -653,6 +653,7 @@ void test_begin() {
 int main(int argc, char** argv) {
     small = argc > 1 && std::strcmp(argv[1], "small") == 0;
     try {
+        choose_card();
         test_vectors();
         test_matvec();
         test_embed();

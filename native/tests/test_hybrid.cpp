@@ -155,9 +155,10 @@ struct Divided {
         : here({!there.dense, !there.head, there.last, N_FF}),
           card(there),
           device(pi::host_device(fails_at)),
-          session(sizes, here.weights, nullptr, params(n_threads), card.weights,
-                  std::make_unique<Recorder>(device->open(sizes, card.weights, params(n_threads), N_FF), &told),
-                  lend_from) {}
+          session(
+              sizes, here.weights, nullptr, params(n_threads), card.weights,
+              std::make_unique<Recorder>(device->open(sizes, card.weights, params(n_threads), N_FF, UINT64_MAX), &told),
+              lend_from) {}
     pi::Config sizes = config();
     std::string told;
     Tensors here, card;

@@ -8,7 +8,8 @@ A layer falls into parts that can be placed apart:
     bundle   the neuron's rows in ffn_neurons: on vram, ram or disk
     table    ffn_order and ffn_frequency: in ram, not read while decoding
 
-On a card rows are padded to 16 bytes and tensors to 256, beside its context and the scratch of what runs there.
+On a card rows are padded to 16 bytes, tensors to 256 and what is allocated to 2 MiB, beside its context and the scratch
+of what runs there.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,6 +30,9 @@ CHUNKS = 24  # partial sums of an FFN
 
 # on a card (native/src/model_device.cpp, native/cuda)
 CARD_ROW, CARD_TENSOR = 16, 256  # what rows and tensors are padded to
+CARD_PAGE = 2 << 20  # its memory is mapped in these: weights, KV caches and scratches take whole ones
+CARD_STAGING = 8 << 20  # of ram, through which neurons are lent
+CARD_GRAPHS = 128 << 10  # of a layer's commands, kept for tokens to come
 CARD_LANES = 32  # what vectors are padded to
 CARD_PIECE = 8192  # neurons of a batch that are computed at once
 CARD_SPLITS, CARD_SEGMENTS = 64, 4096  # of a head's positions, of a layer's neurons, at most
@@ -155,7 +159,8 @@ def artifact_costs(
     kv = kv_bytes(config, 1, ctx_size)
     layers = tuple(_layer_costs(config, plan, part, kv) for plan, part in zip(plans, parts, strict=True))
     scratch = contexts * scratch_bytes(config, plans, ctx_size, threads)
-    card_fixed = card_context + contexts * card_scratch_bytes(config, plans, ctx_size) + CARD_TENSOR * len(table)
+    padding = CARD_TENSOR * len(table) + CARD_PAGE
+    card_fixed = card_context + contexts * card_scratch_bytes(config, plans, ctx_size) + padding
     return Costs(layers, output, host, scratch, card_head, card_fixed, 4 * config.n_vocab, config.taking_part, contexts)
 
 
@@ -232,8 +237,8 @@ def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, thr
 
 
 def card_scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int) -> int:
-    """The most that a session takes on a card beside its KV cache (native/cuda/session.cu), or on what stands in for it
-    in tests, which works as the processor does.
+    """The most that a session takes on a card beside its KV cache (native/cuda/session.cu), with the rest of that one's
+    last page, or on what stands in for it in tests, which works as the processor does.
 
     A token: residuals, normalised input, heads, queries, keys, values, predictor, sums; these in 16 bits, too; a piece
     of neurons: gate, up, forecast, and what they give in 16 bits. For decoding: parts of heads and sums, neurons,
@@ -248,7 +253,8 @@ def card_scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int
     token += (max(wide, heads) + rank + piece) // 2 + 3
     decode = CARD_SPLITS * config.n_head * (config.head_dim + 10) + CARD_LANES * d + config.n_vocab
     decode += 2 * config.n_ff + CARD_SEGMENTS + wide + heads + rank + 14 * config.n_layer
-    card = 4 * (batch * token + decode) + 64 * CARD_TENSOR
+    card = _up(4 * (batch * token + decode) + 64 * CARD_TENSOR, CARD_PAGE)
+    card += _up(config.n_layer * CARD_GRAPHS, CARD_PAGE) + CARD_PAGE
     return max(card, scratch_bytes(config, plans, ctx_size, threads=1) + 4 * batch * d)
 
 
@@ -259,10 +265,12 @@ def visit_bytes(config: Config, quant: str) -> int:
     return config.n_ff * (config.n_rows * row + 8) + 5 * CARD_TENSOR
 
 
-def mailbox_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int) -> int:
-    """Memory that a session shares with a card: residuals, sums, predictors' hidden layers, logits of one token."""
+def mailbox_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, lends: bool = True) -> int:
+    """Memory that a session shares with a card: residuals, sums, predictors' hidden layers, logits of one token; lends:
+    and what neurons are lent through. A score's logits of a whole batch come on top."""
     rank = max((plan.rank for plan in plans), default=0)
-    return 4 * (min(BATCH, ctx_size) * (3 * config.n_embd + 2 * rank) + config.n_vocab)
+    staging = CARD_STAGING if lends else 0
+    return 4 * (min(BATCH, ctx_size) * (3 * config.n_embd + 2 * rank) + config.n_vocab) + staging
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ def session_bytes(artifact: Artifact, ctx_size: int, threads: int, card: CardPla
     """Memory of one context: KV cache of the blocks that are here, scratch, and what crosses to a card."""
     config, plans = artifact.config, artifact.plans
     blocks = config.n_layer if card is None else int(np.count_nonzero(~card.plan.dense))
-    mailbox = 0 if card is None else mailbox_bytes(config, plans, ctx_size)
+    mailbox = 0 if card is None else mailbox_bytes(config, plans, ctx_size, card.limits.lend_from > 0)
     return kv_bytes(config, blocks, ctx_size) + scratch_bytes(config, plans, ctx_size, threads) + mailbox
 
 

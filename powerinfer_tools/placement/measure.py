@@ -17,7 +17,8 @@ from powerinfer_tools.engine.native import measure_file as measure_reads
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement.machine import Machine, Tier, read_machine, write_machine
 
-BUFFER_BYTES = 256 << 20  # beyond every cache
+BUFFER_BYTES = 256 << 20  # beyond every cache of a processor
+CARD_BUFFER_BYTES = 8 << 30  # at most, of a quarter of its free memory: one row in ten is beyond its cache
 ROW_BYTES = (1024, 2304, 4608, 9216, 18432)
 STRIDE_ROWS = 10  # one row in ten: a typical active share
 FILE_BYTES = 128 << 20
@@ -179,16 +180,17 @@ def say_stand_in() -> None:
 
 def with_card(machine: Machine, tell: Callable[[str], None]) -> Machine:
     """The machine with its card, measured now. Errors: there is none, or not what it needs."""
-    name, n_bytes, _, context = describe_card(device())
+    name, n_bytes, free, context = describe_card(device())
     tell(f"measuring the card, {name}")
+    buffer = max(BUFFER_BYTES, min(free // 4, CARD_BUFFER_BYTES) >> 20 << 20)
 
     def read(row_bytes: int, stride_rows: int) -> float:
-        how = {"buffer_bytes": BUFFER_BYTES, "row_bytes": row_bytes, "stride_rows": stride_rows}
+        how = {"buffer_bytes": buffer, "row_bytes": row_bytes, "stride_rows": stride_rows}
         return measure_card("read", device(), **how)
 
     card = Tier(
         n_bytes,
-        read(BUFFER_BYTES, 1),
+        read(buffer, 1),
         tuple((size, read(size, STRIDE_ROWS)) for size in ROW_BYTES),
         measure_card("merge", device(), row_bytes=VECTOR_BYTES) / 2,
         measure_card("launch", device()),

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,14 @@ def test_contexts_around_the_splits_of_attention(tmp_path: Path) -> None:
         assert nmse(logits(on_card(path, "all"), n), logits(None, n)) <= BATCHES["f16"]
 
 
+def test_threads_that_have_chosen_no_card(folder: Path) -> None:
+    path = artifact(folder, "llama-predictor", "f16")
+    with Engine(Model(path, None, on_card(path, "all")), ctx_size=16) as engine, ThreadPoolExecutor(1) as other:
+        engine.prefill([1, 2])
+        other.submit(engine.decode, 3).result()
+        assert engine.position == 3
+
+
 def test_the_card_is_described_and_measured() -> None:
     name, total, free, context = native.describe_card("cuda")
     assert "emulated" in name
@@ -137,6 +146,12 @@ def test_no_card_and_no_room_are_one_clear_line(folder: Path, monkeypatch: pytes
     monkeypatch.setitem(os.environ, "CUDA_EMULATION_BYTES", "100000")
     with pytest.raises(PowerinferError, match=r"expected room for .* bytes, found 100000 free"):
         Model(path, None, on_card(path, "all"))
+    monkeypatch.delitem(os.environ, "CUDA_EMULATION_BYTES")
+    info = Model(path, None, on_card(path, "all")).info
+    budget = info.card_context_bytes + info.card_bytes + 1
+    model = Model(path, None, dataclasses.replace(on_card(path, "all"), budget=budget))
+    with pytest.raises(PowerinferError, match="card: expected at most 1 bytes for a session, found"):
+        Engine(model)
     monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(PowerinferError, match="expected a card that runs CUDA, found none"):
         Model(path, None, on_card(path, "all"))
