@@ -35,7 +35,6 @@ struct NormJob {
     bool relu;  // of what comes out, without a norm
     float eps;
     const float *weight, *bias;
-    float* copy;     // NULL, or where the input goes as it is
     MutableVec out;  // (n_tokens, ld); q: NULL, or of the first token
     uint32_t ld;     // a multiple of 32
 };
@@ -57,7 +56,6 @@ __global__ void __launch_bounds__(1024) normalise(NormJob job) {
     out.f += uint64_t(blockIdx.x) * job.ld;
     for (uint32_t i = threadIdx.x; i < job.ld; i += blockDim.x) {
         float x = i < job.n ? in[i] : 0;
-        if (i < job.n && job.copy) job.copy[uint64_t(blockIdx.x) * job.n + i] = x;
         if (job.norming != Norming::None && i < job.n)
             x = (x - mean) * scale * (job.weight ? job.weight[i] : 1) + (job.bias ? job.bias[i] : 0);
         if (job.relu) x = x <= 0 ? 0 : x;

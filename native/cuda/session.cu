@@ -96,7 +96,7 @@ class Session final : public DeviceSession {
     void attend(const Heads& heads);
     void attend_many(const Heads& heads);
     Heads heads_of(size_t il) const;
-    void normalise_stream(const Norm* norm, const float* stream, float* copy, uint32_t n);
+    void normalise_stream(const Norm* norm, const float* stream, uint32_t n);
     void normalise_vectors(NormJob job, uint32_t n);
     void ffn_input_of(const Layer& layer);
     void rank_of(const Layer& layer);
@@ -150,9 +150,9 @@ class Session final : public DeviceSession {
 
     // Scratch, on the card.
     PassState* state_;
-    uint64_t* n_done_;          // tickets
-    float *cos_, *sin_;         // (batch, rotary_dim / 2)
-    float *residual_, *entry_;  // (batch, n_embd) the stream; what it was before attention
+    uint64_t* n_done_;   // tickets
+    float *cos_, *sin_;  // (batch, rotary_dim / 2)
+    float* residual_;    // (batch, n_embd) the stream
     // (batch, ld_) a normalised input, what attention gave, the predictor's hidden layer
     MutableVec x_, heads_, rank_;
     uint32_t x_ld_, heads_ld_, rank_ld_;
@@ -261,7 +261,6 @@ void Session::place_scratch(Places& at) {
     at.place(state_, 1);
     at.place(n_done_, 1);
     at.place(residual_, b * c.n_embd);
-    at.place(entry_, c.parallel ? if_block * c.n_embd : 0);
     vectors(x_, x_ld_, b);
     vectors(rank_, rank_ld_, b);
     at.place(cos_, if_block * (c.rotary_dim / 2));
@@ -478,10 +477,9 @@ void Session::add_vectors(const float* parts, uint32_t n_parts, const float* bia
     run(add_up, ceil_div(n, THREADS), THREADS, 0, parts, n_parts, n, bias, config_.n_embd, out, add);
 }
 
-// x = norm(stream of n tokens), or of one, then the stream as it is where `norm` is NULL; copy: NULL, or what the
-// stream is kept in
-void Session::normalise_stream(const Norm* norm, const float* stream, float* copy, uint32_t n) {
-    NormJob job{stream, config_.n_embd, Norming::None, false, config_.norm_eps, nullptr, nullptr, copy, x_, x_ld_};
+// x = norm(stream of n tokens), or of one, then the stream as it is where `norm` is NULL
+void Session::normalise_stream(const Norm* norm, const float* stream, uint32_t n) {
+    NormJob job{stream, config_.n_embd, Norming::None, false, config_.norm_eps, nullptr, nullptr, x_, x_ld_};
     if (norm) {
         job.norming = config_.norm == NormKind::Rms ? Norming::Rms : Norming::Layer;
         job.weight = norm->weight;
@@ -543,7 +541,7 @@ void Session::attention_of(size_t il) {
     const Config& c = config_;
     const Layer& l = layer(il);
     const Heads heads = heads_of(il);
-    normalise_stream(&l.attn_norm, residual_, c.parallel ? entry_ : nullptr, n_tokens());
+    normalise_stream(&l.attn_norm, residual_, n_tokens());
     if (pass_.decode) {
         matvec_of({{job_of(l.q, q_), job_of(l.k, k_), job_of(l.v, v_)}, read(x_), false});
     } else {
@@ -586,12 +584,11 @@ void Session::attend_many(const Heads& heads) {
 
 // x = norm(stream); rank, where the predictor is asked
 void Session::ffn_input_of(const Layer& l) {
-    const float* stream = config_.parallel ? entry_ : residual_;
     if (asks_now(l) && config_.predictor_on_stream) {
-        normalise_stream(nullptr, stream, nullptr, n_tokens());
+        normalise_stream(nullptr, residual_, n_tokens());
         rank_of(l);
     }
-    normalise_stream(&l.ffn_norm, stream, nullptr, n_tokens());
+    normalise_stream(&l.ffn_norm, residual_, n_tokens());
     if (asks_now(l) && !config_.predictor_on_stream) rank_of(l);
 }
 
@@ -610,7 +607,7 @@ void Session::rank_of(const Layer& l) {
 // rank = what lies at `from`: (n_tokens, rank)
 void Session::take_rank(const Layer& l, const float* from, bool relu) {
     const auto n = static_cast<uint32_t>(l.predictor->in.n_rows);
-    normalise_vectors({from, n, Norming::None, relu, 0, nullptr, nullptr, nullptr, rank_, up_to_warps(n)}, n_tokens());
+    normalise_vectors({from, n, Norming::None, relu, 0, nullptr, nullptr, rank_, up_to_warps(n)}, n_tokens());
 }
 
 void Session::give_input_of(const Layer& l) {
@@ -621,7 +618,7 @@ void Session::give_input_of(const Layer& l) {
 }
 
 void Session::take_input_of(const Layer& l) {
-    normalise_stream(nullptr, inbox.x, nullptr, n_tokens());
+    normalise_stream(nullptr, inbox.x, n_tokens());
     if (asks_now(l)) take_rank(l, inbox.rank, false);
 }
 
@@ -743,11 +740,11 @@ void Session::output_head() {
     const Config& c = config_;
     const Linear output{weights_.output, nullptr};
     if (pass_.selective) {
-        normalise_stream(&weights_.output_norm, residual_, nullptr, n_tokens());
+        normalise_stream(&weights_.output_norm, residual_, n_tokens());
         halve_vectors(x_.f, c.n_embd, x_ld_, x_half_);
         return multiply(x_half_, output, outbox.logits, false);
     }
-    normalise_stream(&weights_.output_norm, residual_ + (pass_.n - 1) * c.n_embd, nullptr, 1);
+    normalise_stream(&weights_.output_norm, residual_ + (pass_.n - 1) * c.n_embd, 1);
     matvec_of({{job_of(output, logits_)}, read(x_), false});
     copy_vectors(logits_, c.n_vocab, outbox.logits, c.n_vocab, c.n_vocab, 1);
 }

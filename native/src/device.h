@@ -72,8 +72,9 @@ class DeviceSession {
     // stream = rows of the output matrix, where that lies here and is the embedding, too; learned positions are not
     // added. The tokens stay there until the next wait().
     virtual void embed(const int32_t* tokens) = 0;
-    virtual void attention(size_t il) = 0;    // entry = stream; stream += attention(norm(stream))
-    virtual void prepare_ffn(size_t il) = 0;  // x = norm(entry where blocks are parallel, else stream); rank, if asked
+    // stream += attention(norm(stream)). Where blocks are parallel, it comes between ffn and add_sum or add_inbox.
+    virtual void attention(size_t il) = 0;
+    virtual void prepare_ffn(size_t il) = 0;     // x = norm(stream); rank, if asked
     virtual void give_ffn_input(size_t il) = 0;  // outbox.x, .rank = x, rank
     virtual void take_ffn_input(size_t il) = 0;  // x, rank = inbox.x, .rank
     // The rest of the layer's neurons, as they lie in the processor's memory: this pass's ffn(il) computes them, too.
