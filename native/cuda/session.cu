@@ -428,7 +428,7 @@ void Session::wait(uint64_t ticket) {
     flush();
     guarded([&] {
         wait_for_signal(seen_, ticket, stream_);
-        collect_scores();
+        if (ticket == n_marks_) collect_scores();  // they are copied behind all that was given
     });
     if (failed_) throw Error(*failed_);
 }

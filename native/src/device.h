@@ -86,7 +86,8 @@ class DeviceSession {
     virtual void add_inbox(size_t il) = 0;  // stream += inbox.x + down's bias
     virtual void leave() = 0;               // outbox.x = stream
     virtual void head() = 0;                // outbox.logits = output . norm(stream), of the last token or of all, uncut
-    // What the last ffn selected, in a selective batch, is added to *score, which nobody touches until the next wait().
+    // What the last ffn selected, in a selective batch, is added to *score, which nobody touches until a wait() for the
+    // last mark().
     virtual void count(pi_layer_score* score) = 0;
 
     // ---- in between
