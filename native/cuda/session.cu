@@ -156,15 +156,17 @@ class Session final : public DeviceSession {
     // (batch, ld_) a normalised input, what attention gave, the predictor's hidden layer
     MutableVec x_, heads_, rank_;
     uint32_t x_ld_, heads_ld_, rank_ld_;
-    float *q_, *k_, *v_;         // (batch, q_dim) (batch, kv_dim) (batch, kv_dim)
-    float* raw_rank_;            // (batch, max rank)
-    float* head_parts_;          // (n_head, n_splits, head_ld + 2)
-    uint32_t *ids_, *n_firing_;  // (n neurons,) (n_segments,)
-    float* h_;                   // (n neurons,)
-    Counts* counts_;             // (n_layer,)
-    ScoreCounts* scores_;        // (n_layer,)
-    float* parts_;               // (n_shares, n_embd), or (batch, n_embd): they make up the sum
-    float* logits_;              // (n_vocab,)
+    float *q_, *k_, *v_;       // (batch, q_dim) (batch, kv_dim) (batch, kv_dim)
+    float* raw_rank_;          // (batch, max rank)
+    float* head_parts_;        // (n_head, n_splits, head_ld + 2)
+    uint32_t *ids_, *starts_;  // (n neurons,) (n_segments + 1,)
+    Tally* tallies_;           // (n_segments,)
+    uint32_t* n_ended_;        // blocks
+    float* h_;                 // (n neurons,)
+    Counts* counts_;           // (n_layer,)
+    ScoreCounts* scores_;      // (n_layer,)
+    float* parts_;             // (n_shares, n_embd), or (batch, n_embd): they make up the sum
+    float* logits_;            // (n_vocab,)
     Halves x_half_, rank_half_, h_half_;
     float *select_, *up_, *forecast_;  // (batch, piece)
     uint8_t *visit_select_, *visit_up_, *visit_down_;
@@ -273,7 +275,9 @@ void Session::place_scratch(Places& at) {
     at.place(raw_rank_, if_block * rank);
     at.place(ids_, n_here);
     at.place(h_, n_here);
-    at.place(n_firing_, n_here > 0 ? MAX_SEGMENTS : 0);
+    at.place(starts_, n_here > 0 ? MAX_SEGMENTS + 1 : 0);
+    at.place(tallies_, n_here > 0 ? MAX_SEGMENTS : 0);
+    at.place(n_ended_, 1);
     at.place(counts_, c.n_layer);
     at.place(scores_, c.n_layer);
     at.place(parts_, std::max<uint64_t>(b, MAX_SHARES) * c.n_embd);
@@ -682,10 +686,17 @@ void Session::decode_neurons(const Layer& l, const Neurons& own, Counts* counts)
     CardRows predictor;
     const float* predictor_bias = nullptr;
     if (asks(l)) predictor = card_rows(l.predictor->out), predictor_bias = l.predictor->bias;
-    run(choose_neurons, n_segments, THREADS, 0,
-        Choosing{own.select, own.up, predictor, own.select_bias, own.up_bias, predictor_bias, own.n, l.always, asks(l),
-                 mode_ == PI_MODE_DENSE, activating(l), read(x_), read(rank_), per_warp, ids_, h_, n_firing_, counts});
-    const Adding adding{own.down, n_segments, segment, ids_, n_firing_, h_, parts_};
+    run(choose_neurons, n_segments, THREADS, 0, Choosing{own.select,    own.up,
+                                                         predictor,     own.select_bias,
+                                                         own.up_bias,   predictor_bias,
+                                                         own.n,         l.always,
+                                                         asks(l),       mode_ == PI_MODE_DENSE,
+                                                         activating(l), read(x_),
+                                                         read(rank_),   per_warp,
+                                                         ids_,          h_,
+                                                         tallies_,      n_ended_,
+                                                         starts_,       counts});
+    const Adding adding{own.down, n_segments, segment, ids_, starts_, h_, parts_};
 #define PI_ADD(T) run(add_down<T>, dim3(tiles_of(l), n_parts(l)), THREADS, adding_bytes<T>(n_segments), adding)
     PI_FOR_TYPE(own.down.type, PI_ADD)
 #undef PI_ADD

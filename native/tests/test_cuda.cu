@@ -423,7 +423,8 @@ void test_neurons(const NeuronCase& c) {
     const std::vector<float> select_bias = normals(c.n), up_bias = normals(c.n), asked_bias = normals(c.n - c.always);
     const OnCard<float> card_select_bias(select_bias), card_up_bias(up_bias), card_asked_bias(asked_bias), h(c.n);
     const uint32_t per_warp = c.n > 500 ? 3 : 1, segment = per_warp * WARPS, n_segments = (c.n + segment - 1) / segment;
-    const OnCard<uint32_t> ids(c.n), n_firing(n_segments);
+    const OnCard<uint32_t> ids(c.n), n_ended(1), starts(n_segments + 1);
+    const OnCard<Tally> tallies(n_segments);
     const OnCard<Counts> counts(1);
     run(choose_neurons, n_segments, THREADS, 0,
         Choosing{select.card(),
@@ -442,7 +443,9 @@ void test_neurons(const NeuronCase& c) {
                  per_warp,
                  ids,
                  h,
-                 n_firing,
+                 tallies,
+                 n_ended,
+                 starts,
                  counts});
 
     const Ops& ops = scalar();
@@ -473,12 +476,13 @@ void test_neurons(const NeuronCase& c) {
     CHECK(found.computed == expected_counts.computed && found.active == expected_counts.active &&
               found.fired == expected_counts.fired && found.asked == expected_counts.asked,
           "counts of %u neurons: %llu %llu %llu %llu", c.n, found.computed, found.active, found.fired, found.asked);
-    ids.read(), h.read(), n_firing.read();
+    ids.read(), h.read(), tallies.read();
+    CHECK(n_ended.read()[0] == 0 && starts.read()[n_segments] == expected_counts.fired, "segments of %u neurons", c.n);
 
     const uint32_t n_tiles = (pieces_of(c.type, c.n_embd) + WARP - 1) / WARP;
     for (uint32_t n_parts : {1u, 5u}) {
         const OnCard<float> parts(n_parts * c.n_embd), sum(c.n_embd);
-        const Adding adding{down.card(), n_segments, segment, ids, n_firing, h, parts};
+        const Adding adding{down.card(), n_segments, segment, ids, starts, h, parts};
 #define PI_ADD(T) run(add_down<T>, dim3(n_tiles, n_parts), THREADS, adding_bytes<T>(n_segments), adding)
         PI_FOR_TYPE(c.type, PI_ADD)
 #undef PI_ADD

@@ -245,7 +245,7 @@ def card_scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int
     token = 2 * d + wide + heads + q + 2 * kv + angles + 2 * rank + 3 * piece
     token += (max(wide, heads) + rank + piece) // 2 + 3
     decode = CARD_SPLITS * config.n_head * (config.head_dim + 10) + CARD_LANES * d + config.n_vocab
-    decode += 2 * config.n_ff + CARD_SEGMENTS + wide + heads + rank + 14 * config.n_layer
+    decode += 2 * config.n_ff + 3 * CARD_SEGMENTS + wide + heads + rank + 14 * config.n_layer
     card = 4 * (batch * token + decode) + 64 * CARD_TENSOR
     return max(card, scratch_bytes(config, plans, ctx_size, threads=1) + 4 * batch * d)
 
