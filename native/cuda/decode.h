@@ -454,6 +454,7 @@ __global__ void __launch_bounds__(THREADS) choose_neurons(Choosing f) {
     __shared__ uint32_t dids[THREADS], before[WARPS];
     const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, segment = WARPS * f.per_warp;
     const uint32_t first = blockIdx.x * segment;
+#pragma unroll 1  // of more than one at a time registers spill
     for (uint32_t k = 0; k < f.per_warp; k++) {
         const uint32_t place = warp * f.per_warp + k, i = first + place;
         float h = 0;
