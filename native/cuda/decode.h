@@ -26,13 +26,12 @@ __global__ void begin_pass(PassState* state, uint32_t position, uint32_t n, uint
 
 // ---- vectors
 
-enum class Norming { None, Rms, Layer };
+enum class Norming { Rms, Layer };
 
 struct NormJob {
     const float* in;  // (n_tokens, n)
     uint32_t n;
     Norming norming;
-    bool relu;  // of what comes out, without a norm
     float eps;
     const float *weight, *bias;
     MutableVec out;  // (n_tokens, ld); q: NULL, or of the first token
@@ -42,25 +41,41 @@ struct NormJob {
 // A block a token: out = norm(in), with zeros up to a multiple of 32.
 __global__ void __launch_bounds__(1024) normalise(NormJob job) {
     const float* in = job.in + uint64_t(blockIdx.x) * job.n;
-    float sum = 0, mean = 0, scale = 1;
+    float sum = 0, mean = 0;
     if (job.norming == Norming::Layer) {
         for (uint32_t i = threadIdx.x; i < job.n; i += blockDim.x) sum += in[i];
         mean = block_sum(sum) / float(job.n);
         sum = 0;
     }
-    if (job.norming != Norming::None) {
-        for (uint32_t i = threadIdx.x; i < job.n; i += blockDim.x) sum += (in[i] - mean) * (in[i] - mean);
-        scale = 1 / sqrtf(block_sum(sum) / float(job.n) + job.eps);
-    }
+    for (uint32_t i = threadIdx.x; i < job.n; i += blockDim.x) sum += (in[i] - mean) * (in[i] - mean);
+    const float scale = 1 / sqrtf(block_sum(sum) / float(job.n) + job.eps);
     MutableVec out = job.out;
     out.f += uint64_t(blockIdx.x) * job.ld;
     for (uint32_t i = threadIdx.x; i < job.ld; i += blockDim.x) {
-        float x = i < job.n ? in[i] : 0;
-        if (job.norming != Norming::None && i < job.n)
-            x = (x - mean) * scale * (job.weight ? job.weight[i] : 1) + (job.bias ? job.bias[i] : 0);
-        if (job.relu) x = x <= 0 ? 0 : x;
+        float x = 0;
+        if (i < job.n) x = (in[i] - mean) * scale * (job.weight ? job.weight[i] : 1) + (job.bias ? job.bias[i] : 0);
         put(out, i, x);
     }
+}
+
+struct TakeJob {
+    const float* in;  // (n_tokens, n)
+    uint32_t n;
+    bool relu;
+    MutableVec out;  // (n_tokens, ld); q: NULL, or of the first token
+    uint32_t ld;     // a multiple of 32
+};
+
+// out = in, with zeros up to a multiple of 32, of token blockIdx.y. A thread an element: what lies in the processor's
+// memory comes in one go.
+__global__ void __launch_bounds__(THREADS) take(TakeJob job) {
+    const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= job.ld) return;
+    float x = i < job.n ? job.in[uint64_t(blockIdx.y) * job.n + i] : 0;
+    if (job.relu) x = x <= 0 ? 0 : x;
+    MutableVec out = job.out;
+    out.f += uint64_t(blockIdx.y) * job.ld;
+    put(out, i, x);
 }
 
 // out (+)= the parts, in order, + bias.   parts: (n_parts, n); bias: (n_bias,) over and over, or NULL

@@ -96,8 +96,9 @@ class Session final : public DeviceSession {
     void attend(const Heads& heads);
     void attend_many(const Heads& heads);
     Heads heads_of(size_t il) const;
-    void normalise_stream(const Norm* norm, const float* stream, uint32_t n);
-    void normalise_vectors(NormJob job, uint32_t n);
+    void normalise_stream(const Norm& norm, const float* stream, uint32_t n);
+    void take_vectors(const float* from, uint32_t n, bool relu, const MutableVec& to);
+    MutableVec for_tokens(MutableVec v, uint32_t n) const;
     void ffn_input_of(const Layer& layer);
     void rank_of(const Layer& layer);
     void take_rank(const Layer& layer, const float* from, bool relu);
@@ -481,21 +482,25 @@ void Session::add_vectors(const float* parts, uint32_t n_parts, const float* bia
     run(add_up, ceil_div(n, THREADS), THREADS, 0, parts, n_parts, n, bias, config_.n_embd, out, add);
 }
 
-// x = norm(stream of n tokens), or of one, then the stream as it is where `norm` is NULL
-void Session::normalise_stream(const Norm* norm, const float* stream, uint32_t n) {
-    NormJob job{stream, config_.n_embd, Norming::None, false, config_.norm_eps, nullptr, nullptr, x_, x_ld_};
-    if (norm) {
-        job.norming = config_.norm == NormKind::Rms ? Norming::Rms : Norming::Layer;
-        job.weight = norm->weight;
-        job.bias = norm->bias;
-    }
-    normalise_vectors(job, n);
+// x = norm(stream of n tokens).   A block a token: for one, as many threads as there is work for.
+void Session::normalise_stream(const Norm& norm, const float* stream, uint32_t n) {
+    const Norming norming = config_.norm == NormKind::Rms ? Norming::Rms : Norming::Layer;
+    const uint32_t n_threads = n == 1 ? std::min(1024u, x_ld_) : THREADS;
+    run(normalise, n, n_threads, 0,
+        NormJob{stream, config_.n_embd, norming, config_.norm_eps, norm.weight, norm.bias, for_tokens(x_, n), x_ld_});
 }
 
-// A block a token: for one, as many threads as there is work for.
-void Session::normalise_vectors(NormJob job, uint32_t n) {
-    if (!pass_.decode && n > 1) job.out.q = nullptr;
-    run(normalise, n, n == 1 ? std::min(1024u, job.ld) : THREADS, 0, job);
+// to = what lies at `from`: (n_tokens, n)
+void Session::take_vectors(const float* from, uint32_t n, bool relu, const MutableVec& to) {
+    const auto ld = up_to_warps(n);
+    run(take, dim3(ceil_div(ld, THREADS), n_tokens()), THREADS, 0,
+        TakeJob{from, n, relu, for_tokens(to, n_tokens()), ld});
+}
+
+// Batches meet matrices in float16 only.
+MutableVec Session::for_tokens(MutableVec v, uint32_t n) const {
+    if (!pass_.decode && n > 1) v.q = nullptr;
+    return v;
 }
 
 void Session::halve_vectors(const float* in, uint32_t n, uint32_t ld, Halves& out) {
@@ -545,7 +550,7 @@ void Session::attention_of(size_t il) {
     const Config& c = config_;
     const Layer& l = layer(il);
     const Heads heads = heads_of(il);
-    normalise_stream(&l.attn_norm, residual_, n_tokens());
+    normalise_stream(l.attn_norm, residual_, n_tokens());
     if (pass_.decode) {
         matvec_of({{job_of(l.q, q_), job_of(l.k, k_), job_of(l.v, v_)}, read(x_), false});
     } else {
@@ -589,10 +594,10 @@ void Session::attend_many(const Heads& heads) {
 // x = norm(stream); rank, where the predictor is asked
 void Session::ffn_input_of(const Layer& l) {
     if (asks_now(l) && config_.predictor_on_stream) {
-        normalise_stream(nullptr, residual_, n_tokens());
+        take_vectors(residual_, config_.n_embd, false, x_);
         rank_of(l);
     }
-    normalise_stream(&l.ffn_norm, residual_, n_tokens());
+    normalise_stream(l.ffn_norm, residual_, n_tokens());
     if (asks_now(l) && !config_.predictor_on_stream) rank_of(l);
 }
 
@@ -610,8 +615,7 @@ void Session::rank_of(const Layer& l) {
 
 // rank = what lies at `from`: (n_tokens, rank)
 void Session::take_rank(const Layer& l, const float* from, bool relu) {
-    const auto n = static_cast<uint32_t>(l.predictor->in.n_rows);
-    normalise_vectors({from, n, Norming::None, relu, 0, nullptr, nullptr, rank_, up_to_warps(n)}, n_tokens());
+    take_vectors(from, static_cast<uint32_t>(l.predictor->in.n_rows), relu, rank_);
 }
 
 void Session::give_input_of(const Layer& l) {
@@ -622,7 +626,7 @@ void Session::give_input_of(const Layer& l) {
 }
 
 void Session::take_input_of(const Layer& l) {
-    normalise_stream(nullptr, inbox.x, n_tokens());
+    take_vectors(inbox.x, config_.n_embd, false, x_);
     if (asks_now(l)) take_rank(l, inbox.rank, false);
 }
 
@@ -751,11 +755,11 @@ void Session::output_head() {
     const Config& c = config_;
     const Linear output{weights_.output, nullptr};
     if (pass_.selective) {
-        normalise_stream(&weights_.output_norm, residual_, n_tokens());
+        normalise_stream(weights_.output_norm, residual_, n_tokens());
         halve_vectors(x_.f, c.n_embd, x_ld_, x_half_);
         return multiply(x_half_, output, outbox.logits, false);
     }
-    normalise_stream(&weights_.output_norm, residual_ + (pass_.n - 1) * c.n_embd, 1);
+    normalise_stream(weights_.output_norm, residual_ + (pass_.n - 1) * c.n_embd, 1);
     matvec_of({{job_of(output, logits_)}, read(x_), false});
     copy_vectors(logits_, c.n_vocab, outbox.logits, c.n_vocab, c.n_vocab, 1);
 }

@@ -160,8 +160,8 @@ struct CardVector {
           sum(d.size()),
           q8(d.size() * QK) {
         OnCard<float> in(values);
-        run(normalise, 1, std::min<uint32_t>(1024, uint32_t(ld)), 0,
-            NormJob{in, uint32_t(n), Norming::None, false, 0, nullptr, nullptr, writing(), uint32_t(ld)});
+        run(take, dim3(uint32_t((ld + THREADS - 1) / THREADS)), THREADS, 0,
+            TakeJob{in, uint32_t(n), false, writing(), uint32_t(ld)});
         if (n % QK == 0) scalar().quantize_x8(n, here.data(), {d.data(), sum.data(), q8.data()});
     }
     MutableVec writing() const { return {f, q, blocks}; }
@@ -195,8 +195,8 @@ void test_vectors() {
             else
                 scalar().layer_norm(n, x.data(), weight.data(), bias.data(), 1e-5f, expected.data());
             run(normalise, 1, std::min<uint32_t>(1024, uint32_t(v.ld)), 0,
-                NormJob{in, uint32_t(n), norming, false, 1e-5f, w, norming == Norming::Layer ? b.data() : nullptr,
-                        v.writing(), uint32_t(v.ld)});
+                NormJob{in, uint32_t(n), norming, 1e-5f, w, norming == Norming::Layer ? b.data() : nullptr, v.writing(),
+                        uint32_t(v.ld)});
             std::vector<float> found = v.f.read();
             for (size_t i = n; i < v.ld; i++) CHECK(found[i] == 0, "zeros behind a norm of %zu", n);
             found.resize(n);
