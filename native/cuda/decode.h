@@ -78,14 +78,26 @@ __global__ void __launch_bounds__(THREADS) take(TakeJob job) {
     put(out, i, x);
 }
 
-// out (+)= the parts, in order, + bias.   parts: (n_parts, n); bias: (n_bias,) over and over, or NULL
-__global__ void add_up(const float* parts, uint32_t n_parts, uint32_t n, const float* bias, uint32_t n_bias, float* out,
-                       bool add) {
-    const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
+// out (+)= the parts + bias.   parts: (n_parts, n); bias: (n_bias,) over and over, or NULL. GROUPS threads share an
+// element: each adds every GROUPS-th part, in order, then their sums are added, in order.
+template <uint32_t GROUPS>
+__global__ void __launch_bounds__(THREADS)
+    add_up(const float* parts, uint32_t n_parts, uint32_t n, const float* bias, uint32_t n_bias, float* out, bool add) {
+    constexpr uint32_t ELEMENTS = THREADS / GROUPS;  // of a block
+    __shared__ float sums[GROUPS][ELEMENTS];
+    const uint32_t element = threadIdx.x % ELEMENTS, group = threadIdx.x / ELEMENTS;
+    const uint32_t i = blockIdx.x * ELEMENTS + element;
     float sum = 0;
+    if (i < n) {
 #pragma unroll 4
-    for (uint32_t p = 0; p < n_parts; p++) sum += parts[uint64_t(p) * n + i];
+        for (uint32_t p = group; p < n_parts; p += GROUPS) sum += parts[uint64_t(p) * n + i];
+    }
+    if constexpr (GROUPS > 1) {
+        sums[group][element] = sum;
+        __syncthreads();
+        for (uint32_t g = 1; g < GROUPS; g++) sum += sums[g][element];
+    }
+    if (group > 0 || i >= n) return;
     if (bias) sum += bias[i % n_bias];
     out[i] = add ? out[i] + sum : sum;
 }

@@ -16,7 +16,7 @@ namespace {
 
 constexpr uint32_t PIECE = 8192;        // neurons of a batch that are computed together: bounds the scratch
 constexpr uint32_t MAX_SPLITS = 64;     // of the positions, in decode attention
-constexpr uint32_t MAX_SHARES = 32;     // of the firing neurons, when their down rows are added
+constexpr uint32_t MAX_SHARES = 96;     // of the firing neurons, when their down rows are added
 constexpr uint32_t MAX_HEAD_DIM = 256;  // what a warp holds of a head
 
 // A layer's neurons in a row: those that lie on the card, or those that the processor lent.
@@ -479,7 +479,9 @@ void Session::copy_vectors(const float* in, uint32_t ld_in, float* out, uint32_t
 // out (+)= the parts, each of a vector for every token, + bias
 void Session::add_vectors(const float* parts, uint32_t n_parts, const float* bias, float* out, bool add) {
     const uint32_t n = n_tokens() * config_.n_embd;
-    run(add_up, ceil_div(n, THREADS), THREADS, 0, parts, n_parts, n, bias, config_.n_embd, out, add);
+    const uint32_t groups = n_parts > 1 ? WARPS : 1;
+    run(groups > 1 ? add_up<WARPS> : add_up<1>, ceil_div(n * groups, THREADS), THREADS, 0, parts, n_parts, n, bias,
+        config_.n_embd, out, add);
 }
 
 // x = norm(stream of n tokens).   A block a token: for one, as many threads as there is work for.

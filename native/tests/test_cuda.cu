@@ -251,16 +251,20 @@ void test_embed() {
 }
 
 void test_sums() {
-    const size_t n = 300, n_parts = 5;
+    const size_t n = 300, n_parts = 19;
     const std::vector<float> parts = normals(n * n_parts), bias = normals(100), before = normals(n);
     std::vector<float> expected = before;
     for (size_t i = 0; i < n; i++) {
         for (size_t p = 0; p < n_parts; p++) expected[i] += parts[p * n + i];
         expected[i] += bias[i % 100];
     }
-    const OnCard<float> in(parts), b(bias), out(before);
-    run(add_up, 3, 128, 0, in.data(), uint32_t(n_parts), uint32_t(n), b.data(), 100u, out.data(), true);
-    CHECK_CLOSE(out.read(), expected, EXACT, "sum of parts");
+    const OnCard<float> in(parts), b(bias);
+    for (uint32_t groups : {1u, WARPS}) {
+        const OnCard<float> out(before);
+        run(groups == 1 ? add_up<1> : add_up<WARPS>, (uint32_t(n) * groups + 255) / 256, 256, 0, in.data(),
+            uint32_t(n_parts), uint32_t(n), b.data(), 100u, out.data(), true);
+        CHECK_CLOSE(out.read(), expected, EXACT, "sum of parts by %u groups", groups);
+    }
     const OnCard<float> copied(4 * 40);
     run(copy_rows, 1, 256, 0, in.data(), 50u, copied.data(), 40u, 30u, 4u);
     const std::vector<float> found = copied.read();
@@ -486,7 +490,7 @@ void test_neurons(const NeuronCase& c) {
 #define PI_ADD(T) run(add_down<T>, dim3(n_tiles, n_parts), THREADS, adding_bytes<T>(n_segments), adding)
         PI_FOR_TYPE(c.type, PI_ADD)
 #undef PI_ADD
-        run(add_up, (c.n_embd + 255) / 256, 256, 0, parts.data(), n_parts, c.n_embd, nullptr, 1u, sum.data(), false);
+        run(add_up<1>, (c.n_embd + 255) / 256, 256, 0, parts.data(), n_parts, c.n_embd, nullptr, 1u, sum.data(), false);
         parts.read();
         CHECK_CLOSE(sum.read(), expected, EXACT, "%u neurons of %s, %u embd, rank %u, activation %d, in %u parts", c.n,
                     type_name(c.type), c.n_embd, c.rank, int(c.activation), n_parts);

@@ -31,7 +31,7 @@ CHUNKS = 24  # partial sums of an FFN
 CARD_ROW, CARD_TENSOR = 16, 256  # what rows and tensors are padded to
 CARD_LANES = 32  # what vectors are padded to
 CARD_PIECE = 8192  # neurons of a batch that are computed at once
-CARD_SPLITS, CARD_SEGMENTS = 64, 4096  # of a head's positions, of a layer's neurons, at most
+CARD_SPLITS, CARD_SEGMENTS, CARD_SHARES = 64, 4096, 96  # of a head's positions, a layer's neurons, its sum, at most
 
 # with neurons on disk (native/src/disk.cpp)
 PAGE = 4096
@@ -209,10 +209,10 @@ def kv_bytes(config: Config, n_layer: int, n_positions: int) -> int:
 def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, threads: int) -> int:
     """The engine's working memory beside weights and cache, to the byte (native/src/session.cpp allocates it once).
 
-    A thread: six numbers a neuron, attention scores, matrix tiles. A token: residual, normalised input, queries, keys, values, experts, what the predictor says, gate and up; one for
-    decoding, a batch of them for prompts, and the widest in blocks. Partial sums, logits, angles. With experts a
-    prompt's gate and up are a piece of one expert's, whose rows are brought together, as are the inputs of those that
-    chose it.
+    A thread: six numbers a neuron, attention scores, matrix tiles. A token: residual, normalised input, queries,
+    keys, values, experts, what the predictor says, gate and up; one for decoding, a batch of them for prompts, and
+    the widest in blocks. Partial sums, logits, angles. With experts a prompt's gate and up are a piece of one
+    expert's, whose rows are brought together, as are the inputs of those that chose it.
     """
     d, wide = config.n_embd, max(config.n_embd, config.n_head * config.head_dim)
     q, kv = config.n_head * config.head_dim, config.n_head_kv * config.head_dim
@@ -244,7 +244,7 @@ def card_scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int
     kv = config.n_head_kv * config.head_dim
     token = 2 * d + wide + heads + q + 2 * kv + angles + 2 * rank + 3 * piece
     token += (max(wide, heads) + rank + piece) // 2 + 3
-    decode = CARD_SPLITS * config.n_head * (config.head_dim + 10) + CARD_LANES * d + config.n_vocab
+    decode = CARD_SPLITS * config.n_head * (config.head_dim + 10) + CARD_SHARES * d + config.n_vocab
     decode += 2 * config.n_ff + 3 * CARD_SEGMENTS + wide + heads + rank + 14 * config.n_layer
     card = 4 * (batch * token + decode) + 64 * CARD_TENSOR
     return max(card, scratch_bytes(config, plans, ctx_size, threads=1) + 4 * batch * d)
