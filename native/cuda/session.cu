@@ -692,16 +692,17 @@ void Session::decode_neurons(const Layer& l, const Neurons& own, Counts* counts)
     CardRows predictor;
     const float* predictor_bias = nullptr;
     if (asks(l)) predictor = card_rows(l.predictor->out), predictor_bias = l.predictor->bias;
-    run(choose_neurons, n_segments, THREADS, 0, Choosing{own.select,    own.up,
-                                                         predictor,     own.select_bias,
-                                                         own.up_bias,   predictor_bias,
-                                                         own.n,         l.always,
-                                                         asks(l),       mode_ == PI_MODE_DENSE,
-                                                         activating(l), read(x_),
-                                                         read(rank_),   per_warp,
-                                                         ids_,          h_,
-                                                         tallies_,      n_ended_,
-                                                         starts_,       counts});
+    const Choosing choosing{own.select,    own.up,
+                            predictor,     own.select_bias,
+                            own.up_bias,   predictor_bias,
+                            own.n,         l.always,
+                            asks(l),       mode_ == PI_MODE_DENSE,
+                            activating(l), read(x_),
+                            read(rank_),   per_warp,
+                            ids_,          h_,
+                            tallies_,      n_ended_,
+                            starts_,       counts};
+    run(choose_neurons, n_segments, THREADS, 0, choosing);
     const Adding adding{own.down, n_segments, segment, ids_, starts_, h_, parts_};
 #define PI_ADD(T) run(add_down<T>, dim3(tiles_of(l), n_parts(l)), THREADS, adding_bytes<T>(n_segments), adding)
     PI_FOR_TYPE(own.down.type, PI_ADD)

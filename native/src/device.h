@@ -12,6 +12,8 @@
 //                continues the outbox's sum into the inbox           continues the outbox's sum: the merge
 //     device: add_inbox: the merge
 //
+// In parallel blocks the FFN does not wait for attention, which follows it on the side that has it.
+//
 // Sums are chains in the order of the neurons, the device's first: the same however the neurons are divided. Where one
 // side has all of them, nothing crosses.
 //

@@ -203,6 +203,12 @@ void test_vectors() {
             CHECK_CLOSE(found, expected, EXACT, "norm %d of %zu", int(norming), n);
         }
     }
+    const std::vector<float> two = normals(2 * 300);
+    const OnCard<float> in(two), taken(2 * 320);
+    run(take, dim3(2, 2), THREADS, 0, TakeJob{in, 300, true, {taken, nullptr, nullptr}, 320});
+    const std::vector<float> found = taken.read();
+    for (size_t i = 0; i < found.size(); i++)
+        CHECK(found[i] == (i % 320 < 300 ? std::max(0.0f, two[i / 320 * 300 + i % 320]) : 0), "taken at %zu", i);
     std::vector<float> x = normals(64);
     x[3] = NAN;
     CardVector broken(x);
