@@ -53,25 +53,36 @@ struct GemmJob {
     bool add;  // to what out holds
 };
 
-// 16 elements of a row from k on (a multiple of 16), zeros from n on.
+// 16 elements of a row from k on (a multiple of 16), as they lie there: half a block of Q4_0 comes with the other half.
 template <Type T>
-__device__ __forceinline__ void load16(const uint8_t* row, uint32_t n, uint32_t k, __half* out) {
+struct Sixteen {
+    static constexpr uint32_t PIECES = PER_PIECE<T> < 16 ? 16 / PER_PIECE<T> : 1;
+    uint4 pieces[PIECES];
+    __half scale;
+};
+
+// Beyond the last piece lies the next row, or nothing: zeros.
+template <Type T>
+__device__ __forceinline__ void load16(const uint8_t* row, uint32_t n, uint32_t k, Sixteen<T>& out) {
     constexpr uint32_t E = PER_PIECE<T>;
-    float piece[E < 16 ? 16 : E] = {};
-    float d = 0;
-    if (k < n) {
-        d = scale_of<T>(row, n, k / E);
 #pragma unroll
-        for (uint32_t i = 0; i < (E < 16 ? 16 / E : 1); i++) {
-            // Beyond the last piece lies the next row, or nothing.
-            const uint4 w = k + i * E < n ? load_weights(row + (k / E + i) * PIECE_BYTES) : make_uint4(0, 0, 0, 0);
-            expand_piece<T>(w, piece + i * E);
-        }
-    }
+    for (uint32_t i = 0; i < Sixteen<T>::PIECES; i++)
+        out.pieces[i] = k + i * E < n ? load_weights(row + (k / E + i) * PIECE_BYTES) : make_uint4(0, 0, 0, 0);
+    if constexpr (HAS_SCALES<T>) out.scale = k < n ? half_scale_of<T>(row, n, k / E) : __float2half_rn(0);
+}
+
+// The same as numbers, zeros from n on.
+template <Type T>
+__device__ __forceinline__ void expand16(const Sixteen<T>& from, uint32_t n, uint32_t k, __half* out) {
+    constexpr uint32_t E = PER_PIECE<T>;
+    float values[E < 16 ? 16 : E], d = 1;
+    if constexpr (HAS_SCALES<T>) d = __half2float(from.scale);
+#pragma unroll
+    for (uint32_t i = 0; i < Sixteen<T>::PIECES; i++) expand_piece<T>(from.pieces[i], values + i * E);
     const bool second = E == 32 && k % 32 == 16;  // half of Q4_0's block
 #pragma unroll
     for (uint32_t i = 0; i < 16; i++) {
-        const float value = E == 32 && second ? piece[E == 32 ? 16 + i : i] : piece[i];
+        const float value = second ? values[E == 32 ? 16 + i : i] : values[i];
         out[i] = __float2half_rn(k + i < n ? d * value : 0);
     }
 }
@@ -80,24 +91,24 @@ __device__ __forceinline__ void load16(const uint8_t* row, uint32_t n, uint32_t 
 template <bool COLUMNS>
 constexpr uint32_t WEIGHTS_LD = COLUMNS ? TILE_OUT + HALF_PAD : TILE_K + HALF_PAD;
 
-// This thread's 16 weights of the tile (out, k). COLUMNS: the rows' elements are the outputs, the rows are summed.
-template <Type T, bool COLUMNS>
-__device__ __forceinline__ void load_weights_of_tile(const GemmJob& job, uint32_t out, uint32_t k, __half* mine) {
-    const uint32_t i = COLUMNS ? k + threadIdx.x / 8 : out + threadIdx.x / 2;
-    const uint32_t e = COLUMNS ? out + threadIdx.x % 8 * 16 : k + threadIdx.x % 2 * 16;
-    if (i < job.n_rows) {
-        load16<T>(job.rows.row(i), job.rows.n, e, mine);
-    } else {
-#pragma unroll
-        for (uint32_t j = 0; j < 16; j++) mine[j] = __float2half_rn(0);
-    }
-}
+// This thread's 16 weights of the tile (out, k): of row i, from element e on. COLUMNS: the rows' elements are the
+// outputs, the rows are summed.
+template <bool COLUMNS>
+struct Share {
+    uint32_t i, e;
+    __device__ __forceinline__ Share(uint32_t out, uint32_t k)
+        : i(COLUMNS ? k + threadIdx.x / 8 : out + threadIdx.x / 2),
+          e(COLUMNS ? out + threadIdx.x % 8 * 16 : k + threadIdx.x % 2 * 16) {}
+    // Elements of the row: none beyond the last one.
+    __device__ __forceinline__ uint32_t n(const GemmJob& job) const { return i < job.n_rows ? job.rows.n : 0; }
+};
 
 constexpr uint32_t GEMM_BYTES =
     TILE_TOKENS * (TILE_OUT + 4) * sizeof(float);  // of results, which is more than of tiles
 
 // out[t][j] (+)= back[t] * sum over k of x[t][k] * w + bias[j], w = row_j[k], or with COLUMNS row_k[j]. A block
-// computes TILE_TOKENS by TILE_OUT of it, a warp 32 by 32; the next tiles are on their way while these are multiplied.
+// computes TILE_TOKENS by TILE_OUT of it, a warp 32 by 32; the next tiles are on their way while these are multiplied:
+// what is loaded is not looked at before.
 template <Type T, bool COLUMNS>
 __global__ void __launch_bounds__(THREADS) gemm(GemmJob job) {
     using namespace nvcuda;
@@ -113,20 +124,27 @@ __global__ void __launch_bounds__(THREADS) gemm(GemmJob job) {
 
     const uint32_t x_row = threadIdx.x / 4, x_col = threadIdx.x % 4 * 8;
     uint4 next_x;
-    alignas(16) __half next_w[16];
+    Sixteen<T> next_w;
     auto load = [&](uint32_t k) {
         next_x = t0 + x_row < job.n_tokens
                      ? *reinterpret_cast<const uint4*>(job.x.x + uint64_t(t0 + x_row) * job.x.ld + k + x_col)
                      : make_uint4(0, 0, 0, 0);
-        load_weights_of_tile<T, COLUMNS>(job, out0, k, next_w);
+        const Share<COLUMNS> share(out0, k);
+        load16<T>(job.rows.row(share.i), share.n(job), share.e, next_w);
     };
-    load(0);
-    for (uint32_t k = 0; k < n_k; k += TILE_K) {
+    auto store = [&](uint32_t k) {
         *reinterpret_cast<uint4*>(x_tile + x_row * X_LD + x_col) = next_x;
         __half* to = COLUMNS ? w_tile + threadIdx.x / 8 * W_LD + threadIdx.x % 8 * 16
                              : w_tile + threadIdx.x / 2 * W_LD + threadIdx.x % 2 * 16;
-        reinterpret_cast<uint4*>(to)[0] = reinterpret_cast<const uint4*>(next_w)[0];
-        reinterpret_cast<uint4*>(to)[1] = reinterpret_cast<const uint4*>(next_w)[1];
+        const Share<COLUMNS> share(out0, k);
+        alignas(16) __half weights[16];
+        expand16<T>(next_w, share.n(job), share.e, weights);
+        reinterpret_cast<uint4*>(to)[0] = reinterpret_cast<const uint4*>(weights)[0];
+        reinterpret_cast<uint4*>(to)[1] = reinterpret_cast<const uint4*>(weights)[1];
+    };
+    load(0);
+    for (uint32_t k = 0; k < n_k; k += TILE_K) {
+        store(k);
         __syncthreads();
         if (k + TILE_K < n_k) load(k + TILE_K);
 #pragma unroll

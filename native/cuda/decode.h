@@ -26,16 +26,14 @@ __global__ void begin_pass(PassState* state, uint32_t position, uint32_t n, uint
 
 // ---- vectors
 
-enum class Norming { None, Rms, Layer };
+enum class Norming { Rms, Layer };
 
 struct NormJob {
     const float* in;  // (n_tokens, n)
     uint32_t n;
     Norming norming;
-    bool relu;  // of what comes out, without a norm
     float eps;
     const float *weight, *bias;
-    float* copy;     // NULL, or where the input goes as it is
     MutableVec out;  // (n_tokens, ld); q: NULL, or of the first token
     uint32_t ld;     // a multiple of 32
 };
@@ -43,36 +41,63 @@ struct NormJob {
 // A block a token: out = norm(in), with zeros up to a multiple of 32.
 __global__ void __launch_bounds__(1024) normalise(NormJob job) {
     const float* in = job.in + uint64_t(blockIdx.x) * job.n;
-    float sum = 0, mean = 0, scale = 1;
+    float sum = 0, mean = 0;
     if (job.norming == Norming::Layer) {
         for (uint32_t i = threadIdx.x; i < job.n; i += blockDim.x) sum += in[i];
         mean = block_sum(sum) / float(job.n);
         sum = 0;
     }
-    if (job.norming != Norming::None) {
-        for (uint32_t i = threadIdx.x; i < job.n; i += blockDim.x) sum += (in[i] - mean) * (in[i] - mean);
-        scale = 1 / sqrtf(block_sum(sum) / float(job.n) + job.eps);
-    }
+    for (uint32_t i = threadIdx.x; i < job.n; i += blockDim.x) sum += (in[i] - mean) * (in[i] - mean);
+    const float scale = 1 / sqrtf(block_sum(sum) / float(job.n) + job.eps);
     MutableVec out = job.out;
     out.f += uint64_t(blockIdx.x) * job.ld;
     for (uint32_t i = threadIdx.x; i < job.ld; i += blockDim.x) {
-        float x = i < job.n ? in[i] : 0;
-        if (i < job.n && job.copy) job.copy[uint64_t(blockIdx.x) * job.n + i] = x;
-        if (job.norming != Norming::None && i < job.n)
-            x = (x - mean) * scale * (job.weight ? job.weight[i] : 1) + (job.bias ? job.bias[i] : 0);
-        if (job.relu) x = x <= 0 ? 0 : x;
+        float x = 0;
+        if (i < job.n) x = (in[i] - mean) * scale * (job.weight ? job.weight[i] : 1) + (job.bias ? job.bias[i] : 0);
         put(out, i, x);
     }
 }
 
-// out (+)= the parts, in order, + bias.   parts: (n_parts, n); bias: (n_bias,) over and over, or NULL
-__global__ void add_up(const float* parts, uint32_t n_parts, uint32_t n, const float* bias, uint32_t n_bias, float* out,
-                       bool add) {
+struct TakeJob {
+    const float* in;  // (n_tokens, n)
+    uint32_t n;
+    bool relu;
+    MutableVec out;  // (n_tokens, ld); q: NULL, or of the first token
+    uint32_t ld;     // a multiple of 32
+};
+
+// out = in, with zeros up to a multiple of 32, of token blockIdx.y. A thread an element: what lies in the processor's
+// memory comes in one go.
+__global__ void __launch_bounds__(THREADS) take(TakeJob job) {
     const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
+    if (i >= job.ld) return;
+    float x = i < job.n ? job.in[uint64_t(blockIdx.y) * job.n + i] : 0;
+    if (job.relu) x = x <= 0 ? 0 : x;
+    MutableVec out = job.out;
+    out.f += uint64_t(blockIdx.y) * job.ld;
+    put(out, i, x);
+}
+
+// out (+)= the parts + bias.   parts: (n_parts, n); bias: (n_bias,) over and over, or NULL. GROUPS threads share an
+// element: each adds every GROUPS-th part, in order, then their sums are added, in order.
+template <uint32_t GROUPS>
+__global__ void __launch_bounds__(THREADS)
+    add_up(const float* parts, uint32_t n_parts, uint32_t n, const float* bias, uint32_t n_bias, float* out, bool add) {
+    constexpr uint32_t ELEMENTS = THREADS / GROUPS;  // of a block
+    __shared__ float sums[GROUPS][ELEMENTS];
+    const uint32_t element = threadIdx.x % ELEMENTS, group = threadIdx.x / ELEMENTS;
+    const uint32_t i = blockIdx.x * ELEMENTS + element;
     float sum = 0;
+    if (i < n) {
 #pragma unroll 4
-    for (uint32_t p = 0; p < n_parts; p++) sum += parts[uint64_t(p) * n + i];
+        for (uint32_t p = group; p < n_parts; p += GROUPS) sum += parts[uint64_t(p) * n + i];
+    }
+    if constexpr (GROUPS > 1) {
+        sums[group][element] = sum;
+        __syncthreads();
+        for (uint32_t g = 1; g < GROUPS; g++) sum += sums[g][element];
+    }
+    if (group > 0 || i >= n) return;
     if (bias) sum += bias[i % n_bias];
     out[i] = add ? out[i] + sum : sum;
 }
@@ -354,6 +379,11 @@ struct Counts {
     unsigned long long computed, active, fired, asked;
 };
 
+// The same of a segment.
+struct alignas(8) Tally {
+    uint16_t computed, active, fired, asked;
+};
+
 struct Choosing {
     CardRows select, up, predictor;  // up: no data where plain
     const float *select_bias, *up_bias, *predictor_bias;
@@ -362,10 +392,12 @@ struct Choosing {
     bool asks, dense;
     Activating activating;
     Vec x, rank;
-    uint32_t per_warp;   // neurons that a warp computes: a block's are a segment
-    uint32_t* ids;       // (n,) those of a segment that fire, from its first place on
-    float* h;            // (n,) theirs
-    uint32_t* n_firing;  // (n_segments,)
+    uint32_t per_warp;  // neurons that a warp computes: a block's are a segment
+    uint32_t* ids;      // (n,) those of a segment that fire, from its first place on
+    float* h;           // (n,) theirs
+    Tally* tallies;     // (n_segments,)
+    uint32_t* n_ended;  // blocks that are done: 0 before and after
+    uint32_t* starts;   // (n_segments + 1,) neurons that fire in the segments before
     Counts* counts;
 };
 constexpr uint32_t MAX_PER_WARP = THREADS / WARPS;  // a thread a neuron of the segment when the list is made
@@ -387,13 +419,69 @@ __device__ __forceinline__ uint32_t choose(const Choosing& f, uint32_t i, uint32
     return did | ACTIVE | (h != 0 ? uint32_t{FIRED} : 0u);
 }
 
+// Whether all other blocks are done: then what their first threads wrote is seen by all threads of this one.
+__device__ __forceinline__ bool ends_last(uint32_t* n_ended) {
+    __shared__ bool last;
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last = atomicAdd(n_ended, 1u) == gridDim.x - 1;
+        if (last) *n_ended = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    return last;
+}
+
+__device__ __forceinline__ Tally tally_of(const Tally* tallies, uint32_t segment) {
+    const auto bits = __ldcg(reinterpret_cast<const unsigned long long*>(tallies + segment));  // others wrote it
+    Tally tally;
+    memcpy(&tally, &bits, sizeof(tally));
+    return tally;
+}
+
+// The segments' beginnings, and the layer's counts, by one block.
+__device__ __forceinline__ void sum_tallies(const Choosing& f) {
+    __shared__ uint32_t sums[WARPS];
+    const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n = gridDim.x;
+    const uint32_t each = (n + THREADS - 1) / THREADS, begin = min(n, threadIdx.x * each), end = min(n, begin + each);
+    int computed = 0, active = 0, fired = 0, asked = 0;
+#pragma unroll 4
+    for (uint32_t s = begin; s < end; s++) {
+        const Tally tally = tally_of(f.tallies, s);
+        computed += tally.computed, active += tally.active, fired += tally.fired, asked += tally.asked;
+    }
+    uint32_t sum = fired;  // inclusive in the warp
+    for (uint32_t by = 1; by < WARP; by *= 2) {
+        const uint32_t other = __shfl_up_sync(ALL, sum, by);
+        if (lane >= by) sum += other;
+    }
+    if (lane == WARP - 1) sums[warp] = sum;
+    computed = warp_sum(computed), active = warp_sum(active), asked = warp_sum(asked);
+    __syncthreads();
+    uint32_t at = sum - fired;
+    for (uint32_t w = 0; w < warp; w++) at += sums[w];
+    for (uint32_t s = begin; s < end; s++) {
+        f.starts[s] = at;
+        at += tally_of(f.tallies, s).fired;
+    }
+    if (threadIdx.x == THREADS - 1) {
+        f.starts[n] = at;
+        f.counts->fired += at;
+    }
+    if (lane != 0) return;
+    atomicAdd(&f.counts->computed, (unsigned long long)computed);  // whole numbers: any order gives the same
+    atomicAdd(&f.counts->active, (unsigned long long)active);
+    atomicAdd(&f.counts->asked, (unsigned long long)asked);
+}
+
 // A warp a neuron, or some: its predictor row where asked, its deciding row where let through, its up row where that
-// fires. Then the block's firing neurons become a list, in order.
+// fires. Then the block's firing neurons become a list, in order; the last block says where each list begins.
 __global__ void __launch_bounds__(THREADS) choose_neurons(Choosing f) {
     __shared__ float hs[THREADS];
     __shared__ uint32_t dids[THREADS], before[WARPS];
     const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, segment = WARPS * f.per_warp;
     const uint32_t first = blockIdx.x * segment;
+#pragma unroll 1  // of more than one at a time registers spill
     for (uint32_t k = 0; k < f.per_warp; k++) {
         const uint32_t place = warp * f.per_warp + k, i = first + place;
         float h = 0;
@@ -412,12 +500,9 @@ __global__ void __launch_bounds__(THREADS) choose_neurons(Choosing f) {
         f.ids[at] = first + threadIdx.x;
         f.h[at] = hs[threadIdx.x];
     }
-    if (threadIdx.x != 0) return;
-    f.n_firing[blockIdx.x] = n_fired;
-    atomicAdd(&f.counts->computed, (unsigned long long)n_computed);  // whole numbers: any order gives the same
-    atomicAdd(&f.counts->active, (unsigned long long)n_active);
-    atomicAdd(&f.counts->fired, (unsigned long long)n_fired);
-    if (f.asks) atomicAdd(&f.counts->asked, (unsigned long long)n_asked);
+    if (threadIdx.x == 0)
+        f.tallies[blockIdx.x] = {uint16_t(n_computed), uint16_t(n_active), uint16_t(n_fired), uint16_t(n_asked)};
+    if (ends_last(f.n_ended)) sum_tallies(f);
 }
 
 constexpr uint32_t MAX_SEGMENTS = 4096;  // whose beginnings fit into shared memory
@@ -425,33 +510,10 @@ constexpr uint32_t MAX_SEGMENTS = 4096;  // whose beginnings fit into shared mem
 struct Adding {
     CardRows down;
     uint32_t n_segments, segment;  // neurons of a segment
-    const uint32_t *ids, *n_firing;
+    const uint32_t *ids, *starts;  // as choose_neurons left them
     const float* h;
     float* parts;  // (gridDim.y, down.n)
 };
-
-// starts[s] = neurons that fire in segments before s, s <= n_segments
-__device__ __forceinline__ void scan_segments(const Adding& a, uint32_t* starts) {
-    __shared__ uint32_t sums[THREADS];
-    const uint32_t each = (a.n_segments + THREADS - 1) / THREADS, begin = threadIdx.x * each;
-    uint32_t mine = 0;
-    for (uint32_t s = begin; s < min(begin + each, a.n_segments); s++) mine += a.n_firing[s];
-    uint32_t sum = mine;  // inclusive in the warp
-    for (uint32_t by = 1; by < WARP; by *= 2) {
-        const uint32_t other = __shfl_up_sync(ALL, sum, by);
-        if (threadIdx.x % WARP >= by) sum += other;
-    }
-    sums[threadIdx.x] = sum;
-    __syncthreads();
-    uint32_t at = sum - mine;
-    for (uint32_t w = 0; w < threadIdx.x / WARP; w++) at += sums[w * WARP + WARP - 1];
-    for (uint32_t s = begin; s < min(begin + each, a.n_segments); s++) {
-        starts[s] = at;
-        at += a.n_firing[s];
-    }
-    if (threadIdx.x == THREADS - 1) starts[a.n_segments] = at;
-    __syncthreads();
-}
 
 // The last segment that starts at or before the k-th firing neuron and is not empty: binary search.
 __device__ __forceinline__ uint32_t segment_of(const uint32_t* starts, uint32_t n_segments, uint32_t k) {
@@ -485,7 +547,8 @@ __global__ void __launch_bounds__(THREADS) add_down(Adding a) {
     __shared__ uint32_t ids[THREADS];
     __shared__ float hs[THREADS];
     auto* starts = static_cast<uint32_t*>(dynamic_shared());
-    scan_segments(a, starts);
+    for (uint32_t s = threadIdx.x; s <= a.n_segments; s += THREADS) starts[s] = a.starts[s];
+    __syncthreads();
     const uint64_t total = starts[a.n_segments];
     const auto begin = uint32_t(total * blockIdx.y / gridDim.y), end = uint32_t(total * (blockIdx.y + 1) / gridDim.y);
     const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, p = blockIdx.x * WARP + lane;

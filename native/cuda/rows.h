@@ -78,12 +78,20 @@ __device__ __forceinline__ float as_float(unsigned bits) {
 // Weights are read once: they pass through the caches without driving the vectors out.
 __device__ __forceinline__ uint4 load_weights(const uint8_t* p) { return __ldcs(reinterpret_cast<const uint4*>(p)); }
 
-// The scale of piece p of a row of n elements.
+template <Type T>
+constexpr bool HAS_SCALES = T == Type::Q8_0 || T == Type::Q4_0;
+
+// The scale of piece p of a row of n elements, as it lies there.
+template <Type T>
+__device__ __forceinline__ __half half_scale_of(const uint8_t* row, uint32_t n, uint32_t p) {
+    const auto* scales = reinterpret_cast<const __half*>(row + (T == Type::Q8_0 ? n : n / 2));
+    return __ldg(scales + (T == Type::Q8_0 ? p / 2 : p));
+}
+
 template <Type T>
 __device__ __forceinline__ float scale_of(const uint8_t* row, uint32_t n, uint32_t p) {
-    if constexpr (T == Type::F32 || T == Type::F16) return 1.0f;
-    const auto* scales = reinterpret_cast<const __half*>(row + (T == Type::Q8_0 ? n : n / 2));
-    return __half2float(__ldg(scales + (T == Type::Q8_0 ? p / 2 : p)));
+    if constexpr (HAS_SCALES<T>) return __half2float(half_scale_of<T>(row, n, p));
+    return 1.0f;
 }
 
 // Quants of a word, 4 of Q4_0's nibbles each in a byte: elements k and k + 16 of a block are in one byte.

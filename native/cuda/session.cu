@@ -16,7 +16,7 @@ namespace {
 
 constexpr uint32_t PIECE = 8192;        // neurons of a batch that are computed together: bounds the scratch
 constexpr uint32_t MAX_SPLITS = 64;     // of the positions, in decode attention
-constexpr uint32_t MAX_SHARES = 32;     // of the firing neurons, when their down rows are added
+constexpr uint32_t MAX_SHARES = 96;     // of the firing neurons, when their down rows are added
 constexpr uint32_t MAX_HEAD_DIM = 256;  // what a warp holds of a head
 
 // On the card, of the graphs of a layer's commands: an allowance, which benchmarks/gpu_budget.py checks.
@@ -103,8 +103,9 @@ class Session final : public DeviceSession {
     void attend(const Heads& heads);
     void attend_many(const Heads& heads);
     Heads heads_of(size_t il) const;
-    void normalise_stream(const Norm* norm, const float* stream, float* copy, uint32_t n);
-    void normalise_vectors(NormJob job, uint32_t n);
+    void normalise_stream(const Norm& norm, const float* stream, uint32_t n);
+    void take_vectors(const float* from, uint32_t n, bool relu, const MutableVec& to);
+    MutableVec for_tokens(MutableVec v, uint32_t n) const;
     void ffn_input_of(const Layer& layer);
     void rank_of(const Layer& layer);
     void take_rank(const Layer& layer, const float* from, bool relu);
@@ -157,21 +158,23 @@ class Session final : public DeviceSession {
 
     // Scratch, on the card.
     PassState* state_;
-    uint64_t* n_done_;          // tickets
-    float *cos_, *sin_;         // (batch, rotary_dim / 2)
-    float *residual_, *entry_;  // (batch, n_embd) the stream; what it was before attention
+    uint64_t* n_done_;   // tickets
+    float *cos_, *sin_;  // (batch, rotary_dim / 2)
+    float* residual_;    // (batch, n_embd) the stream
     // (batch, ld_) a normalised input, what attention gave, the predictor's hidden layer
     MutableVec x_, heads_, rank_;
     uint32_t x_ld_, heads_ld_, rank_ld_;
-    float *q_, *k_, *v_;         // (batch, q_dim) (batch, kv_dim) (batch, kv_dim)
-    float* raw_rank_;            // (batch, max rank)
-    float* head_parts_;          // (n_head, n_splits, head_ld + 2)
-    uint32_t *ids_, *n_firing_;  // (n neurons,) (n_segments,)
-    float* h_;                   // (n neurons,)
-    Counts* counts_;             // (n_layer,)
-    ScoreCounts* scores_;        // (n_layer,)
-    float* parts_;               // (n_shares, n_embd), or (batch, n_embd): they make up the sum
-    float* logits_;              // (n_vocab,)
+    float *q_, *k_, *v_;       // (batch, q_dim) (batch, kv_dim) (batch, kv_dim)
+    float* raw_rank_;          // (batch, max rank)
+    float* head_parts_;        // (n_head, n_splits, head_ld + 2)
+    uint32_t *ids_, *starts_;  // (n neurons,) (n_segments + 1,)
+    Tally* tallies_;           // (n_segments,)
+    uint32_t* n_ended_;        // blocks
+    float* h_;                 // (n neurons,)
+    Counts* counts_;           // (n_layer,)
+    ScoreCounts* scores_;      // (n_layer,)
+    float* parts_;             // (n_shares, n_embd), or (batch, n_embd): they make up the sum
+    float* logits_;            // (n_vocab,)
     Halves x_half_, rank_half_, h_half_;
     float *select_, *up_, *forecast_;  // (batch, piece)
     uint8_t *visit_select_, *visit_up_, *visit_down_;
@@ -273,7 +276,6 @@ void Session::place_scratch(Places& at) {
     at.place(state_, 1);
     at.place(n_done_, 1);
     at.place(residual_, b * c.n_embd);
-    at.place(entry_, c.parallel ? if_block * c.n_embd : 0);
     vectors(x_, x_ld_, b);
     vectors(rank_, rank_ld_, b);
     at.place(cos_, if_block * (c.rotary_dim / 2));
@@ -286,7 +288,9 @@ void Session::place_scratch(Places& at) {
     at.place(raw_rank_, if_block * rank);
     at.place(ids_, n_here);
     at.place(h_, n_here);
-    at.place(n_firing_, n_here > 0 ? MAX_SEGMENTS : 0);
+    at.place(starts_, n_here > 0 ? MAX_SEGMENTS + 1 : 0);
+    at.place(tallies_, n_here > 0 ? MAX_SEGMENTS : 0);
+    at.place(n_ended_, 1);
     at.place(counts_, c.n_layer);
     at.place(scores_, c.n_layer);
     at.place(parts_, std::max<uint64_t>(b, MAX_SHARES) * c.n_embd);
@@ -435,7 +439,7 @@ void Session::wait(uint64_t ticket) {
     flush();
     guarded([&] {
         wait_for_signal(seen_, ticket, stream_);
-        collect_scores();
+        if (ticket == n_marks_) collect_scores();  // they are copied behind all that was given
     });
     if (failed_) std::rethrow_exception(failed_);
 }
@@ -481,25 +485,30 @@ void Session::copy_vectors(const float* in, uint32_t ld_in, float* out, uint32_t
 // out (+)= the parts, each of a vector for every token, + bias
 void Session::add_vectors(const float* parts, uint32_t n_parts, const float* bias, float* out, bool add) {
     const uint32_t n = n_tokens() * config_.n_embd;
-    run(add_up, ceil_div(n, THREADS), THREADS, 0, parts, n_parts, n, bias, config_.n_embd, out, add);
+    const uint32_t groups = n_parts > 1 ? WARPS : 1;
+    run(groups > 1 ? add_up<WARPS> : add_up<1>, ceil_div(n * groups, THREADS), THREADS, 0, parts, n_parts, n, bias,
+        config_.n_embd, out, add);
 }
 
-// x = norm(stream of n tokens), or of one, then the stream as it is where `norm` is NULL; copy: NULL, or what the
-// stream is kept in
-void Session::normalise_stream(const Norm* norm, const float* stream, float* copy, uint32_t n) {
-    NormJob job{stream, config_.n_embd, Norming::None, false, config_.norm_eps, nullptr, nullptr, copy, x_, x_ld_};
-    if (norm) {
-        job.norming = config_.norm == NormKind::Rms ? Norming::Rms : Norming::Layer;
-        job.weight = norm->weight;
-        job.bias = norm->bias;
-    }
-    normalise_vectors(job, n);
+// x = norm(stream of n tokens).   A block a token: for one, as many threads as there is work for.
+void Session::normalise_stream(const Norm& norm, const float* stream, uint32_t n) {
+    const Norming norming = config_.norm == NormKind::Rms ? Norming::Rms : Norming::Layer;
+    const uint32_t n_threads = n == 1 ? std::min(1024u, x_ld_) : THREADS;
+    run(normalise, n, n_threads, 0,
+        NormJob{stream, config_.n_embd, norming, config_.norm_eps, norm.weight, norm.bias, for_tokens(x_, n), x_ld_});
 }
 
-// A block a token: for one, as many threads as there is work for.
-void Session::normalise_vectors(NormJob job, uint32_t n) {
-    if (!pass_.decode && n > 1) job.out.q = nullptr;
-    run(normalise, n, n == 1 ? std::min(1024u, job.ld) : THREADS, 0, job);
+// to = what lies at `from`: (n_tokens, n)
+void Session::take_vectors(const float* from, uint32_t n, bool relu, const MutableVec& to) {
+    const auto ld = up_to_warps(n);
+    run(take, dim3(ceil_div(ld, THREADS), n_tokens()), THREADS, 0,
+        TakeJob{from, n, relu, for_tokens(to, n_tokens()), ld});
+}
+
+// Batches meet matrices in float16 only.
+MutableVec Session::for_tokens(MutableVec v, uint32_t n) const {
+    if (!pass_.decode && n > 1) v.q = nullptr;
+    return v;
 }
 
 void Session::halve_vectors(const float* in, uint32_t n, uint32_t ld, Halves& out) {
@@ -549,7 +558,7 @@ void Session::attention_of(size_t il) {
     const Config& c = config_;
     const Layer& l = layer(il);
     const Heads heads = heads_of(il);
-    normalise_stream(&l.attn_norm, residual_, c.parallel ? entry_ : nullptr, n_tokens());
+    normalise_stream(l.attn_norm, residual_, n_tokens());
     if (pass_.decode) {
         matvec_of({{job_of(l.q, q_), job_of(l.k, k_), job_of(l.v, v_)}, read(x_), false});
     } else {
@@ -592,12 +601,11 @@ void Session::attend_many(const Heads& heads) {
 
 // x = norm(stream); rank, where the predictor is asked
 void Session::ffn_input_of(const Layer& l) {
-    const float* stream = config_.parallel ? entry_ : residual_;
     if (asks_now(l) && config_.predictor_on_stream) {
-        normalise_stream(nullptr, stream, nullptr, n_tokens());
+        take_vectors(residual_, config_.n_embd, false, x_);
         rank_of(l);
     }
-    normalise_stream(&l.ffn_norm, stream, nullptr, n_tokens());
+    normalise_stream(l.ffn_norm, residual_, n_tokens());
     if (asks_now(l) && !config_.predictor_on_stream) rank_of(l);
 }
 
@@ -615,8 +623,7 @@ void Session::rank_of(const Layer& l) {
 
 // rank = what lies at `from`: (n_tokens, rank)
 void Session::take_rank(const Layer& l, const float* from, bool relu) {
-    const auto n = static_cast<uint32_t>(l.predictor->in.n_rows);
-    normalise_vectors({from, n, Norming::None, relu, 0, nullptr, nullptr, nullptr, rank_, up_to_warps(n)}, n_tokens());
+    take_vectors(from, static_cast<uint32_t>(l.predictor->in.n_rows), relu, rank_);
 }
 
 void Session::give_input_of(const Layer& l) {
@@ -627,7 +634,7 @@ void Session::give_input_of(const Layer& l) {
 }
 
 void Session::take_input_of(const Layer& l) {
-    normalise_stream(nullptr, inbox.x, nullptr, n_tokens());
+    take_vectors(inbox.x, config_.n_embd, false, x_);
     if (asks_now(l)) take_rank(l, inbox.rank, false);
 }
 
@@ -691,10 +698,18 @@ void Session::decode_neurons(const Layer& l, const Neurons& own, Counts* counts)
     CardRows predictor;
     const float* predictor_bias = nullptr;
     if (asks(l)) predictor = card_rows(l.predictor->out), predictor_bias = l.predictor->bias;
-    run(choose_neurons, n_segments, THREADS, 0,
-        Choosing{own.select, own.up, predictor, own.select_bias, own.up_bias, predictor_bias, own.n, l.always, asks(l),
-                 mode_ == PI_MODE_DENSE, activating(l), read(x_), read(rank_), per_warp, ids_, h_, n_firing_, counts});
-    const Adding adding{own.down, n_segments, segment, ids_, n_firing_, h_, parts_};
+    const Choosing choosing{own.select,    own.up,
+                            predictor,     own.select_bias,
+                            own.up_bias,   predictor_bias,
+                            own.n,         l.always,
+                            asks(l),       mode_ == PI_MODE_DENSE,
+                            activating(l), read(x_),
+                            read(rank_),   per_warp,
+                            ids_,          h_,
+                            tallies_,      n_ended_,
+                            starts_,       counts};
+    run(choose_neurons, n_segments, THREADS, 0, choosing);
+    const Adding adding{own.down, n_segments, segment, ids_, starts_, h_, parts_};
 #define PI_ADD(T) run(add_down<T>, dim3(tiles_of(l), n_parts(l)), THREADS, adding_bytes<T>(n_segments), adding)
     PI_FOR_TYPE(own.down.type, PI_ADD)
 #undef PI_ADD
@@ -749,11 +764,11 @@ void Session::output_head() {
     const Config& c = config_;
     const Linear output{weights_.output, nullptr};
     if (pass_.selective) {
-        normalise_stream(&weights_.output_norm, residual_, nullptr, n_tokens());
+        normalise_stream(weights_.output_norm, residual_, n_tokens());
         halve_vectors(x_.f, c.n_embd, x_ld_, x_half_);
         return multiply(x_half_, output, outbox.logits, false);
     }
-    normalise_stream(&weights_.output_norm, residual_ + (pass_.n - 1) * c.n_embd, nullptr, 1);
+    normalise_stream(weights_.output_norm, residual_ + (pass_.n - 1) * c.n_embd, 1);
     matvec_of({{job_of(output, logits_)}, read(x_), false});
     copy_vectors(logits_, c.n_vocab, outbox.logits, c.n_vocab, c.n_vocab, 1);
 }

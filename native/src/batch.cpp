@@ -72,7 +72,6 @@ void Side::attention_batch(size_t il) {
     size_t n = pass_.n;
     if (c.experts.routed_by == RoutedBy::LayerInput) route_batch(layer, b_hidden_.data(), n);
     normalise_batch(layer.attn_norm, b_hidden_.data());
-    if (c.parallel) std::copy_n(b_hidden_.data(), n * c.n_embd, b_entry_.data());
     gemm(layer.q.rows, layer.q.bias, b_x_.data(), n, b_q_.data(), false);
     gemm(layer.k.rows, layer.k.bias, b_x_.data(), n, b_k_.data(), false);
     gemm(layer.v.rows, layer.v.bias, b_x_.data(), n, b_v_.data(), false);
@@ -225,7 +224,6 @@ void Side::activate_token(const Group& group, size_t k, pi_layer_score* score) {
         }
     }
     if (config.sub_norms) unit_rms(n, h);
-    if (in_blocks(group.down)) quantise_token(h, n, k);
 }
 
 // b_rank_ = the predictor's hidden layer;   x: (n, n_embd), b_q8_ its blocks
@@ -284,11 +282,12 @@ void Side::tile_of_rows8(const Rows& rows, size_t begin, size_t m, size_t n, Wor
     }
 }
 
-// The sum over the group's neurons i of h[k][i] * down_i for each token k;   h as `fire` left it, b_q8_ its blocks
+// The sum over the group's neurons i of h[k][i] * down_i for each token k;   h as `fire` left it
 void Side::gemm_down(const Group& group, size_t n, const Chain& chain) {
     const Rows& down = group.down;
     const float *h = group.up.data ? b_up_.data() : b_select_.data(), *bias = group.down_bias;
     size_t width = in_blocks(down) ? TILE8_ROWS : DOWN_COLUMNS;
+    if (in_blocks(down)) quantise_batch(h, n, down.n_rows);
     pool_.run(ceil_div(down.n, width), [&](size_t item, uint32_t thread) {
         Worker& w = workers_[thread];
         size_t begin = item * width, m = std::min<size_t>(width, down.n - begin);

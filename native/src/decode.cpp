@@ -80,7 +80,6 @@ void Side::attention_token(size_t il) {
     const Layer& layer = weights.layers[il];
     if (c.experts.routed_by == RoutedBy::LayerInput) route(layer, hidden_.data());
     normalise(layer.attn_norm, hidden_.data(), x_.f.data());
-    if (c.parallel) std::copy_n(hidden_.data(), c.n_embd, entry_.data());
     project(ATTENTION, {{&layer.q, q_.data()}, {&layer.k, k_.data()}, {&layer.v, v_.data()}}, quantised(x_, c.n_embd));
     parallel(ATTENTION, c.n_head_kv, [&](size_t head, uint32_t) {
         size_t at = head * c.head_dim;

@@ -105,7 +105,8 @@ bool Side::looks_ahead(size_t il) const {
 }
 
 // While the layer before waits for the disk: asks layer il's predictor, with the residual as it is now, before that
-// layer's FFN and this one's attention have changed it. What it lets through most surely is read behind the rest.
+// layer's FFN and this one's attention have changed it (in parallel blocks that layer's, too). What it lets through
+// most surely is read behind the rest.
 void Side::look_ahead(size_t il) {
     const Layer& layer = weights.layers[il];
     if (config.predictor_on_stream)

@@ -12,6 +12,8 @@
 //                continues the outbox's sum into the inbox           continues the outbox's sum: the merge
 //     device: add_inbox: the merge
 //
+// In parallel blocks the FFN does not wait for attention, which follows it on the side that has it.
+//
 // Sums are chains in the order of the neurons, the device's first: the same however the neurons are divided. Where one
 // side has all of them, nothing crosses.
 //
@@ -78,8 +80,9 @@ class DeviceSession {
     // stream = rows of the output matrix, where that lies here and is the embedding, too; learned positions are not
     // added. The tokens stay there until the next wait().
     virtual void embed(const int32_t* tokens) = 0;
-    virtual void attention(size_t il) = 0;    // entry = stream; stream += attention(norm(stream))
-    virtual void prepare_ffn(size_t il) = 0;  // x = norm(entry where blocks are parallel, else stream); rank, if asked
+    // stream += attention(norm(stream)). Where blocks are parallel, it comes between ffn and add_sum or add_inbox.
+    virtual void attention(size_t il) = 0;
+    virtual void prepare_ffn(size_t il) = 0;     // x = norm(stream); rank, if asked
     virtual void give_ffn_input(size_t il) = 0;  // outbox.x, .rank = x, rank
     virtual void take_ffn_input(size_t il) = 0;  // x, rank = inbox.x, .rank
     // The rest of the layer's neurons, as they lie in the processor's memory: this pass's ffn(il) computes them, too.
@@ -91,7 +94,8 @@ class DeviceSession {
     virtual void add_inbox(size_t il) = 0;  // stream += inbox.x + down's bias
     virtual void leave() = 0;               // outbox.x = stream
     virtual void head() = 0;                // outbox.logits = output . norm(stream), of the last token or of all, uncut
-    // What the last ffn selected, in a selective batch, is added to *score, which nobody touches until the next wait().
+    // What the last ffn selected, in a selective batch, is added to *score, which nobody touches until a wait() for the
+    // last mark().
     virtual void count(pi_layer_score* score) = 0;
 
     // ---- in between

@@ -1,5 +1,6 @@
 // One pass over two sides (device.h): for each layer, where the stream is, what crosses, and who begins when. The
-// device is always set going before the processor begins its own share.
+// device is always set going before the processor begins its own share. In parallel blocks the FFN comes before
+// attention on either side: its input waits for nothing.
 #include <cstring>
 
 #include "session.h"
@@ -64,7 +65,7 @@ void Session::begin_on_both(const int32_t* tokens) {
 void Session::layer_with_block_here(size_t il, pi_layer_score* score) {
     bool lent = lends(il), both = lent || has_neurons(there_.layers[il]);
     bring_stream();
-    attention(il);
+    if (!config.parallel) attention(il);
     prepare_ffn(il);
     uint64_t ticket = 0;
     if (both) {
@@ -78,6 +79,7 @@ void Session::layer_with_block_here(size_t il, pi_layer_score* score) {
         ffn(il);
         if (score) count(score);
     }
+    if (config.parallel) attention(il);
     const float* before = both ? await_sum(ticket) : nullptr;
     if (!lent) return sum(il, {before, nullptr});
     add_sum(il, before);
@@ -89,10 +91,11 @@ void Session::layer_with_block_here(size_t il, pi_layer_score* score) {
 void Session::layer_with_block_there(size_t il, pi_layer_score* score) {
     bool lent = lends(il), both = has_neurons(there_.layers[il]);
     send_stream();
-    device_->attention(il);
+    if (!config.parallel) device_->attention(il);
     device_->prepare_ffn(il);
     if (lent || !has_neurons(weights.layers[il])) {
         ffn_there(il, lent);
+        if (config.parallel) device_->attention(il);
         device_->add_sum(il);
         if (lent && disk) {  // what was lent makes room for the next
             await_all();
@@ -107,6 +110,7 @@ void Session::layer_with_block_there(size_t il, pi_layer_score* score) {
         device_->give_sum();
         ticket = device_->mark();
     }
+    if (config.parallel) device_->attention(il);
     device_->start();
     await(input);
     read_ffn_input(il);

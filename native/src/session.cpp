@@ -125,9 +125,10 @@ void Session::run_here(const int32_t* tokens, float* logits_out, pi_layer_score*
     embed(tokens);
     add_positions();
     for (size_t il = 0; il < config.n_layer; il++) {
-        attention(il);
+        if (!config.parallel) attention(il);
         prepare_ffn(il);
         ffn(il);
+        if (config.parallel) attention(il);
         if (scores) count(scores + il);
         sum(il, {});
     }

@@ -71,10 +71,6 @@ Side::Side(const Config& config, const Weights& weights, DiskTier* disk, const p
     allocate(cos_, batch * (c.rotary_dim / 2));
     allocate(sin_, batch * (c.rotary_dim / 2));
     allocate(hidden_, c.n_embd);
-    if (c.parallel) {
-        allocate(entry_, c.n_embd);
-        allocate(b_entry_, batch * c.n_embd);
-    }
     allocate_vector(x_, std::max(c.n_embd, c.q_dim()));
     allocate_vector(rank_, rank);
     allocate(routes_, c.experts.n);
@@ -147,9 +143,9 @@ void Side::attention(size_t il) {
 void Side::prepare_ffn(size_t il) {
     const Layer& layer = weights.layers[il];
     if (pass_.decode)
-        prepare_token(layer, config.parallel ? entry_.data() : hidden_.data());
+        prepare_token(layer, hidden_.data());
     else
-        prepare_batch(layer, config.parallel ? b_entry_.data() : b_hidden_.data());
+        prepare_batch(layer, b_hidden_.data());
 }
 
 void Side::take_ffn_input(size_t il, const float* x, const float* rank) {

@@ -262,7 +262,6 @@ class Side {
     Buffer<uint16_t> keys_, values_;  // (layers of these, n_head_kv, n_ctx, head_dim) float16
     Buffer<float> cos_, sin_;         // (min(BATCH, n_ctx), rotary_dim / 2)
     Buffer<float> hidden_;            // (n_embd,) the residual stream
-    Buffer<float> entry_;             // (n_embd,) what it was before attention, where the FFN reads that
     Activations x_;                   // (max(n_embd, q_dim),) a normalised input, or what attention gave
     Activations rank_;                // (max rank,) the predictor's hidden layer
     Buffer<float> routes_;            // (n_experts,) the weight of each, 0: not chosen
@@ -281,7 +280,7 @@ class Side {
     Buffer<float> ahead_logit_;  // (n_ff,) what its predictor says of its cold neurons
     Buffer<uint32_t> ahead_;     // (n_ff,) those that may be worth a read
     // batch.cpp: (min(BATCH, n_ctx), .) each
-    Buffer<float> b_hidden_, b_entry_, b_x_, b_q_, b_k_, b_v_, b_select_, b_up_, b_rank_, b_asked_, b_routes_;
+    Buffer<float> b_hidden_, b_x_, b_q_, b_k_, b_v_, b_select_, b_up_, b_rank_, b_asked_, b_routes_;
     // with experts: a layer's neurons by expert, (n_ff,); those that chose the present one, (batch,), and their inputs,
     // (batch, n_embd); the rows of a piece of it, (3, PIECE) of at most n_embd floats, and their biases, (2, PIECE)
     Buffer<uint32_t> members_, takers_;

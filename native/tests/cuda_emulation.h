@@ -103,11 +103,16 @@ template <class T>
 T __ldcs(const T* p) {
     return *p;
 }
+template <class T>
+T __ldcg(const T* p) {
+    return *p;
+}
 inline int __dp4a(int a, int b, int c) {
     for (int i = 0; i < 4; i++) c += int8_t(unsigned(a) >> 8 * i) * int8_t(unsigned(b) >> 8 * i);
     return c;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline void __threadfence() {}
 inline void __threadfence_system() {}
 template <class T>
 T atomicAdd(T* p, T value) {

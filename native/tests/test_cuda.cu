@@ -160,8 +160,8 @@ struct CardVector {
           sum(d.size()),
           q8(d.size() * QK) {
         OnCard<float> in(values);
-        run(normalise, 1, std::min<uint32_t>(1024, uint32_t(ld)), 0,
-            NormJob{in, uint32_t(n), Norming::None, false, 0, nullptr, nullptr, nullptr, writing(), uint32_t(ld)});
+        run(take, dim3(uint32_t((ld + THREADS - 1) / THREADS)), THREADS, 0,
+            TakeJob{in, uint32_t(n), false, writing(), uint32_t(ld)});
         if (n % QK == 0) scalar().quantize_x8(n, here.data(), {d.data(), sum.data(), q8.data()});
     }
     MutableVec writing() const { return {f, q, blocks}; }
@@ -187,7 +187,7 @@ void test_vectors() {
         for (size_t i = 0; i < v.q8.size(); i++) CHECK(q[i] == v.q8[i], "quantised %zu at %zu", n, i);
         for (size_t b = 0; b < v.d.size(); b++)
             CHECK(blocks[b].d == v.d[b] && blocks[b].d * float(blocks[b].sum) == v.sum[b], "block %zu of %zu", b, n);
-        const OnCard<float> in(x), w(weight), b(bias), copy(n);
+        const OnCard<float> in(x), w(weight), b(bias);
         for (Norming norming : {Norming::Rms, Norming::Layer}) {
             std::vector<float> expected(n);
             if (norming == Norming::Rms)
@@ -195,15 +195,20 @@ void test_vectors() {
             else
                 scalar().layer_norm(n, x.data(), weight.data(), bias.data(), 1e-5f, expected.data());
             run(normalise, 1, std::min<uint32_t>(1024, uint32_t(v.ld)), 0,
-                NormJob{in, uint32_t(n), norming, false, 1e-5f, w, norming == Norming::Layer ? b.data() : nullptr, copy,
-                        v.writing(), uint32_t(v.ld)});
+                NormJob{in, uint32_t(n), norming, 1e-5f, w, norming == Norming::Layer ? b.data() : nullptr, v.writing(),
+                        uint32_t(v.ld)});
             std::vector<float> found = v.f.read();
             for (size_t i = n; i < v.ld; i++) CHECK(found[i] == 0, "zeros behind a norm of %zu", n);
             found.resize(n);
             CHECK_CLOSE(found, expected, EXACT, "norm %d of %zu", int(norming), n);
-            CHECK(copy.read() == x, "copy beside a norm of %zu", n);
         }
     }
+    const std::vector<float> two = normals(2 * 300);
+    const OnCard<float> in(two), taken(2 * 320);
+    run(take, dim3(2, 2), THREADS, 0, TakeJob{in, 300, true, {taken, nullptr, nullptr}, 320});
+    const std::vector<float> found = taken.read();
+    for (size_t i = 0; i < found.size(); i++)
+        CHECK(found[i] == (i % 320 < 300 ? std::max(0.0f, two[i / 320 * 300 + i % 320]) : 0), "taken at %zu", i);
     std::vector<float> x = normals(64);
     x[3] = NAN;
     CardVector broken(x);
@@ -252,16 +257,20 @@ void test_embed() {
 }
 
 void test_sums() {
-    const size_t n = 300, n_parts = 5;
+    const size_t n = 300, n_parts = 19;
     const std::vector<float> parts = normals(n * n_parts), bias = normals(100), before = normals(n);
     std::vector<float> expected = before;
     for (size_t i = 0; i < n; i++) {
         for (size_t p = 0; p < n_parts; p++) expected[i] += parts[p * n + i];
         expected[i] += bias[i % 100];
     }
-    const OnCard<float> in(parts), b(bias), out(before);
-    run(add_up, 3, 128, 0, in.data(), uint32_t(n_parts), uint32_t(n), b.data(), 100u, out.data(), true);
-    CHECK_CLOSE(out.read(), expected, EXACT, "sum of parts");
+    const OnCard<float> in(parts), b(bias);
+    for (uint32_t groups : {1u, WARPS}) {
+        const OnCard<float> out(before);
+        run(groups == 1 ? add_up<1> : add_up<WARPS>, (uint32_t(n) * groups + 255) / 256, 256, 0, in.data(),
+            uint32_t(n_parts), uint32_t(n), b.data(), 100u, out.data(), true);
+        CHECK_CLOSE(out.read(), expected, EXACT, "sum of parts by %u groups", groups);
+    }
     const OnCard<float> copied(4 * 40);
     run(copy_rows, 1, 256, 0, in.data(), 50u, copied.data(), 40u, 30u, 4u);
     const std::vector<float> found = copied.read();
@@ -424,7 +433,8 @@ void test_neurons(const NeuronCase& c) {
     const std::vector<float> select_bias = normals(c.n), up_bias = normals(c.n), asked_bias = normals(c.n - c.always);
     const OnCard<float> card_select_bias(select_bias), card_up_bias(up_bias), card_asked_bias(asked_bias), h(c.n);
     const uint32_t per_warp = c.n > 500 ? 3 : 1, segment = per_warp * WARPS, n_segments = (c.n + segment - 1) / segment;
-    const OnCard<uint32_t> ids(c.n), n_firing(n_segments);
+    const OnCard<uint32_t> ids(c.n), n_ended(1), starts(n_segments + 1);
+    const OnCard<Tally> tallies(n_segments);
     const OnCard<Counts> counts(1);
     run(choose_neurons, n_segments, THREADS, 0,
         Choosing{select.card(),
@@ -443,7 +453,9 @@ void test_neurons(const NeuronCase& c) {
                  per_warp,
                  ids,
                  h,
-                 n_firing,
+                 tallies,
+                 n_ended,
+                 starts,
                  counts});
 
     const Ops& ops = scalar();
@@ -474,16 +486,17 @@ void test_neurons(const NeuronCase& c) {
     CHECK(found.computed == expected_counts.computed && found.active == expected_counts.active &&
               found.fired == expected_counts.fired && found.asked == expected_counts.asked,
           "counts of %u neurons: %llu %llu %llu %llu", c.n, found.computed, found.active, found.fired, found.asked);
-    ids.read(), h.read(), n_firing.read();
+    ids.read(), h.read(), tallies.read();
+    CHECK(n_ended.read()[0] == 0 && starts.read()[n_segments] == expected_counts.fired, "segments of %u neurons", c.n);
 
     const uint32_t n_tiles = (pieces_of(c.type, c.n_embd) + WARP - 1) / WARP;
     for (uint32_t n_parts : {1u, 5u}) {
         const OnCard<float> parts(n_parts * c.n_embd), sum(c.n_embd);
-        const Adding adding{down.card(), n_segments, segment, ids, n_firing, h, parts};
+        const Adding adding{down.card(), n_segments, segment, ids, starts, h, parts};
 #define PI_ADD(T) run(add_down<T>, dim3(n_tiles, n_parts), THREADS, adding_bytes<T>(n_segments), adding)
         PI_FOR_TYPE(c.type, PI_ADD)
 #undef PI_ADD
-        run(add_up, (c.n_embd + 255) / 256, 256, 0, parts.data(), n_parts, c.n_embd, nullptr, 1u, sum.data(), false);
+        run(add_up<1>, (c.n_embd + 255) / 256, 256, 0, parts.data(), n_parts, c.n_embd, nullptr, 1u, sum.data(), false);
         parts.read();
         CHECK_CLOSE(sum.read(), expected, EXACT, "%u neurons of %s, %u embd, rank %u, activation %d, in %u parts", c.n,
                     type_name(c.type), c.n_embd, c.rank, int(c.activation), n_parts);

@@ -22,7 +22,8 @@ void expect(bool ok, const std::string& what) {
     failed++;
 }
 
-pi::Config config() {
+// parallel: the FFN reads what attention reads
+pi::Config config(bool parallel) {
     pi::Config c{};
     c.n_layer = N_LAYER;
     c.n_embd = N_EMBD;
@@ -38,6 +39,7 @@ pi::Config config() {
     c.norm = pi::NormKind::Rms;
     c.activation = pi::Activation::Relu;
     c.gated = true;
+    c.parallel = parallel;
     return c;
 }
 
@@ -151,15 +153,17 @@ class Recorder : public pi::DeviceSession {
 
 // The processor's share, and a session over it and what the device has.
 struct Divided {
-    Divided(const Share& there, uint32_t n_threads, uint32_t lend_from = 0, uint64_t fails_at = 0)
-        : here({!there.dense, !there.head, there.last, N_FF}),
+    Divided(const Share& there, uint32_t n_threads, bool parallel = false, uint32_t lend_from = 0,
+            uint64_t fails_at = 0)
+        : sizes(config(parallel)),
+          here({!there.dense, !there.head, there.last, N_FF}),
           card(there),
           device(pi::host_device(fails_at)),
           session(
               sizes, here.weights, nullptr, params(n_threads), card.weights,
               std::make_unique<Recorder>(device->open(sizes, card.weights, params(n_threads), N_FF, UINT64_MAX), &told),
               lend_from) {}
-    pi::Config sizes = config();
+    pi::Config sizes;
     std::string told;
     Tensors here, card;
     std::unique_ptr<pi::Device> device;
@@ -191,8 +195,8 @@ std::vector<float> run(pi::Session& session) {
     return all;
 }
 
-void test_same_bits() {
-    pi::Config sizes = config();
+void test_same_bits(bool parallel) {
+    pi::Config sizes = config(parallel);
     Tensors whole(ALL);
     pi::Weights nothing;
     pi::Session unsplit(sizes, whole.weights, nullptr, params(1), nothing, nullptr, 0);
@@ -202,14 +206,14 @@ void test_same_bits() {
         for (bool head : {false, true})
             for (uint32_t n : {0u, 32u, 64u, 128u, N_FF})
                 for (uint32_t lend_from : {0u, 256u}) {
-                    Divided divided({dense, head, 0, n}, 1 + n % 3, lend_from);
+                    Divided divided({dense, head, 0, n}, 1 + n % 3, parallel, lend_from);
                     expect(run(divided.session) == expected, "a division gives the same bits");
                 }
 }
 
 void test_the_device_is_set_going_first() {
-    auto of_one_layer = [](const Share& there) {
-        Divided divided(there, 1);
+    auto of_one_layer = [](const Share& there, bool parallel = false) {
+        Divided divided(there, 1, parallel);
         divided.session.decode(1, nullptr);
         return divided.told;
     };
@@ -220,12 +224,15 @@ void test_the_device_is_set_going_first() {
            "the device has the dense blocks");
     std::string alone = "attention prepare_ffn ffn add_sum ";
     expect(of_one_layer(ALL) == "begin enter " + alone + alone + alone + "head wait ", "the device has all");
+    there = "prepare_ffn give_ffn_input ffn give_sum attention start wait wait add_inbox ";
+    expect(of_one_layer({true, false, 0, 64}, true) == "begin enter " + there + there + there + "leave wait ",
+           "in parallel blocks the FFN's input does not wait for attention");
 }
 
 // Whichever command fails: one error, again at every call after it, and the session ends.
 void test_failure() {
     for (uint64_t fails_at = 1; fails_at < 45; fails_at += 2) {
-        Divided divided({true, true, 0, 64}, 2, 0, fails_at);
+        Divided divided({true, true, 0, 64}, 2, false, 0, fails_at);
         size_t n = 0;
         std::string message;
         for (int32_t token : tokens(3)) try {
@@ -243,7 +250,7 @@ void test_failure() {
 }  // namespace
 
 int main() {
-    test_same_bits();
+    for (bool parallel : {false, true}) test_same_bits(parallel);
     test_the_device_is_set_going_first();
     test_failure();
     std::printf("test_hybrid: %d failed\n", failed);

@@ -35,7 +35,7 @@ CARD_STAGING = 8 << 20  # of ram, through which neurons are lent
 CARD_GRAPHS = 128 << 10  # of a layer's commands, kept for tokens to come
 CARD_LANES = 32  # what vectors are padded to
 CARD_PIECE = 8192  # neurons of a batch that are computed at once
-CARD_SPLITS, CARD_SEGMENTS = 64, 4096  # of a head's positions, of a layer's neurons, at most
+CARD_SPLITS, CARD_SEGMENTS, CARD_SHARES = 64, 4096, 96  # of a head's positions, a layer's neurons, its sum, at most
 
 # with neurons on disk (native/src/disk.cpp)
 PAGE = 4096
@@ -214,11 +214,10 @@ def kv_bytes(config: Config, n_layer: int, n_positions: int) -> int:
 def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, threads: int) -> int:
     """The engine's working memory beside weights and cache, to the byte (native/src/session.cpp allocates it once).
 
-    A thread: six numbers a neuron, attention scores, matrix tiles. A token: residual (before attention, too, where the
-    FFN reads that), normalised input, queries, keys, values, experts, what the predictor says, gate and up; one for
-    decoding, a batch of them for prompts, and the widest in blocks. Partial sums, logits, angles. With experts a
-    prompt's gate and up are a piece of one expert's, whose rows are brought together, as are the inputs of those that
-    chose it.
+    A thread: six numbers a neuron, attention scores, matrix tiles. A token: residual, normalised input, queries,
+    keys, values, experts, what the predictor says, gate and up; one for decoding, a batch of them for prompts, and
+    the widest in blocks. Partial sums, logits, angles. With experts a prompt's gate and up are a piece of one
+    expert's, whose rows are brought together, as are the inputs of those that chose it.
     """
     d, wide = config.n_embd, max(config.n_embd, config.n_head * config.head_dim)
     q, kv = config.n_head * config.head_dim, config.n_head_kv * config.head_dim
@@ -226,10 +225,9 @@ def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, thr
     angles = 0 if config.rope is None else 2 * len(config.rope.inv_freq)
     experts = 0 if config.experts is None else config.experts.n
     together = config.n_ff if config.experts is None else PIECE
-    residual = 2 * d if config.parallel else d
     thread = 6 * config.n_ff + QUERIES * -(-ctx_size // TILE_ROWS) * TILE_ROWS + TILES
-    decode = residual + (1 + CHUNKS) * d + wide + rank + q + 2 * kv + experts + config.n_vocab
-    token = residual + wide + q + 2 * kv + experts + 2 * together + config.n_ff + rank + angles
+    decode = (2 + CHUNKS) * d + wide + rank + q + 2 * kv + experts + config.n_vocab
+    token = d + wide + q + 2 * kv + experts + 2 * together + config.n_ff + rank + angles
     batch = min(BATCH, ctx_size)
     gathered = 0 if config.experts is None else config.n_ff + batch * (1 + d) + PIECE * (3 * d + 2)
     blocks = wide // 32 + rank // 32 + batch * -(-max(wide, together, rank) // 32)  # of 32 numbers
@@ -249,10 +247,10 @@ def card_scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int
     wide, heads, piece = _up(d, CARD_LANES), _up(q, CARD_LANES), _up(min(CARD_PIECE, config.n_ff), CARD_LANES)
     angles = 0 if config.rope is None else 2 * len(config.rope.inv_freq)
     kv = config.n_head_kv * config.head_dim
-    token = 3 * d + wide + heads + q + 2 * kv + angles + 2 * rank + 3 * piece
+    token = 2 * d + wide + heads + q + 2 * kv + angles + 2 * rank + 3 * piece
     token += (max(wide, heads) + rank + piece) // 2 + 3
-    decode = CARD_SPLITS * config.n_head * (config.head_dim + 10) + CARD_LANES * d + config.n_vocab
-    decode += 2 * config.n_ff + CARD_SEGMENTS + wide + heads + rank + 14 * config.n_layer
+    decode = CARD_SPLITS * config.n_head * (config.head_dim + 10) + CARD_SHARES * d + config.n_vocab
+    decode += 2 * config.n_ff + 3 * CARD_SEGMENTS + wide + heads + rank + 14 * config.n_layer
     card = _up(4 * (batch * token + decode) + 64 * CARD_TENSOR, CARD_PAGE)
     card += _up(config.n_layer * CARD_GRAPHS, CARD_PAGE) + CARD_PAGE
     return max(card, scratch_bytes(config, plans, ctx_size, threads=1) + 4 * batch * d)
