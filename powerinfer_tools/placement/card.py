@@ -13,6 +13,7 @@ from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.engine.engine import CardLimits
 from powerinfer_tools.engine.generate import PIECE
 from powerinfer_tools.engine.native import chunk_bounds
+from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement.costs import artifact_costs, visit_bytes
 from powerinfer_tools.placement.machine import Machine
 from powerinfer_tools.placement.measure import cached_machine, device, measure_file
@@ -63,8 +64,10 @@ def plan_card(
     """What goes to the card; None, said, where nothing is faster there.
 
     ram: bytes of memory, None: as many as there need be; apart: what of these is not for weights, KV caches and
-    scratch; machine: what to plan for, else this one. Errors: no card; more than it has; no plan.
+    scratch; machine: what to plan for, else this one. Errors: a model of another structure; no card; more than it has;
+    no plan.
     """
+    _check_structure(artifact.config)
     machine = machine or cached_machine(None, threads, card=True)
 
     def problem_on(machine: Machine) -> Problem:
@@ -85,6 +88,13 @@ def plan_card(
     if say is not None:
         say(f"--vram: nothing is faster on the card within {vram} bytes, {problem.costs.card_fixed} of them its own")
     return None
+
+
+def _check_structure(config: Config) -> None:
+    """Errors: what the engine runs without a card (native/src/model_device.cpp)."""
+    for found, what in ((config.experts is not None, "experts"), (config.sub_norms, "norms of its neurons' sums")):
+        if found:
+            raise PowerinferError(f"--vram: a model with {what} runs on the processor alone so far", "unsupported")
 
 
 def lending(artifact: Artifact, machine: Machine, vram: int, threads: int) -> int:

@@ -28,7 +28,8 @@ from powerinfer_tools.placement.objective import time
 from powerinfer_tools.placement.problem import Budgets, Plan, Problem
 from powerinfer_tools.placement.search import Search
 from powerinfer_tools.progress import silent
-from tests.artifacts import make_artifact
+from tests.artifacts import make_artifact, write_artifact
+from tests.drawn import STRUCTURES, DrawnCheckpoint, drawn_config
 from tests.placement import worlds
 from tests.tiny import CORPUS, make_llama
 
@@ -284,6 +285,18 @@ def test_more_than_the_card_has_is_refused(artifact: Artifact) -> None:
         plan_card(artifact, 2 * MIB, None, machine=small, **HOW)
     with pytest.raises(PowerinferError, match="has no card"):
         plan_card(artifact, 2 * MIB, None, machine=replace(MACHINE, vram=None), **HOW)
+
+
+@pytest.mark.parametrize(("name", "what"), [("experts", "experts"), ("sub norms", "norms of its neurons' sums")])
+def test_what_runs_without_a_card_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, what: str
+) -> None:
+    monkeypatch.setenv("POWERINFER_CACHE", str(tmp_path / "cache"))
+    artifact = write_artifact(DrawnCheckpoint(drawn_config(**STRUCTURES[name])), tmp_path / "a.gguf")
+    for ram in (None, MIB):
+        with pytest.raises(PowerinferError, match=f"^--vram: a model with {what} runs on the processor alone so far"):
+            open_within(artifact, ram, MIB, **HOW)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_neurons_are_lent_from_where_copying_is_faster(folder: Path) -> None:
