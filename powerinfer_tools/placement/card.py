@@ -68,7 +68,7 @@ def plan_card(
     no plan.
     """
     _check_structure(artifact.config)
-    machine = machine or cached_machine(None, threads, card=True)
+    machine = machine or cached_machine(None, threads, say, card=True)
 
     def problem_on(machine: Machine) -> Problem:
         how = {"ctx_size": ctx_size, "threads": threads, "contexts": contexts}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from powerinfer_tools.engine.engine import default_threads
 from powerinfer_tools.engine.native import DEVICES, describe_card, measure_card, measure_memory
 from powerinfer_tools.engine.native import measure_file as measure_reads
 from powerinfer_tools.errors import PowerinferError
@@ -38,7 +39,7 @@ def measure_machine(
     card: its card, too, if there is one; else none is touched.
     """
     tell = say or (lambda text: None)
-    threads = threads or cores()
+    threads = threads or default_threads()
     tell(f"measuring ram, {threads} threads")
     machine = Machine(_processor(), threads, _measure_ram(threads))
     if folder is not None:
@@ -58,9 +59,9 @@ def cached_machine(
     touched. Errors: there is none.
     """
     tell = say or (lambda text: None)
-    threads = threads or cores()
+    threads = threads or default_threads()
     name = describe_card(device())[0] if card else ""  # first: without a card nothing need be measured
-    path = cache_folder() / f"machine-{platform.node() or 'here'}-{threads}.json"
+    path = machine_path(threads)
     before = read_machine(path) if path.is_file() else None
     if before is not None and before.name != _processor():
         before = None
@@ -69,13 +70,22 @@ def cached_machine(
         machine = with_disk(machine, folder, tell)
     if card and (machine.vram is None or machine.card != name):
         machine = with_card(machine, tell)
-    if machine is before:
-        tell(f"machine: measured before, {path} (`powerinfer machine -o FILE` measures anew)")
-        return machine
+    if machine is not before:
+        tell(f"machine: measured now, kept in {keep_machine(machine)} (`powerinfer machine` measures anew)")
+    return machine
+
+
+def keep_machine(machine: Machine) -> Path:
+    """Writes what cached_machine answers from now on; says where."""
+    path = machine_path(machine.threads)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_machine(machine, path, force=True)
-    tell(f"machine: measured now, kept in {path}")
-    return machine
+    return path
+
+
+def machine_path(threads: int) -> Path:
+    """Where this machine's last measurement with so many threads is kept."""
+    return cache_folder() / f"machine-{platform.node() or 'here'}-{threads}.json"
 
 
 def cache_folder() -> Path:

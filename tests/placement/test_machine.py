@@ -83,8 +83,11 @@ def test_a_measurement_is_kept_and_said_to_be(tmp_path: Path, monkeypatch: pytes
     second = measure.cached_machine(tmp_path, 2, said.append)
     assert first == second
     assert len(made) == 1
+    assert len(said) == 1
     assert "measured now" in said[0]
-    assert "measured before" in said[1]
+    anew = replace(first, ram=replace(first.ram, sequential=5e9))
+    assert str(measure.keep_machine(anew)) in said[0]
+    assert measure.cached_machine(tmp_path, 2) == anew
 
 
 def test_files_without_a_cards_launches_and_copies_are_read(tmp_path: Path) -> None:
