@@ -189,7 +189,9 @@ def best_plan(problem: Problem, budgets: Budgets, apart: int = 0) -> Plan:
     none = np.zeros(problem.n_layer, np.int64)
     bare = Plan(none > 0, False, none, none + problem.n_ff)
     plans = [at_bounds(problem, plan, budgets) for plan in (found.plan, bare)]  # chunks may be too large for the first
-    return min((plan for plan in plans if problem.fits(plan, budgets)), key=problem.seconds, default=plans[0])
+    if not (fitting := [plan for plan in plans if problem.fits(plan, budgets)]):
+        raise infeasible(problem, objective, budgets, apart)
+    return min(fitting, key=problem.seconds)
 
 
 def at_bounds(problem: Problem, plan: Plan, budgets: Budgets) -> Plan:

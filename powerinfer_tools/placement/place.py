@@ -131,7 +131,7 @@ def _best(problem: Problem, limits: dict[str, int | None], objective: str) -> tu
 
 def infeasible(problem: Problem, objective: Objective, budgets: Budgets, apart: int = 0) -> PowerinferError:
     """What says that no plan fits, and which ram would do; apart: bytes of ram that are not in the budget."""
-    least = smallest_ram(problem, objective, budgets.vram) + apart
+    least = max(smallest_ram(problem, objective, budgets.vram), budgets.ram + 1) + apart  # chunks may need more
     beside = f" beside --vram {budgets.vram}" if budgets.vram else ""
     return PowerinferError(
         f"--ram: expected at least {least} bytes ({least / 2**20:.1f} MiB){beside}, found {budgets.ram + apart}: "

@@ -154,6 +154,14 @@ def test_a_plan_for_little_memory_takes_more_to_the_card(artifact: Artifact) -> 
         best_plan(problem, Budgets(vram, 4096), apart=1000)
 
 
+def test_a_plan_that_chunks_make_too_large_is_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = world(0)
+    budgets = replace(budgets_of(problem, 0.4), ram=problem.costs.needed - problem.costs.weights // 3)
+    monkeypatch.setattr(card, "at_bounds", lambda *_: nothing(problem))
+    with pytest.raises(PowerinferError, match=f"--ram: expected at least {budgets.ram + 1} bytes .* {budgets.ram}:"):
+        best_plan(problem, budgets)
+
+
 def test_tokens_are_the_same_and_counts_are_the_plans(folder: Path) -> None:
     how: dict[str, Any] = {"prompt_tokens": 48, "n_tokens": 12, "repeats": 1, "threads": 2, "progress": silent}
     for name in ("gate", "predictor"):
