@@ -64,10 +64,8 @@ def plan_card(
     """What goes to the card; None, said, where nothing is faster there.
 
     ram: bytes of memory, None: as many as there need be; apart: what of these is not for weights, KV caches and
-    scratch; machine: what to plan for, else this one. Errors: a model of another structure; no card; more than it has;
-    no plan.
+    scratch; machine: what to plan for, else this one. Errors: no card; more than it has; no plan.
     """
-    _check_structure(artifact.config)
     machine = machine or cached_machine(None, threads, say, card=True)
 
     def problem_on(machine: Machine) -> Problem:
@@ -90,7 +88,7 @@ def plan_card(
     return None
 
 
-def _check_structure(config: Config) -> None:
+def check_structure(config: Config) -> None:
     """Errors: what the engine runs without a card (native/src/model_device.cpp)."""
     for found, what in ((config.experts is not None, "experts"), (config.sub_norms, "norms of its neurons' sums")):
         if found:

@@ -8,7 +8,7 @@ import numpy as np
 
 from powerinfer_tools.artifact.layout import MODE_PREDICTOR, LayerPlan
 from powerinfer_tools.checkpoint.config import Config
-from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.errors import Infeasible, PowerinferError
 from powerinfer_tools.placement.costs import artifact_costs
 from powerinfer_tools.placement.machine import Machine
 from powerinfer_tools.placement.objective import Objective, misses, time
@@ -129,14 +129,14 @@ def _best(problem: Problem, limits: dict[str, int | None], objective: str) -> tu
     return fastest_in_ram(problem, found.plan, budgets), problem.impact(found.plan) + found.cost - found.bound
 
 
-def infeasible(problem: Problem, objective: Objective, budgets: Budgets, apart: int = 0) -> PowerinferError:
+def infeasible(problem: Problem, objective: Objective, budgets: Budgets, apart: int = 0) -> Infeasible:
     """What says that no plan fits, and which ram would do; apart: bytes of ram that are not in the budget."""
     least = max(smallest_ram(problem, objective, budgets.vram), budgets.ram + 1) + apart  # chunks may need more
     beside = f" beside --vram {budgets.vram}" if budgets.vram else ""
-    return PowerinferError(
+    return Infeasible(
         f"--ram: expected at least {least} bytes ({least / 2**20:.1f} MiB){beside}, found {budgets.ram + apart}: "
         "attention, KV cache, scratch and what chooses neurons cannot stay on disk",
-        "infeasible",
+        least,
     )
 
 

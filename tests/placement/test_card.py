@@ -352,6 +352,27 @@ def test_commands_take_vram(folder: Path) -> None:
     assert re.search(r"budget, all counted +4.0 MiB, .* used", shown.stdout)
 
 
+@pytest.mark.usefixtures("measured")
+def test_the_memory_that_is_named_does_with_a_card_and_a_disk(tmp_path: Path) -> None:
+    """Of a process of its own: what planning itself takes is counted, and the peak is within."""
+    make_llama(tmp_path / "model", n_layer=8, n_embd=128, n_ff=4096, n_head=4, n_head_kv=2, head_dim=32, n_ctx=128)
+    artifact = make_artifact(tmp_path / "model", tmp_path / "a.gguf", quant="f32", predictor=True, slack=0.05)
+    sizes = "--prompt-tokens", 8, "--decode-tokens", 4, "--repeats", 1, "--json"
+
+    def bench_within(ram: object) -> subprocess.CompletedProcess[str]:
+        return powerinfer("bench", artifact.path, "--vram", "8MiB", *sizes, "--ram", ram)
+
+    refused = bench_within("16MiB")
+    named = re.search(r"--ram: expected at least (\d+) bytes .* beside --vram 8388608, found 16777216", refused.stderr)
+    assert named is not None, refused.stderr
+    found = bench_within(named[1])
+    assert found.returncode == 0, found.stderr
+    document = json.loads(found.stdout)
+    assert document["disk"]["budget"]["total"] <= int(named[1])
+    assert document["card"]["budget"]["total"] <= 8 * MIB
+    assert document["peak_rss_bytes"] <= int(named[1])
+
+
 def test_without_vram_no_card_is_touched_and_a_missing_one_is_one_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
