@@ -16,7 +16,7 @@ from powerinfer_tools.engine.native import chunk_bounds
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement.costs import artifact_costs, visit_bytes
 from powerinfer_tools.placement.machine import Machine
-from powerinfer_tools.placement.measure import cached_machine, device, measure_file
+from powerinfer_tools.placement.measure import cached_machine, device
 from powerinfer_tools.placement.objective import time
 from powerinfer_tools.placement.place import check_vram, infeasible, let_through
 from powerinfer_tools.placement.problem import Budgets, Firing, Floats, Ints, Plan, Problem
@@ -66,18 +66,19 @@ def plan_card(
     ram: bytes of memory, None: as many as there need be; apart: what of these is not for weights, KV caches and
     scratch; machine: what to plan for, else this one. Errors: no card; more than it has; no plan.
     """
-    machine = machine or cached_machine(None, threads, say, card=True)
+    here = machine or cached_machine(None, threads, say, card=True, apart=ram is not None)
 
     def problem_on(machine: Machine) -> Problem:
         how = {"ctx_size": ctx_size, "threads": threads, "contexts": contexts}
         return artifact_problem(artifact, machine, dense=dense, **how)
 
-    problem = problem_on(machine)
+    problem = problem_on(here)
     room = problem.costs.needed if ram is None else min(problem.costs.needed, ram - apart)
-    if room < problem.costs.needed and machine.disk is None:
-        problem = problem_on(replace(machine, disk=measure_file(artifact.path)))
+    if room < problem.costs.needed and (machine is None or machine.disk is None):
+        kept = cached_machine(artifact.path, threads, say, apart=True)
+        problem = problem_on(replace(here, disk=kept.disk))
     check_vram(problem, vram)
-    lend_from = lending(artifact, machine, (vram - problem.costs.card_fixed) // contexts, threads)
+    lend_from = lending(artifact, here, (vram - problem.costs.card_fixed) // contexts, threads)
     if lend_from > 0:
         _reserve(problem, artifact.config, artifact.quant)
     plan = best_plan(problem, Budgets(vram, room), apart)

@@ -120,7 +120,6 @@ def _within_both(
 
     Errors: too little memory, naming how much was seen to do.
     """
-    machine = machine or cached_machine(None, how["threads"], say, card=True)
 
     def plan(ram: int, say: Callable[[str], None] | None = None) -> tuple[Budget, CardPlan | None]:
         process = process_bytes()
@@ -128,6 +127,8 @@ def _within_both(
         card = plan_card(artifact, vram, ram, apart, dense=dense, machine=machine, say=say, **how)
         return fit(artifact, ram, process=process, card=card, **how), card
 
+    if machine is None:
+        cached_machine(None, how["threads"], say, card=True, apart=True)  # what is measured is said, once
     with suppress(Infeasible):
         plan(ram)
     try:

@@ -74,7 +74,8 @@ def test_a_measurement_is_kept_and_said_to_be(tmp_path: Path, monkeypatch: pytes
 
     def measured(threads: int, folder: Path, say: Any, card: bool) -> Machine:
         assert not card
-        made.append(replace(worlds.machine(), name=measure._processor(), threads=threads))
+        device = {"disk_device": tmp_path.stat().st_dev}
+        made.append(replace(worlds.machine(), name=measure._processor(), threads=threads, **device))
         return made[-1]
 
     monkeypatch.setattr(measure, "measure_machine", measured)
@@ -88,6 +89,19 @@ def test_a_measurement_is_kept_and_said_to_be(tmp_path: Path, monkeypatch: pytes
     anew = replace(first, ram=replace(first.ram, sequential=5e9))
     assert str(measure.keep_machine(anew)) in said[0]
     assert measure.cached_machine(tmp_path, 2) == anew
+
+
+def test_a_disk_is_measured_once_for_each_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POWERINFER_CACHE", str(tmp_path))
+    monkeypatch.setattr(measure, "SECONDS", 0.01)
+    elsewhere = replace(worlds.machine(), name=measure._processor(), disk_device=tmp_path.stat().st_dev + 1)
+    measure.keep_machine(elsewhere)
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
+    assert measure.cached_machine(None, 2) == elsewhere
+    found = measure.cached_machine(tmp_path / "file", 2)
+    assert found.disk != elsewhere.disk
+    assert found.disk_device == tmp_path.stat().st_dev
+    assert measure.cached_machine(tmp_path, 2) == measure.cached_machine(tmp_path / "file", 2) == found
 
 
 def test_files_without_a_cards_launches_and_copies_are_read(tmp_path: Path) -> None:
@@ -105,7 +119,7 @@ def test_a_card_is_measured_where_it_is_asked_for(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("POWERINFER_CACHE", str(tmp_path))
     monkeypatch.setenv("POWERINFER_DEVICE", "host")
     monkeypatch.setattr(measure, "BUFFER_BYTES", 1 << 20)
-    bare = replace(worlds.machine(), name=measure._processor(), vram=None)
+    bare = replace(worlds.machine(), name=measure._processor(), vram=None, disk_device=tmp_path.stat().st_dev)
     monkeypatch.setattr(measure, "measure_machine", lambda *_, **__: bare)
     assert measure.cached_machine(tmp_path, 2).vram is None
     said: list[str] = []
