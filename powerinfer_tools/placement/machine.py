@@ -84,7 +84,7 @@ def read_machine(path: Path) -> Machine:
             card=str(data.get("card", "")),
             disk_device=int(data.get("disk_device", 0)),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise PowerinferError(f"{path}: not a valid machine file: {error!r}", "malformed") from error
 
 

@@ -84,10 +84,12 @@ def cached_machine(
 
 
 def _kept(threads: int) -> Machine | None:
-    """What was measured before of this processor."""
-    path = machine_path(threads)
-    machine = read_machine(path) if path.is_file() else None
-    return machine if machine is not None and machine.name == _processor() else None
+    """What was measured before of this processor; None where that cannot be read."""
+    try:
+        machine = read_machine(machine_path(threads))
+    except PowerinferError:
+        return None
+    return machine if machine.name == _processor() else None
 
 
 def _lacks_disk(machine: Machine, where: Path | None) -> bool:

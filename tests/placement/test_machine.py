@@ -35,6 +35,8 @@ def test_bandwidth_between_measured_sizes_and_beyond_them() -> None:
         ({"ram": {"n_bytes": 1, "sequential": 1, "rows": [[2, 1], [1, 1]]}}, "expected rows by rising size"),
         ({"ram": {"n_bytes": 1, "sequential": 1, "rows": [], "latency_s": -1}}, "latency_s"),
         ({"vram": {"n_bytes": 1, "sequential": 1, "rows": [], "launch_s": -1}}, "launch_s"),
+        ({"vram": {"n_bytes": 1, "sequential": 1, "rows": [], "context": float("inf")}}, "OverflowError"),
+        ({"ram": [["rows", 1]]}, "TypeError"),
         ({"kind": "placement"}, "expected a file of kind machine"),
     ],
 )
@@ -89,6 +91,8 @@ def test_a_measurement_is_kept_and_said_to_be(tmp_path: Path, monkeypatch: pytes
     anew = replace(first, ram=replace(first.ram, sequential=5e9))
     assert str(measure.keep_machine(anew)) in said[0]
     assert measure.cached_machine(tmp_path, 2) == anew
+    measure.machine_path(2).write_text("broken")
+    assert measure.cached_machine(tmp_path, 2) == made[1]
 
 
 def test_a_disk_is_measured_once_for_each_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
