@@ -13,7 +13,7 @@ from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.engine.engine import CardLimits
 from powerinfer_tools.engine.generate import PIECE
 from powerinfer_tools.engine.native import chunk_bounds
-from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.errors import Infeasible, PowerinferError
 from powerinfer_tools.placement.costs import artifact_costs, visit_bytes
 from powerinfer_tools.placement.machine import Machine
 from powerinfer_tools.placement.measure import cached_machine, device
@@ -78,12 +78,12 @@ def plan_card(
         kept = cached_machine(artifact.path, threads, say, apart=True)
         problem = problem_on(replace(here, disk=kept.disk))
     check_vram(problem, vram)
-    lend_from = lending(artifact, here, (vram - problem.costs.card_fixed) // contexts, threads)
-    if lend_from > 0:
-        _reserve(problem, artifact.config, artifact.quant)
     plan = best_plan(problem, Budgets(vram, room), apart)
+    lend_from = lending(artifact, here, (vram - problem.costs.card_fixed) // contexts, threads)
+    plan, visit = _with_visits(problem, plan, Budgets(vram, room), artifact) if lend_from else (plan, 0)
     if n_bytes := int(problem.bytes(plan)[0]):
-        return CardPlan(vram, n_bytes, plan, problem, card_limits(plan, vram, device(), lend_from))
+        limits = card_limits(plan, vram, device(), lend_from if visit else 0)
+        return CardPlan(vram, n_bytes + visit, plan, problem, limits)
     if say is not None:
         say(f"--vram: nothing is faster on the card within {vram} bytes, {problem.costs.card_fixed} of them its own")
     return None
@@ -106,6 +106,27 @@ def lending(artifact: Artifact, machine: Machine, vram: int, threads: int) -> in
     products = config.n_ff * config.n_rows * config.n_embd
     tokens = int(np.ceil(room / copy * threads * PRODUCTS / products))
     return tokens if tokens <= PIECE else 0
+
+
+def _with_visits(problem: Problem, plan: Plan, budgets: Budgets, artifact: Artifact) -> tuple[Plan, int]:
+    """The plan, another where it leaves too little room for the neurons of a layer that visit, and their bytes.
+
+    0 bytes: no neuron is left to visit, or nothing goes to the card beside them.
+    """
+
+    def room(plan: Plan) -> int:
+        lent = int(np.max(problem.n_ff - plan.vram))
+        return problem.costs.contexts * visit_bytes(artifact.config, artifact.quant, lent) if lent else 0
+
+    visit = room(plan)
+    if problem.bytes(plan)[0] + visit <= budgets.vram:
+        return plan, visit
+    whole = problem.costs.contexts * visit_bytes(artifact.config, artifact.quant)
+    try:
+        less = best_plan(problem, replace(budgets, vram=budgets.vram - whole))
+    except Infeasible:  # memory is short: nothing is spared for visits
+        return plan, 0
+    return (less, room(less)) if problem.bytes(less)[0] else (plan, 0)
 
 
 def artifact_problem(
@@ -161,13 +182,8 @@ def card_problem(
     bounds = [chunk_bounds(stored.frequency(i).astype(np.float32), config.taking_part) for i in range(config.n_layer)]
     problem = Problem(costs, firing, machine, ratio, bounds)
     if lends:
-        _reserve(problem, config, quant)
+        problem.reserve(problem.costs.contexts * visit_bytes(config, quant))
     return problem
-
-
-def _reserve(problem: Problem, config: Config, quant: str) -> None:
-    """Keeps room on the card for the neurons of a layer, lent for a prompt, in each context."""
-    problem.reserve(problem.costs.contexts * visit_bytes(config, quant))
 
 
 def _let_through(artifact: Artifact) -> list[float] | None:

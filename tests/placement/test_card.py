@@ -318,6 +318,29 @@ def test_neurons_are_lent_from_where_copying_is_faster(folder: Path) -> None:
     assert tokens(0.0) == tokens(1e6) == tokens(2e10, vram=MIB) == 0
 
 
+def test_room_for_visits_is_taken_only_where_neurons_are_left_to_visit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(card, "VISIT_SHARE", 0.9)  # few layers: one is a large share
+    artifact = open_artifact(folder / "gate.gguf")
+    costs = card.artifact_problem(artifact, MACHINE, **HOW).costs
+    all_of_it = costs.card_fixed + 3 * costs.weights
+    n_ff = artifact.config.n_ff
+    for vram in (all_of_it, costs.card_fixed + costs.weights * 2 // 3, costs.card_fixed + costs.weights // 3):
+        limits = (placed := plan_card(artifact, vram, None, machine=MACHINE, **HOW)) and placed.limits
+        assert placed is not None
+        assert limits is not None
+        left = n_ff - min(limits.neurons)
+        taken = placed.n_bytes - int(placed.problem.bytes(placed.plan)[0])
+        assert (limits.lend_from > 0) == (taken > 0)
+        assert taken in (0, visit_bytes(artifact.config, artifact.quant, left))
+        assert placed.n_bytes <= vram
+        if vram == all_of_it:
+            assert (left, taken) == (0, 0)
+        else:
+            assert min(left, taken) > 0
+
+
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """This machine was measured before, and is MACHINE."""
