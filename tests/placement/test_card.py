@@ -23,7 +23,7 @@ from powerinfer_tools.evaluate import evaluate
 from powerinfer_tools.placement import card, measure
 from powerinfer_tools.placement.card import at_bounds, best_plan, card_problem, lending, plan_card
 from powerinfer_tools.placement.costs import CARD_TENSOR, card_scratch_bytes, kv_bytes, visit_bytes
-from powerinfer_tools.placement.limits import fit, open_within, process_bytes
+from powerinfer_tools.placement.limits import Opened, fit, open_within, process_bytes
 from powerinfer_tools.placement.objective import time
 from powerinfer_tools.placement.problem import Budgets, Plan, Problem
 from powerinfer_tools.placement.search import Search
@@ -186,10 +186,10 @@ def test_tokens_are_the_same_and_counts_are_the_plans(folder: Path) -> None:
 def test_the_card_computes_its_prefix_of_every_layer_and_what_crosses_is_foreseen(folder: Path) -> None:
     """In mode gate each token computes every deciding row: on the card k1 of each layer."""
     artifact = open_artifact(folder / "gate.gguf")
-    for vram in (MIB, 2 * MIB, 4 * MIB):
+    problem = card.artifact_problem(artifact, MACHINE, **HOW)
+    for vram in (budgets_of(problem, share).vram for share in (0.1, 0.3, 0.6)):
         opened = open_within(artifact, None, vram, machine=MACHINE, **HOW)
-        if opened.card is None:
-            continue
+        assert opened.card is not None
         plan, n = opened.card.plan, 5
         with Engine(opened.model, ctx_size=64, threads=2) as engine:
             engine.prefill([1, 2, 3])
@@ -352,10 +352,18 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("measured")
-def test_eval_with_a_card_scores_the_same(folder: Path) -> None:
+def test_eval_with_a_card_scores_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     how: dict[str, Any] = {"n_tokens": 128, "window": 64, "threads": 2, "progress": silent}
     alone = evaluate(folder / "gate.gguf", [folder / "text.txt"], **how)
-    assert evaluate(folder / "gate.gguf", [folder / "text.txt"], vram=8 * MIB, **how).as_dict() == alone.as_dict()
+    opened: list[Opened] = []
+
+    def seen(*args: Any, **how: Any) -> Opened:
+        opened.append(open_within(*args, **how))
+        return opened[-1]
+
+    monkeypatch.setattr("powerinfer_tools.evaluate.open_within", seen)
+    assert evaluate(folder / "gate.gguf", [folder / "text.txt"], vram=32 * MIB, **how).as_dict() == alone.as_dict()
+    assert [each.card is not None for each in opened] == [True]
 
 
 def powerinfer(*words: object) -> subprocess.CompletedProcess[str]:
