@@ -81,9 +81,12 @@ def place(
         raise PowerinferError(
             f"activations: expected {config.n_layer} layers of {config.n_ff}, found {found}", "mismatch"
         )
-    costs = artifact_costs(
-        config, plans, quant=quant, head=head, biases=biases, ctx_size=ctx_size, threads=machine.threads
-    )
+    how = {
+        "ctx_size": ctx_size,
+        "threads": machine.threads,
+        "card_context": machine.vram.context if machine.vram else 0,
+    }
+    costs = artifact_costs(config, plans, quant=quant, head=head, biases=biases, **how)
     ratio = None if let_through is None else np.asarray(let_through, np.float64)
     problem = Problem(costs, activations, machine, ratio)
     limits = _limits(problem, vram, ram)
