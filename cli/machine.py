@@ -18,6 +18,8 @@ def machine(
 ) -> None:
     """Measure this machine: RAM, the disk where the output goes (else here), and a card if there is one.
 
+    What it finds is kept, too: `--vram`, `place` and `build` plan with the last measurement with as many threads.
+
     Examples:
 
         powerinfer machine
@@ -27,7 +29,7 @@ def machine(
         powerinfer machine -t 2 --json | jq .ram.sequential
     """
     from powerinfer_tools.files import check_writable
-    from powerinfer_tools.placement import measure_machine, write_machine
+    from powerinfer_tools.placement import keep_machine, measure_machine, write_machine
 
     if output is not None:
         check_writable(output, force)
@@ -35,10 +37,12 @@ def machine(
     measured = measure_machine(threads, folder, console.say)
     if output is not None:
         write_machine(measured, output, force)
+    kept = keep_machine(measured)
     if json:
         console.print_json(measured.to_json())
     else:
         _show(measured)
+    console.say(f"kept in {kept}: what --vram, place and build plan with, {measured.threads} threads", style="dim")
     if output is not None:
         console.wrote(output, f"powerinfer place MODEL --activations FILE --machine {output} -o FILE")
 

@@ -15,3 +15,11 @@ class PowerinferError(Exception):
     @property
     def exit_code(self) -> int:
         return 2 if self.kind in ("usage", "exists") else 1
+
+
+class Infeasible(PowerinferError):
+    """A budget of memory that cannot do; least: bytes that would."""
+
+    def __init__(self, message: str, least: int) -> None:
+        super().__init__(message, "infeasible")
+        self.least = least

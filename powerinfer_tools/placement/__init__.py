@@ -8,7 +8,7 @@ or read from a file, gives the bandwidths.
 from powerinfer_tools.placement.costs import Costs, artifact_costs
 from powerinfer_tools.placement.file import read_placement, write_placement
 from powerinfer_tools.placement.machine import Machine, Tier, read_machine, write_machine
-from powerinfer_tools.placement.measure import cached_machine, measure_machine
+from powerinfer_tools.placement.measure import cached_machine, keep_machine, measure_machine
 from powerinfer_tools.placement.place import Placement, let_through, place
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Tier",
     "artifact_costs",
     "cached_machine",
+    "keep_machine",
     "let_through",
     "measure_machine",
     "place",

@@ -13,9 +13,10 @@ from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.engine.engine import CardLimits
 from powerinfer_tools.engine.generate import PIECE
 from powerinfer_tools.engine.native import chunk_bounds
+from powerinfer_tools.errors import Infeasible, PowerinferError
 from powerinfer_tools.placement.costs import artifact_costs, visit_bytes
 from powerinfer_tools.placement.machine import Machine
-from powerinfer_tools.placement.measure import cached_machine, device, measure_file
+from powerinfer_tools.placement.measure import cached_machine, device
 from powerinfer_tools.placement.objective import time
 from powerinfer_tools.placement.place import check_vram, infeasible, let_through
 from powerinfer_tools.placement.problem import Budgets, Firing, Floats, Ints, Plan, Problem
@@ -65,26 +66,34 @@ def plan_card(
     ram: bytes of memory, None: as many as there need be; apart: what of these is not for weights, KV caches and
     scratch; machine: what to plan for, else this one. Errors: no card; more than it has; no plan.
     """
-    machine = machine or cached_machine(None, threads, card=True)
+    here = machine or cached_machine(None, threads, say, card=True, apart=ram is not None)
 
     def problem_on(machine: Machine) -> Problem:
         how = {"ctx_size": ctx_size, "threads": threads, "contexts": contexts}
         return artifact_problem(artifact, machine, dense=dense, **how)
 
-    problem = problem_on(machine)
+    problem = problem_on(here)
     room = problem.costs.needed if ram is None else min(problem.costs.needed, ram - apart)
-    if room < problem.costs.needed and machine.disk is None:
-        problem = problem_on(replace(machine, disk=measure_file(artifact.path)))
+    if room < problem.costs.needed and (machine is None or machine.disk is None):
+        kept = cached_machine(artifact.path, threads, say, apart=True)
+        problem = problem_on(replace(here, disk=kept.disk))
     check_vram(problem, vram)
-    lend_from = lending(artifact, machine, (vram - problem.costs.card_fixed) // contexts, threads)
-    if lend_from > 0:
-        _reserve(problem, artifact.config, artifact.quant)
     plan = best_plan(problem, Budgets(vram, room), apart)
+    lend_from = lending(artifact, here, (vram - problem.costs.card_fixed) // contexts, threads)
+    plan, visit = _with_visits(problem, plan, Budgets(vram, room), artifact) if lend_from else (plan, 0)
     if n_bytes := int(problem.bytes(plan)[0]):
-        return CardPlan(vram, n_bytes, plan, problem, card_limits(plan, vram, device(), lend_from))
+        limits = card_limits(plan, vram, device(), lend_from if visit else 0)
+        return CardPlan(vram, n_bytes + visit, plan, problem, limits)
     if say is not None:
         say(f"--vram: nothing is faster on the card within {vram} bytes, {problem.costs.card_fixed} of them its own")
     return None
+
+
+def check_structure(config: Config) -> None:
+    """Errors: what the engine runs without a card (native/src/model_device.cpp)."""
+    for found, what in ((config.experts is not None, "experts"), (config.sub_norms, "norms of its neurons' sums")):
+        if found:
+            raise PowerinferError(f"--vram: a model with {what} runs on the processor alone so far", "unsupported")
 
 
 def lending(artifact: Artifact, machine: Machine, vram: int, threads: int) -> int:
@@ -97,6 +106,27 @@ def lending(artifact: Artifact, machine: Machine, vram: int, threads: int) -> in
     products = config.n_ff * config.n_rows * config.n_embd
     tokens = int(np.ceil(room / copy * threads * PRODUCTS / products))
     return tokens if tokens <= PIECE else 0
+
+
+def _with_visits(problem: Problem, plan: Plan, budgets: Budgets, artifact: Artifact) -> tuple[Plan, int]:
+    """The plan, another where it leaves too little room for the neurons of a layer that visit, and their bytes.
+
+    0 bytes: no neuron is left to visit, or nothing goes to the card beside them.
+    """
+
+    def room(plan: Plan) -> int:
+        lent = int(np.max(problem.n_ff - plan.vram))
+        return problem.costs.contexts * visit_bytes(artifact.config, artifact.quant, lent) if lent else 0
+
+    visit = room(plan)
+    if problem.bytes(plan)[0] + visit <= budgets.vram:
+        return plan, visit
+    whole = problem.costs.contexts * visit_bytes(artifact.config, artifact.quant)
+    try:
+        less = best_plan(problem, replace(budgets, vram=budgets.vram - whole))
+    except Infeasible:  # memory is short: nothing is spared for visits
+        return plan, 0
+    return (less, room(less)) if problem.bytes(less)[0] else (plan, 0)
 
 
 def artifact_problem(
@@ -152,13 +182,8 @@ def card_problem(
     bounds = [chunk_bounds(stored.frequency(i).astype(np.float32), config.taking_part) for i in range(config.n_layer)]
     problem = Problem(costs, firing, machine, ratio, bounds)
     if lends:
-        _reserve(problem, config, quant)
+        problem.reserve(problem.costs.contexts * visit_bytes(config, quant))
     return problem
-
-
-def _reserve(problem: Problem, config: Config, quant: str) -> None:
-    """Keeps room on the card for the neurons of a layer, lent for a prompt, in each context."""
-    problem.reserve(problem.costs.contexts * visit_bytes(config, quant))
 
 
 def _let_through(artifact: Artifact) -> list[float] | None:
@@ -179,7 +204,9 @@ def best_plan(problem: Problem, budgets: Budgets, apart: int = 0) -> Plan:
     none = np.zeros(problem.n_layer, np.int64)
     bare = Plan(none > 0, False, none, none + problem.n_ff)
     plans = [at_bounds(problem, plan, budgets) for plan in (found.plan, bare)]  # chunks may be too large for the first
-    return min((plan for plan in plans if problem.fits(plan, budgets)), key=problem.seconds, default=plans[0])
+    if not (fitting := [plan for plan in plans if problem.fits(plan, budgets)]):
+        raise infeasible(problem, objective, budgets, apart)
+    return min(fitting, key=problem.seconds)
 
 
 def at_bounds(problem: Problem, plan: Plan, budgets: Budgets) -> Plan:

@@ -256,11 +256,11 @@ def card_scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int
     return max(card, scratch_bytes(config, plans, ctx_size, threads=1) + 4 * batch * d)
 
 
-def visit_bytes(config: Config, quant: str) -> int:
-    """Bytes on a card of a whole layer's neurons, which visit for a prompt."""
+def visit_bytes(config: Config, quant: str, n: int | None = None) -> int:
+    """Bytes on a card of n neurons of a layer, else all, which visit for a prompt."""
     elements, size = BLOCK[matrix_type(quant, config.n_embd)]
     row = _up(config.n_embd // elements * size, CARD_ROW)
-    return config.n_ff * (config.n_rows * row + 8) + 5 * CARD_TENSOR
+    return (config.n_ff if n is None else n) * (config.n_rows * row + 8) + 5 * CARD_TENSOR
 
 
 def mailbox_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, lends: bool = True) -> int:

@@ -7,16 +7,18 @@ layers stay, and a cache holds what the text at hand asks for.
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from powerinfer_tools.artifact.read import Artifact
 from powerinfer_tools.engine.engine import DiskLimits, Model, default_ctx, default_threads
-from powerinfer_tools.errors import PowerinferError
-from powerinfer_tools.placement.card import CardPlan, plan_card
+from powerinfer_tools.errors import Infeasible
+from powerinfer_tools.placement.card import CardPlan, check_structure, plan_card
 from powerinfer_tools.placement.costs import (
     BESIDE,
     BUNDLE,
@@ -31,8 +33,14 @@ from powerinfer_tools.placement.costs import (
     scratch_bytes,
 )
 from powerinfer_tools.placement.machine import Machine
+from powerinfer_tools.placement.measure import cached_machine
 from powerinfer_tools.placement.problem import Plan
 
+TRIES = 8  # of budgets, until one does
+MUST_STAY = (
+    "attention, KV cache, scratch, what chooses neurons and one layer's neurons cannot stay on disk; "
+    "a shorter --ctx-size needs less"
+)
 SLACK = 12 << 20  # bytes: page tables, and what Python and its libraries still take
 CACHE_SHARE = 0.4  # of the memory for neurons, where more than that is left on disk: measured in benchmarks/LOG.md
 HEADROOM, MARGIN = 1.5, 64  # neurons in transit: times what is expected, and more
@@ -83,24 +91,74 @@ def open_within(
     plan for, else this one.
     """
     ctx_size, threads = ctx_size or default_ctx(artifact.config.n_ctx), threads or default_threads()
-    card = budget = limits = None
+    how: dict[str, Any] = {"ctx_size": ctx_size, "threads": threads, "contexts": contexts}
+    budget = card = None
     if vram:
-        how = {"ctx_size": ctx_size, "threads": threads, "contexts": contexts}
-        apart = 0 if ram is None else _apart(artifact, ram, **how)
-        card = plan_card(artifact, vram, ram, apart, dense=dense, machine=machine, say=say, **how)
+        check_structure(artifact.config)
+    if vram and ram is not None:
+        budget, card = _within_both(artifact, ram, vram, how, dense, machine, say)
+    elif vram:
+        card = plan_card(artifact, vram, None, dense=dense, machine=machine, say=say, **how)
+    elif ram is not None:
+        budget = fit(artifact, ram, **how)
     if ram is not None:
-        budget = fit(artifact, ram, ctx_size=ctx_size, threads=threads, contexts=contexts, card=card)
-        limits = budget.limits
-    if limits is not None:
         _forget_cached(artifact.path)
+    limits = None if budget is None else budget.limits
     return Opened(Model(artifact.path, limits, card.limits if card is not None else None), budget, card)
 
 
-def _apart(artifact: Artifact, ram: int, *, ctx_size: int, threads: int, contexts: int) -> int:
-    """Memory that a model with a card takes beside weights, KV caches and scratch: this process, padding of pages, what
+def _within_both(
+    artifact: Artifact,
+    ram: int,
+    vram: int,
+    how: dict[str, Any],
+    dense: bool,
+    machine: Machine | None,
+    say: Callable[[str], None] | None,
+) -> tuple[Budget, CardPlan | None]:
+    """Planned twice: what a search leaves in memory the first time, tens of MiB, is counted the second time.
+
+    Errors: too little memory, naming how much was seen to do.
+    """
+
+    def plan(ram: int, say: Callable[[str], None] | None = None) -> tuple[Budget, CardPlan | None]:
+        process = process_bytes()
+        apart = _apart(artifact, ram, process, **how)
+        card = plan_card(artifact, vram, ram, apart, dense=dense, machine=machine, say=say, **how)
+        return fit(artifact, ram, process=process, card=card, **how), card
+
+    if machine is None:
+        cached_machine(None, how["threads"], say, card=True, apart=True)  # what is measured is said, once
+    with suppress(Infeasible):
+        plan(ram)
+    try:
+        return plan(ram, say)
+    except Infeasible as error:
+        least = _does(plan, error.least)
+        text = (
+            f"--ram: expected at least {least} bytes ({least >> 20} MiB) beside --vram {vram}, found {ram}: {MUST_STAY}"
+        )
+        raise Infeasible(text, least) from error
+
+
+def _does(plan: Callable[[int], object], ram: int) -> int:
+    """Memory, from `ram` on, with which there is a plan: in whole MiB and one more, as processes differ a little."""
+    for _ in range(TRIES):
+        ram = (ram >> 20) + 2 << 20
+        try:
+            plan(ram)
+        except Infeasible as error:
+            ram = max(ram, error.least)
+        else:
+            break
+    return ram
+
+
+def _apart(artifact: Artifact, ram: int, process: int, *, ctx_size: int, threads: int, contexts: int) -> int:
+    """Memory that a model with a card takes beside weights, KV caches and scratch: the process, padding of pages, what
     crosses; where the model is larger than `ram` the least of a disk tier, too."""
     config, plans, disk = artifact.config, artifact.plans, disk_costs(artifact)
-    apart = process_bytes() + disk.whole - artifact.tensor_bytes + contexts * mailbox_bytes(config, plans, ctx_size)
+    apart = process + disk.whole - artifact.tensor_bytes + contexts * mailbox_bytes(config, plans, ctx_size)
     if apart + artifact.tensor_bytes + contexts * session_bytes(artifact, ctx_size, threads) > ram:
         none = [0] * config.n_layer
         apart += _Solver(artifact, disk, CACHE_SHARE, none).least() - disk.weights(none)
@@ -153,11 +211,8 @@ def fit(
     limits = solver.solve(ram - process - beside + moved)
     if limits is None:
         least = process + beside + solver.least() - moved
-        raise PowerinferError(
-            f"--ram: expected at least {least} bytes ({least / 2**20:.1f} MiB), found {ram}: attention, KV cache, "
-            "scratch, what chooses neurons and one layer's neurons cannot stay on disk; "
-            "a shorter --ctx-size needs less",
-            "infeasible",
+        raise Infeasible(
+            f"--ram: expected at least {least} bytes ({least / 2**20:.1f} MiB), found {ram}: {MUST_STAY}", least
         )
     held = limits.resident, limits.slots, limits.transit
     return Budget(

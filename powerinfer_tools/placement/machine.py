@@ -44,7 +44,7 @@ class Tier:
 @dataclass(frozen=True)
 class Machine:
     """The tiers of one machine; vram and disk may be missing. notes: how it was measured and what to doubt; card: its
-    name."""
+    name; disk_device: its number in the system, 0 where unknown."""
 
     name: str
     threads: int
@@ -53,6 +53,7 @@ class Machine:
     disk: Tier | None = None
     notes: tuple[str, ...] = ()
     card: str = ""
+    disk_device: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The file's content."""
@@ -81,8 +82,9 @@ def read_machine(path: Path) -> Machine:
             disk=None if data.get("disk") is None else _tier(data["disk"]),
             notes=tuple(str(note) for note in data.get("notes", ())),
             card=str(data.get("card", "")),
+            disk_device=int(data.get("disk_device", 0)),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise PowerinferError(f"{path}: not a valid machine file: {error!r}", "malformed") from error
 
 

@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from powerinfer_tools.engine.engine import default_threads
 from powerinfer_tools.engine.native import DEVICES, describe_card, measure_card, measure_memory
 from powerinfer_tools.engine.native import measure_file as measure_reads
 from powerinfer_tools.errors import PowerinferError
@@ -39,7 +41,7 @@ def measure_machine(
     card: its card, too, if there is one; else none is touched.
     """
     tell = say or (lambda text: None)
-    threads = threads or cores()
+    threads = threads or default_threads()
     tell(f"measuring ram, {threads} threads")
     machine = Machine(_processor(), threads, _measure_ram(threads))
     if folder is not None:
@@ -51,32 +53,71 @@ def measure_machine(
 
 
 def cached_machine(
-    folder: Path | None, threads: int | None = None, say: Callable[[str], None] | None = None, card: bool = False
+    where: Path | None,
+    threads: int | None = None,
+    say: Callable[[str], None] | None = None,
+    card: bool = False,
+    apart: bool = False,
 ) -> Machine:
     """The last measurement of this processor with as many threads, or a new one, kept in the user's cache folder.
 
-    folder: where the disk is measured, None: it need not be; card: with the card that is there now, else none is
-    touched. Errors: there is none.
+    where: the folder whose disk is measured, or a file there to read; None: it need not be; card: with the card that is
+    there now, else none is touched; apart: what is missing is measured by a process of its own, which takes the memory
+    for it. Errors: there is no card.
     """
     tell = say or (lambda text: None)
-    threads = threads or cores()
+    threads = threads or default_threads()
     name = describe_card(device())[0] if card else ""  # first: without a card nothing need be measured
-    path = cache_folder() / f"machine-{platform.node() or 'here'}-{threads}.json"
-    before = read_machine(path) if path.is_file() else None
-    if before is not None and before.name != _processor():
-        before = None
-    machine = before or measure_machine(threads, folder, say, card=False)
-    if before is not None and before.disk is None and folder is not None:
-        machine = with_disk(machine, folder, tell)
-    if card and (machine.vram is None or machine.card != name):
+    before = _kept(threads)
+    if before is not None and not _lacks_disk(before, where) and (not card or before.card == name):
+        return before
+    if apart:
+        tell("measuring this machine")
+        _measure_apart(where, threads, card)
+        return cached_machine(where, threads, say, card)
+    machine = before or measure_machine(threads, None, say, card=False)
+    if where is not None and _lacks_disk(machine, where):
+        machine = with_disk(machine, where, tell)
+    if card and machine.card != name:
         machine = with_card(machine, tell)
-    if machine is before:
-        tell(f"machine: measured before, {path} (`powerinfer machine -o FILE` measures anew)")
-        return machine
+    tell(f"machine: measured now, kept in {keep_machine(machine)} (`powerinfer machine` measures anew)")
+    return machine
+
+
+def _kept(threads: int) -> Machine | None:
+    """What was measured before of this processor; None where that cannot be read."""
+    try:
+        machine = read_machine(machine_path(threads))
+    except PowerinferError:
+        return None
+    return machine if machine.name == _processor() else None
+
+
+def _lacks_disk(machine: Machine, where: Path | None) -> bool:
+    return where is not None and machine.disk_device != where.stat().st_dev
+
+
+def _measure_apart(where: Path | None, threads: int, card: bool) -> None:
+    """Fills the cache from a process of its own. Where that fails this one will say why."""
+    given = f"{None if where is None else str(where)!r}, {threads}, {card}"
+    program = (
+        "from pathlib import Path; from powerinfer_tools.placement import cached_machine; "
+        f"where, threads, card = {given}; cached_machine(where and Path(where), threads, card=card)"
+    )
+    subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+
+
+def keep_machine(machine: Machine) -> Path:
+    """Writes what cached_machine answers from now on; says where."""
+    path = machine_path(machine.threads)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_machine(machine, path, force=True)
-    tell(f"machine: measured now, kept in {path}")
-    return machine
+    return path
+
+
+def machine_path(threads: int) -> Path:
+    """Where this machine's last measurement with so many threads is kept."""
+    return cache_folder() / f"machine-{platform.node() or 'here'}-{threads}.json"
 
 
 def cache_folder() -> Path:
@@ -117,12 +158,13 @@ def _ram_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def with_disk(machine: Machine, folder: Path, tell: Callable[[str], None]) -> Machine:
-    """The machine with the disk of this folder, measured now if there is room."""
-    tell(f"measuring the disk of {folder}")
+def with_disk(machine: Machine, where: Path, tell: Callable[[str], None]) -> Machine:
+    """The machine with the disk of this folder, measured now if there is room; where is a file: by reading it."""
+    tell(f"measuring the disk of {where}")
     notes: list[str] = []
-    disk = _measure_disk(folder, notes)
-    return replace(machine, disk=disk, notes=(*machine.notes, *notes))
+    disk = measure_file(where) if where.is_file() else _measure_disk(where, notes)
+    device = where.stat().st_dev if disk is not None else 0
+    return replace(machine, disk=disk, disk_device=device, notes=(*machine.notes, *notes))
 
 
 def _measure_disk(folder: Path, notes: list[str]) -> Tier | None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from powerinfer_tools.artifact.layout import MODE_PREDICTOR, LayerPlan
 from powerinfer_tools.checkpoint.config import Config
-from powerinfer_tools.errors import PowerinferError
+from powerinfer_tools.errors import Infeasible, PowerinferError
 from powerinfer_tools.placement.costs import artifact_costs
 from powerinfer_tools.placement.machine import Machine
 from powerinfer_tools.placement.objective import Objective, misses, time
@@ -81,9 +81,12 @@ def place(
         raise PowerinferError(
             f"activations: expected {config.n_layer} layers of {config.n_ff}, found {found}", "mismatch"
         )
-    costs = artifact_costs(
-        config, plans, quant=quant, head=head, biases=biases, ctx_size=ctx_size, threads=machine.threads
-    )
+    how = {
+        "ctx_size": ctx_size,
+        "threads": machine.threads,
+        "card_context": machine.vram.context if machine.vram else 0,
+    }
+    costs = artifact_costs(config, plans, quant=quant, head=head, biases=biases, **how)
     ratio = None if let_through is None else np.asarray(let_through, np.float64)
     problem = Problem(costs, activations, machine, ratio)
     limits = _limits(problem, vram, ram)
@@ -129,14 +132,14 @@ def _best(problem: Problem, limits: dict[str, int | None], objective: str) -> tu
     return fastest_in_ram(problem, found.plan, budgets), problem.impact(found.plan) + found.cost - found.bound
 
 
-def infeasible(problem: Problem, objective: Objective, budgets: Budgets, apart: int = 0) -> PowerinferError:
+def infeasible(problem: Problem, objective: Objective, budgets: Budgets, apart: int = 0) -> Infeasible:
     """What says that no plan fits, and which ram would do; apart: bytes of ram that are not in the budget."""
-    least = smallest_ram(problem, objective, budgets.vram) + apart
+    least = max(smallest_ram(problem, objective, budgets.vram), budgets.ram + 1) + apart  # chunks may need more
     beside = f" beside --vram {budgets.vram}" if budgets.vram else ""
-    return PowerinferError(
+    return Infeasible(
         f"--ram: expected at least {least} bytes ({least / 2**20:.1f} MiB){beside}, found {budgets.ram + apart}: "
         "attention, KV cache, scratch and what chooses neurons cannot stay on disk",
-        "infeasible",
+        least,
     )
 
 

@@ -111,6 +111,21 @@ def test_a_machine(powerinfer: Program, tmp_path: Path) -> None:
     assert powerinfer("inspect", "m").code == 0
 
 
+def test_what_machine_measures_is_what_is_planned_with(
+    powerinfer: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from powerinfer_tools.placement import cached_machine, measure
+    from powerinfer_tools.placement.machine import Machine, Tier
+
+    monkeypatch.setenv("POWERINFER_CACHE", str(tmp_path / "cache"))
+    measured = Machine(measure._processor(), 2, Tier(1 << 30, 3e10, ((2304, 1e10),)))
+    monkeypatch.setattr("powerinfer_tools.placement.measure_machine", lambda *_: measured)
+    result = powerinfer("machine", "-t", 2)
+    assert result.code == 0
+    assert str(measure.machine_path(2)) in result.err.replace("\n", "")
+    assert cached_machine(None, 2) == measured
+
+
 def test_a_placement(powerinfer: Program, tmp_path: Path) -> None:
     from powerinfer_tools.placement import Placement, write_placement
 

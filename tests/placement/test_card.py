@@ -23,12 +23,13 @@ from powerinfer_tools.evaluate import evaluate
 from powerinfer_tools.placement import card, measure
 from powerinfer_tools.placement.card import at_bounds, best_plan, card_problem, lending, plan_card
 from powerinfer_tools.placement.costs import CARD_TENSOR, card_scratch_bytes, kv_bytes, visit_bytes
-from powerinfer_tools.placement.limits import fit, open_within, process_bytes
+from powerinfer_tools.placement.limits import Opened, fit, open_within, process_bytes
 from powerinfer_tools.placement.objective import time
 from powerinfer_tools.placement.problem import Budgets, Plan, Problem
 from powerinfer_tools.placement.search import Search
 from powerinfer_tools.progress import silent
-from tests.artifacts import make_artifact
+from tests.artifacts import make_artifact, write_artifact
+from tests.drawn import STRUCTURES, DrawnCheckpoint, drawn_config
 from tests.placement import worlds
 from tests.tiny import CORPUS, make_llama
 
@@ -153,6 +154,14 @@ def test_a_plan_for_little_memory_takes_more_to_the_card(artifact: Artifact) -> 
         best_plan(problem, Budgets(vram, 4096), apart=1000)
 
 
+def test_a_plan_that_chunks_make_too_large_is_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = world(0)
+    budgets = replace(budgets_of(problem, 0.4), ram=problem.costs.needed - problem.costs.weights // 3)
+    monkeypatch.setattr(card, "at_bounds", lambda *_: nothing(problem))
+    with pytest.raises(PowerinferError, match=f"--ram: expected at least {budgets.ram + 1} bytes .* {budgets.ram}:"):
+        best_plan(problem, budgets)
+
+
 def test_tokens_are_the_same_and_counts_are_the_plans(folder: Path) -> None:
     how: dict[str, Any] = {"prompt_tokens": 48, "n_tokens": 12, "repeats": 1, "threads": 2, "progress": silent}
     for name in ("gate", "predictor"):
@@ -177,10 +186,10 @@ def test_tokens_are_the_same_and_counts_are_the_plans(folder: Path) -> None:
 def test_the_card_computes_its_prefix_of_every_layer_and_what_crosses_is_foreseen(folder: Path) -> None:
     """In mode gate each token computes every deciding row: on the card k1 of each layer."""
     artifact = open_artifact(folder / "gate.gguf")
-    for vram in (MIB, 2 * MIB, 4 * MIB):
+    problem = card.artifact_problem(artifact, MACHINE, **HOW)
+    for vram in (budgets_of(problem, share).vram for share in (0.1, 0.3, 0.6)):
         opened = open_within(artifact, None, vram, machine=MACHINE, **HOW)
-        if opened.card is None:
-            continue
+        assert opened.card is not None
         plan, n = opened.card.plan, 5
         with Engine(opened.model, ctx_size=64, threads=2) as engine:
             engine.prefill([1, 2, 3])
@@ -286,6 +295,18 @@ def test_more_than_the_card_has_is_refused(artifact: Artifact) -> None:
         plan_card(artifact, 2 * MIB, None, machine=replace(MACHINE, vram=None), **HOW)
 
 
+@pytest.mark.parametrize(("name", "what"), [("experts", "experts"), ("sub norms", "norms of its neurons' sums")])
+def test_what_runs_without_a_card_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, what: str
+) -> None:
+    monkeypatch.setenv("POWERINFER_CACHE", str(tmp_path / "cache"))
+    artifact = write_artifact(DrawnCheckpoint(drawn_config(**STRUCTURES[name])), tmp_path / "a.gguf")
+    for ram in (None, MIB):
+        with pytest.raises(PowerinferError, match=f"^--vram: a model with {what} runs on the processor alone so far"):
+            open_within(artifact, ram, MIB, **HOW)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_neurons_are_lent_from_where_copying_is_faster(folder: Path) -> None:
     artifact = open_artifact(folder / "gate.gguf")
 
@@ -297,20 +318,52 @@ def test_neurons_are_lent_from_where_copying_is_faster(folder: Path) -> None:
     assert tokens(0.0) == tokens(1e6) == tokens(2e10, vram=MIB) == 0
 
 
+def test_room_for_visits_is_taken_only_where_neurons_are_left_to_visit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(card, "VISIT_SHARE", 0.9)  # few layers: one is a large share
+    artifact = open_artifact(folder / "gate.gguf")
+    costs = card.artifact_problem(artifact, MACHINE, **HOW).costs
+    all_of_it = costs.card_fixed + 3 * costs.weights
+    n_ff = artifact.config.n_ff
+    for vram in (all_of_it, costs.card_fixed + costs.weights * 2 // 3, costs.card_fixed + costs.weights // 3):
+        limits = (placed := plan_card(artifact, vram, None, machine=MACHINE, **HOW)) and placed.limits
+        assert placed is not None
+        assert limits is not None
+        left = n_ff - min(limits.neurons)
+        taken = placed.n_bytes - int(placed.problem.bytes(placed.plan)[0])
+        assert (limits.lend_from > 0) == (taken > 0)
+        assert taken in (0, visit_bytes(artifact.config, artifact.quant, left))
+        assert placed.n_bytes <= vram
+        if vram == all_of_it:
+            assert (left, taken) == (0, 0)
+        else:
+            assert min(left, taken) > 0
+
+
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """This machine was measured before, and is MACHINE."""
     monkeypatch.setenv("POWERINFER_CACHE", str(tmp_path))
     monkeypatch.setenv("POWERINFER_THREADS", "2")
-    here = replace(MACHINE, name=measure._processor(), card=measure.describe_card("host")[0])
+    known: dict[str, Any] = {"card": measure.describe_card("host")[0], "disk_device": tmp_path.stat().st_dev}
+    here = replace(MACHINE, name=measure._processor(), **known)
     measure.write_machine(here, tmp_path / f"machine-{platform.node() or 'here'}-2.json")
 
 
 @pytest.mark.usefixtures("measured")
-def test_eval_with_a_card_scores_the_same(folder: Path) -> None:
+def test_eval_with_a_card_scores_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     how: dict[str, Any] = {"n_tokens": 128, "window": 64, "threads": 2, "progress": silent}
     alone = evaluate(folder / "gate.gguf", [folder / "text.txt"], **how)
-    assert evaluate(folder / "gate.gguf", [folder / "text.txt"], vram=8 * MIB, **how).as_dict() == alone.as_dict()
+    opened: list[Opened] = []
+
+    def seen(*args: Any, **how: Any) -> Opened:
+        opened.append(open_within(*args, **how))
+        return opened[-1]
+
+    monkeypatch.setattr("powerinfer_tools.evaluate.open_within", seen)
+    assert evaluate(folder / "gate.gguf", [folder / "text.txt"], vram=32 * MIB, **how).as_dict() == alone.as_dict()
+    assert [each.card is not None for each in opened] == [True]
 
 
 def powerinfer(*words: object) -> subprocess.CompletedProcess[str]:
@@ -329,6 +382,38 @@ def test_commands_take_vram(folder: Path) -> None:
     shown = powerinfer("bench", model, "--vram", "16MiB", "--prompt-tokens", 8, "--decode-tokens", 4, "--repeats", 1)
     assert shown.returncode == 0, shown.stderr
     assert re.search(r"its budget, all counted +16.0 MiB, .* used", shown.stdout)
+
+
+@pytest.mark.usefixtures("measured")
+def test_the_memory_that_is_named_does_with_a_card_and_a_disk(tmp_path: Path) -> None:
+    """Of a process of its own: what planning itself takes is counted, and the peak is within."""
+    make_llama(tmp_path / "model", n_layer=8, n_embd=128, n_ff=4096, n_head=4, n_head_kv=2, head_dim=32, n_ctx=128)
+    artifact = make_artifact(tmp_path / "model", tmp_path / "a.gguf", quant="f32", predictor=True, slack=0.05)
+    sizes = "--prompt-tokens", 8, "--decode-tokens", 4, "--repeats", 1, "--json"
+
+    def bench_within(ram: object) -> subprocess.CompletedProcess[str]:
+        return powerinfer("bench", artifact.path, "--vram", "8MiB", *sizes, "--ram", ram)
+
+    refused = bench_within("16MiB")
+    named = re.search(r"--ram: expected at least (\d+) bytes .* beside --vram 8388608, found 16777216", refused.stderr)
+    assert named is not None, refused.stderr
+    found = bench_within(named[1])
+    assert found.returncode == 0, found.stderr
+    document = json.loads(found.stdout)
+    assert document["disk"]["budget"]["total"] <= int(named[1])
+    assert document["card"]["budget"]["total"] <= 8 * MIB
+    assert document["peak_rss_bytes"] <= int(named[1])
+    before = next(tmp_path.glob("machine-*"))
+    before.unlink()  # and then the machine is measured first, by a process of its own, the disk, too
+    roomy = int(named[1]) + 12 * MIB  # as another machine may have less on its card
+    anew = bench_within(roomy)
+    assert anew.returncode == 0, anew.stderr
+    assert "measuring this machine" in anew.stderr
+    assert json.loads(anew.stdout)["peak_rss_bytes"] <= roomy
+    assert json.loads(before.read_text())["disk_device"] == artifact.path.stat().st_dev
+    again = bench_within(roomy)
+    assert again.returncode == 0, again.stderr
+    assert "measuring" not in again.stderr
 
 
 def test_without_vram_no_card_is_touched_and_a_missing_one_is_one_line(

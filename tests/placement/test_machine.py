@@ -35,6 +35,8 @@ def test_bandwidth_between_measured_sizes_and_beyond_them() -> None:
         ({"ram": {"n_bytes": 1, "sequential": 1, "rows": [[2, 1], [1, 1]]}}, "expected rows by rising size"),
         ({"ram": {"n_bytes": 1, "sequential": 1, "rows": [], "latency_s": -1}}, "latency_s"),
         ({"vram": {"n_bytes": 1, "sequential": 1, "rows": [], "launch_s": -1}}, "launch_s"),
+        ({"vram": {"n_bytes": 1, "sequential": 1, "rows": [], "context": float("inf")}}, "OverflowError"),
+        ({"ram": [["rows", 1]]}, "TypeError"),
         ({"kind": "placement"}, "expected a file of kind machine"),
     ],
 )
@@ -74,7 +76,8 @@ def test_a_measurement_is_kept_and_said_to_be(tmp_path: Path, monkeypatch: pytes
 
     def measured(threads: int, folder: Path, say: Any, card: bool) -> Machine:
         assert not card
-        made.append(replace(worlds.machine(), name=measure._processor(), threads=threads))
+        device = {"disk_device": tmp_path.stat().st_dev}
+        made.append(replace(worlds.machine(), name=measure._processor(), threads=threads, **device))
         return made[-1]
 
     monkeypatch.setattr(measure, "measure_machine", measured)
@@ -83,8 +86,26 @@ def test_a_measurement_is_kept_and_said_to_be(tmp_path: Path, monkeypatch: pytes
     second = measure.cached_machine(tmp_path, 2, said.append)
     assert first == second
     assert len(made) == 1
+    assert len(said) == 1
     assert "measured now" in said[0]
-    assert "measured before" in said[1]
+    anew = replace(first, ram=replace(first.ram, sequential=5e9))
+    assert str(measure.keep_machine(anew)) in said[0]
+    assert measure.cached_machine(tmp_path, 2) == anew
+    measure.machine_path(2).write_text("broken")
+    assert measure.cached_machine(tmp_path, 2) == made[1]
+
+
+def test_a_disk_is_measured_once_for_each_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POWERINFER_CACHE", str(tmp_path))
+    monkeypatch.setattr(measure, "SECONDS", 0.01)
+    elsewhere = replace(worlds.machine(), name=measure._processor(), disk_device=tmp_path.stat().st_dev + 1)
+    measure.keep_machine(elsewhere)
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
+    assert measure.cached_machine(None, 2) == elsewhere
+    found = measure.cached_machine(tmp_path / "file", 2)
+    assert found.disk != elsewhere.disk
+    assert found.disk_device == tmp_path.stat().st_dev
+    assert measure.cached_machine(tmp_path, 2) == measure.cached_machine(tmp_path / "file", 2) == found
 
 
 def test_files_without_a_cards_launches_and_copies_are_read(tmp_path: Path) -> None:
@@ -102,7 +123,7 @@ def test_a_card_is_measured_where_it_is_asked_for(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("POWERINFER_CACHE", str(tmp_path))
     monkeypatch.setenv("POWERINFER_DEVICE", "host")
     monkeypatch.setattr(measure, "BUFFER_BYTES", 1 << 20)
-    bare = replace(worlds.machine(), name=measure._processor(), vram=None)
+    bare = replace(worlds.machine(), name=measure._processor(), vram=None, disk_device=tmp_path.stat().st_dev)
     monkeypatch.setattr(measure, "measure_machine", lambda *_, **__: bare)
     assert measure.cached_machine(tmp_path, 2).vram is None
     said: list[str] = []

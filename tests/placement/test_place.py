@@ -323,3 +323,16 @@ def test_broken_files_are_named(tmp_path: Path, change: dict[str, Any], message:
     path.write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
     with pytest.raises(PowerinferError, match=message):
         read_placement(path)
+
+
+def test_the_cards_context_is_counted() -> None:
+    config, here = worlds.config(), worlds.machine()
+    assert here.vram is not None
+    taken = replace(here, vram=replace(here.vram, context=5000))
+    how: dict[str, Any] = {"quant": "q8_0", "biases": worlds.BIASES, "ctx_size": 64, "vram": 1 << 30}
+    without, with_context = (
+        place(config, worlds.firing(4, 96, 0), worlds.plans(4), machine=machine, **how).n_bytes["vram"]
+        for machine in (here, taken)
+    )
+    assert without > 0
+    assert with_context == without + 5000
