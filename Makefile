@@ -69,8 +69,9 @@ tsan: $(READY) ## the native tests of what runs in several threads, under TSan
 	$(BIN)/cmake --build build/tsan --target test_hybrid test_threads
 	$(BIN)/ctest --test-dir build/tsan --output-on-failure -R "hybrid|threads"
 
+# for the oldest and for a new card: that it compiles
 cuda: $(READY) ## compile the CUDA part and its tests, which need a card to run; needs nvcc
-	$(CONFIGURE) -B build/cuda -DPI_CUDA=ON -DPI_TESTS=ON > /dev/null
+	$(CONFIGURE) -B build/cuda -DPI_CUDA=ON -DPI_TESTS=ON -DCMAKE_CUDA_ARCHITECTURES='75;90' > /dev/null
 	$(BIN)/cmake --build build/cuda --target powerinfer powerinfer_cuda test_cuda
 
 # with $(PYTHON) where there is no .venv: docs/gpu-check.md says what it must have

@@ -48,7 +48,7 @@ def test_nothing_lies_twice(model: Path) -> None:
         ((False,) * N_LAYER, (0,) * N_LAYER, False),
     ]:
         info = Model(model, None, CardLimits(dense, neurons, head, device="host")).info
-        # a device pads each tensor to 256 bytes, and all to whole pages; it holds the angles' frequencies, which both sides need
+        # a device pads tensors to 256 bytes, all to whole pages, and has the angles' frequencies, as both sides do
         padding = 256 * len(open_artifact(model).file.tensors)
         there = info.weight_bytes - info.resident_bytes
         assert (there > 0) == (info.card_bytes > 0)

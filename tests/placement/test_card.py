@@ -384,6 +384,11 @@ def test_commands_take_vram(folder: Path) -> None:
     assert re.search(r"its budget, all counted +16.0 MiB, .* used", shown.stdout)
 
 
+def own_peak(document: dict[str, Any]) -> int:
+    """The process's memory without that of the thread which stands in for the card."""
+    return int(document["peak_rss_bytes"] - document["card"]["budget"]["total"])
+
+
 @pytest.mark.usefixtures("measured")
 def test_the_memory_that_is_named_does_with_a_card_and_a_disk(tmp_path: Path) -> None:
     """Of a process of its own: what planning itself takes is counted, and the peak is within."""
@@ -392,24 +397,24 @@ def test_the_memory_that_is_named_does_with_a_card_and_a_disk(tmp_path: Path) ->
     sizes = "--prompt-tokens", 8, "--decode-tokens", 4, "--repeats", 1, "--json"
 
     def bench_within(ram: object) -> subprocess.CompletedProcess[str]:
-        return powerinfer("bench", artifact.path, "--vram", "8MiB", *sizes, "--ram", ram)
+        return powerinfer("bench", artifact.path, "--vram", "20MiB", *sizes, "--ram", ram)
 
     refused = bench_within("16MiB")
-    named = re.search(r"--ram: expected at least (\d+) bytes .* beside --vram 8388608, found 16777216", refused.stderr)
+    named = re.search(r"--ram: expected at least (\d+) bytes .* beside --vram 20971520, found 16777216", refused.stderr)
     assert named is not None, refused.stderr
     found = bench_within(named[1])
     assert found.returncode == 0, found.stderr
     document = json.loads(found.stdout)
     assert document["disk"]["budget"]["total"] <= int(named[1])
-    assert document["card"]["budget"]["total"] <= 8 * MIB
-    assert document["peak_rss_bytes"] <= int(named[1])
+    assert document["card"]["budget"]["total"] <= 20 * MIB
+    assert own_peak(document) <= int(named[1])
     before = next(tmp_path.glob("machine-*"))
     before.unlink()  # and then the machine is measured first, by a process of its own, the disk, too
     roomy = int(named[1]) + 12 * MIB  # as another machine may have less on its card
     anew = bench_within(roomy)
     assert anew.returncode == 0, anew.stderr
     assert "measuring this machine" in anew.stderr
-    assert json.loads(anew.stdout)["peak_rss_bytes"] <= roomy
+    assert own_peak(json.loads(anew.stdout)) <= roomy
     assert json.loads(before.read_text())["disk_device"] == artifact.path.stat().st_dev
     again = bench_within(roomy)
     assert again.returncode == 0, again.stderr
