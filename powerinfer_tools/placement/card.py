@@ -23,7 +23,11 @@ from powerinfer_tools.placement.problem import Budgets, Firing, Floats, Ints, Pl
 from powerinfer_tools.placement.search import Search, fastest_in_ram
 
 VISIT_SHARE = 0.1  # of what weights may take of a card, for neurons that are lent
-PRODUCTS = 2e11  # that a thread adds in a second, in prompts: benchmarks/LOG.md
+
+# That a thread adds in a second, in prompts. Of 8 bits: LLaMA-2-7B's shape in q4_0, 2 threads, 88 tokens/s
+# (benchmarks/LOG.md); others: a third of it, a guess.
+PRODUCTS = {"q4_0": 3e11, "q8_0": 3e11}
+OTHER_PRODUCTS = 1e11
 
 
 class StoredFiring:
@@ -104,7 +108,8 @@ def lending(artifact: Artifact, machine: Machine, vram: int, threads: int) -> in
     if copy <= 0 or room > VISIT_SHARE * vram:
         return 0
     products = config.n_ff * config.n_rows * config.n_embd
-    tokens = int(np.ceil(room / copy * threads * PRODUCTS / products))
+    speed = threads * PRODUCTS.get(artifact.quant, OTHER_PRODUCTS)
+    tokens = int(np.ceil(room / copy * speed / products))
     return tokens if tokens <= PIECE else 0
 
 

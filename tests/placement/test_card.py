@@ -315,6 +315,9 @@ def test_neurons_are_lent_from_where_copying_is_faster(folder: Path) -> None:
         return lending(artifact, replace(MACHINE, vram=replace(MACHINE.vram, copy=copy)), vram, threads)
 
     assert 0 < tokens(1e11) < tokens(2e10) < tokens(2e10, threads=4) <= PIECE
+    floats = replace(artifact, quant="f16")  # twice the bytes, a third of the speed
+    assert MACHINE.vram is not None
+    assert 0 < lending(floats, MACHINE, 1 << 30, 2) < lending(artifact, MACHINE, 1 << 30, 2)
     assert tokens(0.0) == tokens(1e6) == tokens(2e10, vram=MIB) == 0
 
 
