@@ -89,7 +89,7 @@ def everything(problem: Problem) -> Plan:
 
 def nothing(problem: Problem) -> Plan:
     """The processor alone."""
-    return _plan(problem, np.zeros(problem.n_layer, bool), False, np.zeros(problem.n_layer, np.int64))
+    return Plan.in_ram(problem.n_layer, problem.n_ff)
 
 
 def bounds(problem: Problem) -> list[list[int]]:

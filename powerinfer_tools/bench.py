@@ -282,8 +282,7 @@ def predicted_seconds(
     """What placement's model expects of a token, from the frequencies of the calibration: the cache holds the hottest
     neurons that follow the resident ones."""
     n_layer, n_ff = artifact.config.n_layer, artifact.config.n_ff
-    none = np.zeros(n_layer, np.int64)
-    plan = Plan(none.astype(bool), False, none, none + n_ff)
+    plan = Plan.in_ram(n_layer, n_ff)
     if card is not None:
         plan, machine = replace(card.plan, ram=plan.ram), replace(machine, vram=card.problem.machine.vram)
     if limits is not None:

@@ -49,6 +49,17 @@ def drawn_config(**fields: Any) -> Config:
     return replace(PLAIN, **{"thresholds": (0.0,) * n_layer, **fields})
 
 
+MUCH: dict[str, Any] = {  # at once
+    "n_layer": 12,
+    "n_embd": 72,
+    "n_ff": 3 * 277,
+    "n_head": 6,
+    "head_dim": 20,
+    "norm": "layer",
+    "qk_norm": True,
+    "softcap": 20.0,
+    "rotary": tuple(i != 5 for i in range(12)),
+}
 STRUCTURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "layer norm": {"norm": "layer"},
@@ -64,19 +75,8 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "experts": {"experts": Experts(5, 2, "softmax", "ffn_input"), "activation": "drelu"},
     "routed early": {"n_layer": 12, "experts": Experts(8, 3, "sigmoid", "layer_input")},
     "plain experts": {"gated": False, "experts": Experts(4, 1, "sigmoid", "ffn_input")},
-    "all but sub norms": {
-        "n_layer": 12,
-        "n_embd": 72,
-        "n_ff": 3 * 277,
-        "n_head": 6,
-        "head_dim": 20,
-        "norm": "layer",
-        "parallel": True,
-        "qk_norm": True,
-        "softcap": 20.0,
-        "rotary": tuple(i != 5 for i in range(12)),
-        "experts": Experts(3, 2, "softmax", "layer_input"),
-    },
+    "much with experts": {**MUCH, "experts": Experts(3, 2, "softmax", "layer_input")},
+    "much in parallel": {**MUCH, "parallel": True},
     "all": {
         "n_layer": 12,
         "n_embd": 72,

@@ -201,6 +201,8 @@ void Model::read_experts() {
                                             std::to_string(experts.n));
     if (config.sub_norms)
         throw Error(PI_ERROR_UNSUPPORTED, "powerinfer.sub_norms: expected false beside experts, found true");
+    if (config.parallel)
+        throw Error(PI_ERROR_UNSUPPORTED, "powerinfer.parallel: expected false beside experts, found true");
     experts.softmax = one_of(gguf_, b + "gating", "softmax", "sigmoid");
     bool early = one_of(gguf_, b + "routed_by", "layer_input", "ffn_input");
     experts.routed_by = early ? RoutedBy::LayerInput : RoutedBy::FfnInput;

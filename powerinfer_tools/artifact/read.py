@@ -268,8 +268,9 @@ def _config(file: GgufFile, keys: _Keys) -> Config:
         raise keys.fail(f"{arch}.attention.head_count_kv", f"a divisor of {config.n_head}", config.n_head_kv)
     if config.experts is not None and config.n_ff % config.experts.n:
         raise keys.fail(layout.KEY_EXPERTS, f"a divisor of {config.n_ff}", config.experts.n)
-    if config.experts is not None and config.sub_norms:
-        raise keys.fail(layout.KEY_SUB_NORMS, "false beside experts", config.sub_norms, "unsupported")
+    for key, found in ((layout.KEY_SUB_NORMS, config.sub_norms), (layout.KEY_PARALLEL, config.parallel)):
+        if config.experts is not None and found:
+            raise keys.fail(key, "false beside experts", found, "unsupported")
     return config
 
 

@@ -206,8 +206,7 @@ def best_plan(problem: Problem, budgets: Budgets, apart: int = 0) -> Plan:
     found = Search(problem, objective, budgets).best(quick=True)
     if found.plan is None:
         raise infeasible(problem, objective, budgets, apart)
-    none = np.zeros(problem.n_layer, np.int64)
-    bare = Plan(none > 0, False, none, none + problem.n_ff)
+    bare = Plan.in_ram(problem.n_layer, problem.n_ff)
     plans = [at_bounds(problem, plan, budgets) for plan in (found.plan, bare)]  # chunks may be too large for the first
     if not (fitting := [plan for plan in plans if problem.fits(plan, budgets)]):
         raise infeasible(problem, objective, budgets, apart)

@@ -40,8 +40,7 @@ class Objective:
 
     def all_in_ram(self, problem: Problem) -> float:
         """The cost with nothing in vram nor on disk."""
-        none = np.zeros(problem.n_layer, np.int64)
-        return float(self.cost(Plan(none > 0, False, none, none + problem.n_ff)))
+        return float(self.cost(Plan.in_ram(problem.n_layer, problem.n_ff)))
 
     def short(self, i: int, places: Ints) -> tuple[float, float]:
         """The most that straight lines between some places fall short of layer i's curves `ram` and `disk - ram`."""

@@ -60,6 +60,12 @@ class Plan:
     vram: Ints
     ram: Ints
 
+    @staticmethod
+    def in_ram(n_layer: int, n_ff: int) -> "Plan":
+        """Nothing in vram nor on disk."""
+        none = np.zeros(n_layer, np.int64)
+        return Plan(none > 0, False, none, none + n_ff)
+
     def at(self, number: int) -> "Plan":
         """One of many plans."""
         return Plan(self.dense[number], bool(self.head[number]), self.vram[number], self.ram[number])

@@ -249,9 +249,9 @@ def test_what_is_on_the_card_takes_no_memory_beside_a_disk(tmp_path: Path) -> No
     divided = place(path, "neurons").neurons
     without = Model(path, limits).info
     info = Model(path, limits, CardLimits((False,) * n_layer, divided, device="host")).info
-    assert info.card_bytes == sum(divided) * 3 * row  # the gate's rows lie apart, in whole pages of their own
-    pages = 4096 * 2 * 2 * n_layer
-    assert 0 <= info.resident_bytes + info.card_bytes - without.resident_bytes <= pages
+    moved = sum(divided) * 3 * row  # the gate's rows lie apart, in whole pages of their own
+    assert info.card_bytes == 2 << 20  # there in whole pages, which are large
+    assert 0 <= info.resident_bytes + moved - without.resident_bytes <= 4096 * 2 * 2 * n_layer
     with pytest.raises(PowerinferError, match=r"n_resident: expected \d+ to 1024, found 0"):
         Model(path, DiskLimits((900, 0), 24, 400), CardLimits((False,) * n_layer, divided, device="host"))
 

@@ -7,6 +7,7 @@ import pytest
 
 from powerinfer_tools.artifact import open_artifact
 from powerinfer_tools.engine import DiskLimits, Engine, Model
+from powerinfer_tools.engine.native import check_artifact
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement import artifact_costs
 from tests.artifacts import write_artifact
@@ -38,6 +39,16 @@ def structure(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     write_artifact(checkpoint, folder / "gate.gguf")
     write_artifact(checkpoint, folder / "predictor.gguf", predictor=True, slack=1e6)
     return checkpoint, folder
+
+
+@pytest.mark.parametrize("field", ["parallel", "sub_norms"])
+def test_what_does_not_run_beside_experts_is_refused(field: str, tmp_path: Path) -> None:
+    checkpoint = DrawnCheckpoint(drawn_config(**STRUCTURES["experts"], **{field: True}), BIASES)
+    message = rf"powerinfer\.{field}: expected false beside experts, found [Tt]rue"
+    with pytest.raises(PowerinferError, match=message):  # reads what it wrote
+        write_artifact(checkpoint, tmp_path / "a.gguf")
+    with pytest.raises(PowerinferError, match=message):
+        check_artifact(tmp_path / "a.gguf")
 
 
 def test_the_artifact_says_what_the_checkpoint_is(structure: Structure) -> None:

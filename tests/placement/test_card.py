@@ -73,11 +73,6 @@ def budgets_of(problem: Problem, share: float) -> Budgets:
     return Budgets(problem.costs.card_fixed + int(share * problem.costs.weights), problem.costs.needed)
 
 
-def nothing(problem: Problem) -> Plan:
-    none = np.zeros(problem.n_layer, np.int64)
-    return Plan(none > 0, False, none, none + problem.n_ff)
-
-
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.8, 2.0])
 @pytest.mark.parametrize("contexts", [1, 2])
 def test_what_the_engine_takes_is_what_was_planned_and_within_the_budget(
@@ -157,7 +152,7 @@ def test_a_plan_for_little_memory_takes_more_to_the_card(artifact: Artifact) -> 
 def test_a_plan_that_chunks_make_too_large_is_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = world(0)
     budgets = replace(budgets_of(problem, 0.4), ram=problem.costs.needed - problem.costs.weights // 3)
-    monkeypatch.setattr(card, "at_bounds", lambda *_: nothing(problem))
+    monkeypatch.setattr(card, "at_bounds", lambda *_: Plan.in_ram(problem.n_layer, problem.n_ff))
     with pytest.raises(PowerinferError, match=f"--ram: expected at least {budgets.ram + 1} bytes .* {budgets.ram}:"):
         best_plan(problem, budgets)
 
@@ -213,7 +208,11 @@ def test_plans_are_at_bounds_within_the_budget_and_no_slower_than_greedy_or_the_
         assert all(k in bounds for k, bounds in zip(plan.vram, problem.bounds, strict=True))
         searched = Search(problem, time(problem), budgets).best(quick=True).plan
         assert searched is not None
-        rivals = [nothing(problem), searched, at_bounds(problem, nothing(problem), budgets)]
+        rivals = [
+            Plan.in_ram(problem.n_layer, problem.n_ff),
+            searched,
+            at_bounds(problem, Plan.in_ram(problem.n_layer, problem.n_ff), budgets),
+        ]
         for rival in rivals:
             assert problem.fits(rival, budgets)
             assert problem.seconds(plan) <= problem.seconds(rival)
@@ -222,7 +221,7 @@ def test_plans_are_at_bounds_within_the_budget_and_no_slower_than_greedy_or_the_
 
 def hottest(problem: Problem, budgets: Budgets) -> Plan:
     """Chunks of all layers by falling frequency, each that fits."""
-    plan, at = nothing(problem), np.zeros(problem.n_layer, np.int64)
+    plan, at = Plan.in_ram(problem.n_layer, problem.n_ff), np.zeros(problem.n_layer, np.int64)
     steps = []
     for i, bounds in enumerate(problem.bounds):
         for j, (a, b) in enumerate(itertools.pairwise(bounds)):
