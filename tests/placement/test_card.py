@@ -157,6 +157,7 @@ def test_a_plan_that_chunks_make_too_large_is_no_plan(monkeypatch: pytest.Monkey
         best_plan(problem, budgets)
 
 
+@pytest.mark.slow
 def test_tokens_are_the_same_and_counts_are_the_plans(folder: Path) -> None:
     how: dict[str, Any] = {"prompt_tokens": 48, "n_tokens": 12, "repeats": 1, "threads": 2, "progress": silent}
     for name in ("gate", "predictor"):
@@ -199,6 +200,7 @@ def test_the_card_computes_its_prefix_of_every_layer_and_what_crosses_is_foresee
         assert crossings <= stats.card_transfers / n <= crossings + divided + 2  # a merged sum may go back, too
 
 
+@pytest.mark.slow
 def test_plans_are_at_bounds_within_the_budget_and_no_slower_than_greedy_or_the_hottest() -> None:
     for seed, share, merge_s in itertools.product(range(6), (0.05, 0.2, 0.5, 0.9), (2e-8, 5e-7)):
         problem = world(seed, mode=("gate", "predictor", "mixed")[seed % 3], merge_s=merge_s)
@@ -391,6 +393,7 @@ def own_peak(document: dict[str, Any]) -> int:
     return int(document["peak_rss_bytes"] - document["card"]["budget"]["total"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("measured")
 def test_the_memory_that_is_named_does_with_a_card_and_a_disk(tmp_path: Path) -> None:
     """Of a process of its own: what planning itself takes is counted, and the peak is within."""
