@@ -111,6 +111,7 @@ def test_any_placement_gives_the_same_bits(models: Path, kind: str, quant: str) 
             same(run(Model(path, None, lending), mode=mode, threads=1), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_random_placements_of_random_structures_give_the_same_bits(divided: Path, kernels: int) -> None:
     """divided: an artifact a structure and way of choosing neurons."""

@@ -73,6 +73,7 @@ def test_a_threshold_is_the_quantile_of_those_that_take_part(tmp_path: Path) -> 
         assert activations.counts(i).sum() / (4096 * N_FF * 0.5) == pytest.approx(0.4, abs=0.02)
 
 
+@pytest.mark.slow
 def test_predictors_are_judged_by_candidates_and_hold_in_the_engine(tmp_path: Path) -> None:
     checkpoint, text = made(tmp_path)
     plant_low_rank(checkpoint)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from powerinfer_tools.checkpoint import open_checkpoint
 from tests.sparsify.conftest import Bench
@@ -27,6 +28,7 @@ def run(bench: Bench, launcher: list[str], output: Path, *more: str) -> "subproc
     )
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(bench: Bench) -> None:
     one = run(bench, [], bench.folder / "one", "--json")
     document = json.loads(one.stdout)
