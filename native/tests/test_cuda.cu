@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "batch.h"
+#include "check.h"
 #include "memory.h"
 #include "ops.h"
 
@@ -18,18 +19,6 @@ using namespace pi::card;
 namespace {
 
 bool small = false;
-size_t n_checks = 0, n_failures = 0;
-
-// printf's arguments say what was checked.
-#define CHECK(condition, ...)                                           \
-    do {                                                                \
-        n_checks++;                                                     \
-        if (!(condition) && n_failures++ < 40) {                        \
-            std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-            std::printf(__VA_ARGS__);                                   \
-            std::printf("\n");                                          \
-        }                                                               \
-    } while (0)
 
 // Of what a token's kernels give, which sum as the scalar operations do, but in another order; and of tensor cores,
 // which take float16: 11 bits of each factor.

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "ops.h"
 
 using namespace pi;
@@ -22,19 +23,6 @@ constexpr float DENORMAL = 0x1.8p-140f;
 const std::vector<size_t> SIZES = {1, 7, 8, 9, 31, 32, 33, 64, 576, 4095, 4096, 4097};
 const std::vector<Type> TYPES = {Type::F32, Type::F16, Type::Q4_0, Type::Q8_0};
 const char* const TYPE_NAMES[] = {"f32", "f16", "q4_0", "", "", "", "", "", "q8_0"};
-
-size_t n_checks = 0, n_failures = 0;
-
-// printf's arguments say what was checked.
-#define CHECK(condition, ...)                                           \
-    do {                                                                \
-        n_checks++;                                                     \
-        if (!(condition) && n_failures++ < 40) {                        \
-            std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-            std::printf(__VA_ARGS__);                                   \
-            std::printf("\n");                                          \
-        }                                                               \
-    } while (0)
 
 // An array that is aligned to its elements and to nothing more, between guard bytes that must stay as they are.
 template <class T>

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.gpu_plans import hottest_first
 from powerinfer_tools.artifact import Artifact, open_artifact
 from powerinfer_tools.bench import bench
 from powerinfer_tools.engine import Engine, Model
@@ -218,23 +219,9 @@ def test_plans_are_at_bounds_within_the_budget_and_no_slower_than_greedy_or_the_
         for rival in rivals:
             assert problem.fits(rival, budgets)
             assert problem.seconds(plan) <= problem.seconds(rival)
-        assert problem.seconds(plan) <= problem.seconds(hottest(problem, budgets)) * 1.005  # a chunk is a large step
-
-
-def hottest(problem: Problem, budgets: Budgets) -> Plan:
-    """Chunks of all layers by falling frequency, each that fits."""
-    plan, at = Plan.in_ram(problem.n_layer, problem.n_ff), np.zeros(problem.n_layer, np.int64)
-    steps = []
-    for i, bounds in enumerate(problem.bounds):
-        for j, (a, b) in enumerate(itertools.pairwise(bounds)):
-            if b > a:
-                steps.append(((problem.fired[i, b] - problem.fired[i, a]) / (b - a), i, j + 1))
-    for _, i, j in sorted(steps, key=lambda step: -step[0]):
-        longer = plan.vram.copy()
-        longer[i] = problem.bounds[i, j]
-        if j == at[i] + 1 and problem.fits(replace(plan, vram=longer), budgets):
-            plan, at[i] = replace(plan, vram=longer), j
-    return plan
+        assert (
+            problem.seconds(plan) <= problem.seconds(hottest_first(problem, budgets.vram)) * 1.005
+        )  # a chunk is a large step
 
 
 def test_rounding_keeps_the_budget_and_spends_what_is_left() -> None:
