@@ -50,6 +50,7 @@ class Findings:
     models: list[dict[str, Any]] = field(default_factory=list)
     ceilings: dict[int, list[float]] = field(default_factory=dict)
     others: list[float] = field(default_factory=list)
+    repeated: int = 0  # runs that others disturbed, and that do not count
 
     @property
     def idle(self) -> bool:
@@ -92,6 +93,8 @@ def markdown(findings: Findings) -> str:
     for threads, found in sorted(findings.ceilings.items()):
         text.append(f"Read ceiling, threads {threads}: {spread(found, 1)} GB/s.")
     text.append(f"Processor time that other programs took: {spread([100 * share for share in findings.others], 1)} %.")
+    if findings.repeated:
+        text.append(f"Run again, since others took more than {IDLE_SHARE:.0%} of it: {findings.repeated} runs.")
     if not findings.idle:
         text.append("THE MACHINE WAS NOT IDLE: these figures do not count.")
     return "\n".join(text)
@@ -106,6 +109,7 @@ def document(findings: Findings) -> dict[str, Any]:
         sides = {"measure": line.measure, "unit": line.unit, "ours": line.ours, "llama.cpp": line.theirs}
         lines.append(sides | results | {"at_least": at_least, "aim": aim, "reached": line.reached})
     others = {"median": statistics.median(findings.others), "max": max(findings.others), "idle": findings.idle}
+    others["repeated"] = findings.repeated
     about = {"machine": machine(findings.ceilings), "others_share": others, "models": findings.models}
     return about | {"lines": lines}
 
