@@ -5,9 +5,10 @@
     python benchmarks/gpu_runs.py --device host        # without a card: every bit must be the same
 
 The models have the structures of the families that run with a card (norms, biases, parallel blocks, positions, gated
-or plain, activations), and predictors that let through what might fire. A run is a prompt, decoding, going back and
-decoding on, and a scored text. On a card logits may differ by NMSE, and in F32 and F16 the likeliest tokens must be the
-same but where two are closer than TIE: the processor rounds activations to 8 bits for Q8_0 and Q4_0, the card does not.
+or plain, activations, experts), and predictors that let through what might fire. A run is a prompt, decoding, going
+back and decoding on, and a scored text. On a card logits may differ by NMSE, and in F32 and F16 the likeliest tokens
+must be the same but where two are closer than TIE: the processor rounds activations to 8 bits for Q8_0 and Q4_0, the
+card does not. Of experts all are used, since a choice among them may hang on a rounding.
 """
 
 import argparse
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.gpu_row import Logits, agreement_of
 from powerinfer_tools.artifact import Artifact
+from powerinfer_tools.checkpoint import Experts
 from powerinfer_tools.engine import CardLimits, Engine, Model
 from powerinfer_tools.engine.native import chunk_bounds
 from tests.artifacts import write_artifact
@@ -56,6 +58,8 @@ MODELS = {
     "arcee": Small({"activation": "relu2", "gated": False}),
     "bamboo": Small({"activation": "drelu", "n_head_kv": 6}, input="stream"),
     "minicpm": Small({"activation": "fatrelu", "thresholds": (0.01,) * 2}),
+    "mixtral": Small({"experts": Experts(4, 4, "softmax", "ffn_input")}),
+    "smallthinker": Small({"experts": Experts(8, 8, "sigmoid", "layer_input")}),
     "nanochat": Small({"activation": "relu2", "gated": False, "qk_norm": True, "softcap": 15.0}),
     "all biases": Small({"rope": rope_of(16, backwards=True, scale=0.8)}, BIASES),
     "odd": Small({"n_layer": 3, "n_embd": 72, "n_ff": 3 * 277, "head_dim": 20, "rotary": (True, False, True)}),
@@ -89,16 +93,17 @@ def write(small: Small, quant: str, kind: str, path: Path) -> Artifact:
 
 
 def placements(artifact: Artifact, device: str) -> dict[str, CardLimits]:
-    """Everything on the card, each kind of part alone, and mixtures; some lend it the processor's neurons."""
+    """All but experts on the card, each kind of part alone, and mixtures; some lend it the other neurons."""
     config = artifact.config
-    bounds = [chunk_bounds(artifact.frequency(i)) for i in range(config.n_layer)]
+    n_ff = config.n_ff if config.experts is None else 0
+    bounds = [chunk_bounds(artifact.frequency(i)) if n_ff else [0] for i in range(config.n_layer)]
     rng = np.random.default_rng(0)
 
     def limits(dense: Any, neurons: list[int], head: bool, lend_from: int = 0) -> CardLimits:
         return CardLimits(tuple(bool(x) for x in dense), tuple(neurons), head, lend_from=lend_from, device=device)
 
     n = config.n_layer
-    all_of, none, half = [config.n_ff] * n, [0] * n, [row[len(row) // 2] for row in bounds]
+    all_of, none, half = [n_ff] * n, [0] * n, [row[len(row) // 2] for row in bounds]
     found = {
         "all": limits([True] * n, all_of, True),
         "head": limits(none, none, True),
@@ -106,7 +111,7 @@ def placements(artifact: Artifact, device: str) -> dict[str, CardLimits]:
         "neurons": limits(none, all_of, False),
         "half of the neurons": limits(none, half, False),
         "dense blocks and half of the neurons, lent the others": limits([True] * n, half, True, LENT),
-        "last layer": limits([*none[1:], 1], [*none[1:], config.n_ff], True),
+        "last layer": limits([*none[1:], 1], [*none[1:], n_ff], True),
     }
     for i in range(3):
         drawn = [int(rng.choice(row)) for row in bounds]

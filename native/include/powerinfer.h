@@ -19,7 +19,7 @@ extern "C" {
 #define PI_API __attribute__((visibility("default")))
 #endif
 
-#define PI_ABI_VERSION 4u
+#define PI_ABI_VERSION 5u
 
 typedef enum {
     PI_OK = 0,
@@ -80,7 +80,7 @@ typedef struct {
     uint64_t budget;    /* bytes there, everything counted: more is an error; 0: no limit */
     uint32_t n_layer;
     const uint8_t* dense;      /* [n_layer] not 0: the dense block: norms, attention with its KV cache, predictor_in */
-    const uint32_t* n_neurons; /* [n_layer] its first neurons: one of pi_chunk_bounds */
+    const uint32_t* n_neurons; /* [n_layer] its first neurons: one of pi_chunk_bounds; of experts 0 */
 } pi_card_params;
 
 typedef struct {
@@ -197,11 +197,10 @@ PI_API pi_status pi_measure_memory(uint32_t n_threads, uint64_t buffer_bytes, ui
 PI_API pi_status pi_measure_file(int fd, uint32_t read_bytes, uint32_t n_at_once, double seconds, double* bytes_per_s);
 
 /* Where a layer's neurons can be divided between processor and card: bounds of the ranges whose sums are made on their
- * own, from 0 to n_ff. frequency: [n_ff] as the artifact has it; taking_part: the share of neurons that any token's
- * experts have, 1 where there are none. bounds: room for PI_MAX_BOUNDS. */
+ * own, from 0 to n_ff (of experts all stay with the processor). frequency: [n_ff] as the artifact has it. bounds: room
+ * for PI_MAX_BOUNDS. */
 #define PI_MAX_BOUNDS 25
-PI_API pi_status pi_chunk_bounds(const float* frequency, uint32_t n_ff, double taking_part, uint32_t* bounds,
-                                 uint32_t* n_bounds);
+PI_API pi_status pi_chunk_bounds(const float* frequency, uint32_t n_ff, uint32_t* bounds, uint32_t* n_bounds);
 PI_API pi_status pi_card_describe(uint32_t device, pi_card_info* out);
 /* The median of several. what: a pi_card_measure; the others as in pi_measure_memory. */
 PI_API pi_status pi_measure_card(uint32_t device, uint32_t what, uint64_t buffer_bytes, uint64_t row_bytes,

@@ -288,13 +288,11 @@ pi_status pi_measure_file(int fd, uint32_t read_bytes, uint32_t n_at_once, doubl
     });
 }
 
-pi_status pi_chunk_bounds(const float* frequency, uint32_t n_ff, double taking_part, uint32_t* bounds,
-                          uint32_t* n_bounds) {
+pi_status pi_chunk_bounds(const float* frequency, uint32_t n_ff, uint32_t* bounds, uint32_t* n_bounds) {
     return guarded([&] {
         require(frequency && bounds && n_bounds, "frequency and outputs: expected all, found NULL");
-        require(n_ff >= 1 && n_ff <= (1u << 24) && taking_part > 0 && taking_part <= 1,
-                "n_ff: expected 1 to 2^24; taking_part: more than 0 and at most 1");
-        std::vector<uint32_t> found = pi::chunk_bounds(frequency, n_ff, taking_part);
+        require(n_ff >= 1 && n_ff <= (1u << 24), "n_ff: expected 1 to 2^24");
+        std::vector<uint32_t> found = pi::chunk_bounds(frequency, n_ff, 1.0);
         static_assert(PI_MAX_BOUNDS == pi::MAX_CHUNKS + 1);
         std::copy(found.begin(), found.end(), bounds);
         *n_bounds = static_cast<uint32_t>(found.size());

@@ -70,7 +70,7 @@ void Side::attention_batch(size_t il) {
     const Config& c = config;
     const Layer& layer = weights.layers[il];
     size_t n = pass_.n;
-    if (c.experts.routed_by == RoutedBy::LayerInput) route_batch(layer, b_hidden_.data(), n);
+    if (routes(layer, RoutedBy::LayerInput)) route_batch(layer, b_hidden_.data(), n);
     normalise_batch(layer.attn_norm, b_hidden_.data());
     gemm(layer.q.rows, layer.q.bias, b_x_.data(), n, b_q_.data(), false);
     gemm(layer.k.rows, layer.k.bias, b_x_.data(), n, b_k_.data(), false);
@@ -153,7 +153,7 @@ void Side::prepare_batch(const Layer& layer, const float* stream) {
     }
     normalise_batch(layer.ffn_norm, stream);
     if (asks_now(layer) && !on_stream) predictor_rank_batch(*layer.predictor, b_x_.data());
-    if (config.experts.routed_by == RoutedBy::FfnInput) route_batch(layer, b_x_.data(), pass_.n);
+    if (routes(layer, RoutedBy::FfnInput)) route_batch(layer, b_x_.data(), pass_.n);
 }
 
 void Side::take_batch(const Layer& layer, const float* x, const float* rank) {
@@ -162,7 +162,7 @@ void Side::take_batch(const Layer& layer, const float* x, const float* rank) {
     if (asks_now(layer)) std::copy_n(rank, pass_.n * layer.predictor->out.n, b_rank_.data());
 }
 
-// What the layer's neurons here hand on; what experts' neurons add, too.
+// What the layer's neurons here hand on; with experts b_sum_, what they add.
 void Side::ffn_batch(const Layer& layer) {
     if (asks_now(layer)) {
         predict_batch(layer);
@@ -293,7 +293,7 @@ void Side::gemm_down(const Group& group, size_t n, const Chain& chain) {
         size_t begin = item * width, m = std::min<size_t>(width, down.n - begin);
         for (size_t k = 0; k < n; k++) {
             std::fill_n(&w.tile[k * width], width, 0.0f);
-            if (chain.before) std::copy_n(&chain.before[k * down.n + begin], m, &w.tile[k * width]);
+            if (chain.before) std::copy_n(&chain.before[group.token(k) * down.n + begin], m, &w.tile[k * width]);
         }
         if (in_blocks(down))
             tile_of_columns8(down, begin, n, w);

@@ -78,7 +78,7 @@ void Side::project(Part part, std::initializer_list<Job> jobs, Vector x) {
 void Side::attention_token(size_t il) {
     const Config& c = config;
     const Layer& layer = weights.layers[il];
-    if (c.experts.routed_by == RoutedBy::LayerInput) route(layer, hidden_.data());
+    if (routes(layer, RoutedBy::LayerInput)) route(layer, hidden_.data());
     normalise(layer.attn_norm, hidden_.data(), x_.f.data());
     project(ATTENTION, {{&layer.q, q_.data()}, {&layer.k, k_.data()}, {&layer.v, v_.data()}}, quantised(x_, c.n_embd));
     parallel(ATTENTION, c.n_head_kv, [&](size_t head, uint32_t) {
@@ -108,7 +108,7 @@ void Side::prepare_token(const Layer& layer, const float* stream) {
         ffn_rank_ = predictor_rank(*layer.predictor, quantised(x_, c.n_embd), rank_);
     }
     normalise(layer.ffn_norm, stream, x_.f.data());
-    if (c.experts.routed_by == RoutedBy::FfnInput) route(layer, x_.f.data());
+    if (routes(layer, RoutedBy::FfnInput)) route(layer, x_.f.data());
     ffn_x_ = quantised(x_, c.n_embd);
     if (!asks(layer)) return;
     if (!c.predictor_on_stream) ffn_rank_ = predictor_rank(*layer.predictor, ffn_x_, rank_);

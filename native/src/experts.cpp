@@ -58,8 +58,7 @@ void Side::experts_batch(const Layer& layer) {
     const Config& c = config;
     size_t each = c.n_ff / c.experts.n, n = pass_.n;
     sort_members(layer);
-    for (size_t t = 0; layer.down_bias && t < n; t++)
-        for (size_t j = 0; j < c.n_embd; j++) b_hidden_[t * c.n_embd + j] += layer.down_bias[j];
+    std::fill_n(b_sum_.data(), n * c.n_embd, 0.0f);
     for (uint32_t e = 0; e < c.experts.n; e++) {
         size_t n_takers = gather_tokens(e, n);
         for (size_t begin = 0; n_takers > 0 && begin < each; begin += PIECE) {
@@ -79,9 +78,15 @@ void Side::experts_batch(const Layer& layer) {
                         takers_.data()};
             quantise_batch(b_taken_.data(), n_takers, c.n_embd);
             fire(group, b_taken_.data(), n_takers);
-            gemm_down(group, n_takers, {});
+            gemm_down(group, n_takers, {b_sum_.data(), b_sum_.data()});
         }
     }
+}
+
+// What `sum` does; all neurons are on this side.
+void Side::sum_experts(size_t il, const Chain& chain) {
+    if (!chain.out) return add_sum(il, b_sum_.data());
+    std::copy_n(b_sum_.data(), pass_.n * config.n_embd, chain.out);
 }
 
 // members_ = the layer's neurons, those of expert 0 first

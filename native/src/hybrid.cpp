@@ -90,6 +90,7 @@ void Session::layer_with_block_here(size_t il, pi_layer_score* score) {
 // back.
 void Session::layer_with_block_there(size_t il, pi_layer_score* score) {
     bool lent = lends(il), both = has_neurons(there_.layers[il]);
+    if (routes(weights.layers[il], RoutedBy::LayerInput)) route_by_stream(il);
     send_stream();
     if (!config.parallel) device_->attention(il);
     device_->prepare_ffn(il);
@@ -122,6 +123,15 @@ void Session::layer_with_block_there(size_t il, pi_layer_score* score) {
     device_->add_inbox(il);
 }
 
+// The router, which is here, sees the stream before attention changes it there.
+void Session::route_by_stream(size_t il) {
+    if (!away_) return choose_experts(il, stream());
+    device_->leave();
+    await_all();
+    choose_experts(il, device_->outbox.x);
+    crossed(config.n_embd);
+}
+
 void Session::ffn_there(size_t il, bool lent) {
     if (lent) {
         bring_neurons(il);
@@ -133,8 +143,9 @@ void Session::ffn_there(size_t il, bool lent) {
 
 // Whether the device computes the layer's neurons that lie here, too: in prompts that are long enough to pay for it.
 bool Session::lends(size_t il) const {
-    return lend_from_ > 0 && pass_.n >= lend_from_ && !pass_.decode && !pass_.selective &&
-           has_neurons(weights.layers[il]);
+    const Layer& layer = weights.layers[il];
+    return lend_from_ > 0 && pass_.n >= lend_from_ && !pass_.decode && !pass_.selective && !layer.expert &&
+           has_neurons(layer);
 }
 
 void Session::finish_on_both(float* logits_out) {

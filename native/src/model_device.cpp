@@ -13,20 +13,24 @@ namespace {
 constexpr uint64_t ALIGNMENT = 256;  // of each tensor on the device
 constexpr uint64_t STAGING_BYTES = 16u << 20;
 
-void refuse(bool found, const char* what) {
-    if (found) throw Error(PI_ERROR_UNSUPPORTED, std::string(what) + ": this engine runs such a model without a card");
-}
-
 }  // namespace
 
 void Model::check_division(const pi_card_params& card) const {
-    refuse(config.experts.n > 0, "a model with experts");
-    refuse(config.sub_norms, "a model that normalises its neurons' sum (powerinfer.sub_norms)");
+    if (config.sub_norms)
+        throw Error(
+            PI_ERROR_UNSUPPORTED,
+            "a model that normalises its neurons' sum (powerinfer.sub_norms): this engine runs it without a card");
     if (card.n_layer != config.n_layer)
         throw Error(PI_ERROR_ARGUMENT, "card: expected " + std::to_string(config.n_layer) + " layers, found " +
                                            std::to_string(card.n_layer));
     std::vector<float> frequency(config.n_ff);
     for (uint32_t i = 0; i < config.n_layer; i++) {
+        if (config.experts.n > 0 && card.n_neurons[i] > 0)
+            throw Error(PI_ERROR_UNSUPPORTED,
+                        "card: expected no neurons of experts, which stay with the processor, "
+                        "found " +
+                            std::to_string(card.n_neurons[i]) + " of layer " + std::to_string(i));
+        if (card.n_neurons[i] == 0) continue;
         const Tensor& t = *gguf_.find("blk." + std::to_string(i) + ".ffn_frequency.weight");
         read_range(t.offset, t.offset + t.n_bytes, reinterpret_cast<uint8_t*>(frequency.data()));
         std::vector<uint32_t> bounds = chunk_bounds(frequency.data(), config.n_ff, 1.0);

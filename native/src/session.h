@@ -41,6 +41,7 @@ class Session : public Side {
     void finish_on_both(float* logits_out);
     void layer_with_block_here(size_t il, pi_layer_score* score);
     void layer_with_block_there(size_t il, pi_layer_score* score);
+    void route_by_stream(size_t il);
     void ffn_there(size_t il, bool lent);
     void send_stream();
     void bring_stream();

@@ -101,6 +101,7 @@ Side::Side(const Config& config, const Weights& weights, DiskTier* disk, const p
         allocate(members_, c.n_ff);
         allocate(takers_, batch);
         allocate(b_taken_, batch * c.n_embd);
+        allocate(b_sum_, batch * c.n_embd);
         allocate(piece_rows_, size_t{3} * PIECE * c.n_embd * sizeof(float));
         allocate(piece_bias_, 2 * PIECE);
     }
@@ -154,6 +155,14 @@ void Side::take_ffn_input(size_t il, const float* x, const float* rank) {
         take_token(layer, x, rank);
     else
         take_batch(layer, x, rank);
+    if (routes(layer, RoutedBy::FfnInput)) choose_experts(il, x);
+}
+
+void Side::choose_experts(size_t il, const float* x) {
+    if (pass_.decode)
+        route(weights.layers[il], x);
+    else
+        route_batch(weights.layers[il], x, pass_.n);
 }
 
 void Side::ffn(size_t il) {
@@ -182,7 +191,10 @@ void Side::sum(size_t il, const Chain& chain) {
         sum_chunks(layer, chain);
         collect_counts(counts[il]);
     } else {
-        if (!layer.expert) gemm_down(own_group(layer), pass_.n, chain);
+        if (layer.expert)
+            sum_experts(il, chain);
+        else
+            gemm_down(own_group(layer), pass_.n, chain);
         release_neurons(il);
     }
 }

@@ -134,6 +134,7 @@ class Side {
     void attention(size_t il);
     void prepare_ffn(size_t il);  // the FFN's input, and what its predictor makes of it, from the stream
     void take_ffn_input(size_t il, const float* x, const float* rank);            // the same from another side
+    void choose_experts(size_t il, const float* x);  // of a layer here; x: (n, n_embd) what its router sees
     float* ffn_input() { return pass_.decode ? x_.f.data() : b_x_.data(); }       // (n, n_embd)
     float* ffn_rank() { return pass_.decode ? rank_.f.data() : b_rank_.data(); }  // (n, rank)
     void ffn(size_t il);                            // what the layer's neurons here hand on, and in decoding their sums
@@ -146,6 +147,8 @@ class Side {
     bool asks(const Layer& layer) const { return layer.predictor && mode_ != PI_MODE_DENSE && mode_ != PI_MODE_GATE; }
     // Whether the present pass asks the layer's predictor: what prepare_ffn makes of the FFN's input has a rank.
     bool asks_now(const Layer& layer) const { return asks(layer) && (pass_.decode || pass_.selective); }
+    // Whether the layer's experts, which are here, are chosen by what the router sees there.
+    bool routes(const Layer& layer, RoutedBy by) const { return layer.expert && config.experts.routed_by == by; }
     void bring_neurons(size_t il);  // from disk, in batches, to where they lie in memory
     void release_neurons(size_t il);
 
@@ -219,6 +222,7 @@ class Side {
     void route_batch(const Layer& layer, const float* x, size_t n);
     size_t candidates(const Layer& layer, uint32_t lo, uint32_t hi, Worker& w) const;
     void experts_batch(const Layer& layer);
+    void sum_experts(size_t il, const Chain& chain);
     void sort_members(const Layer& layer);
     size_t gather_tokens(uint32_t expert, size_t n);
     Rows gather(const Rows& rows, size_t part, const uint32_t* ids, size_t n);
@@ -282,9 +286,10 @@ class Side {
     // batch.cpp: (min(BATCH, n_ctx), .) each
     Buffer<float> b_hidden_, b_x_, b_q_, b_k_, b_v_, b_select_, b_up_, b_rank_, b_asked_, b_routes_;
     // with experts: a layer's neurons by expert, (n_ff,); those that chose the present one, (batch,), and their inputs,
-    // (batch, n_embd); the rows of a piece of it, (3, PIECE) of at most n_embd floats, and their biases, (2, PIECE)
+    // (batch, n_embd); the rows of a piece of it, (3, PIECE) of at most n_embd floats, and their biases, (2, PIECE);
+    // what all of them add, (batch, n_embd)
     Buffer<uint32_t> members_, takers_;
-    Buffer<float> b_taken_, piece_bias_;
+    Buffer<float> b_taken_, piece_bias_, b_sum_;
     Buffer<uint8_t> piece_rows_;
     Buffer<BatchX8> b_q8_;  // what a quantised matrix is multiplied with, in blocks: the last one filled up with zeros
     uint64_t scratch_bytes_ = 0;

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from powerinfer_tools.errors import PowerinferError
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 LIBRARY = {"linux": "libpowerinfer.so", "darwin": "libpowerinfer.dylib", "win32": "powerinfer.dll"}
 KINDS = {
     1: "usage",
@@ -128,7 +128,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pi_session_reset_stats": (c.c_int, [handle]),
     "pi_measure_memory": (c.c_int, [u32, u64, u64, u32, u32, P(f64)]),
     "pi_measure_file": (c.c_int, [c.c_int, u32, u32, f64, P(f64)]),
-    "pi_chunk_bounds": (c.c_int, [f32_p, u32, f64, P(u32), P(u32)]),
+    "pi_chunk_bounds": (c.c_int, [f32_p, u32, P(u32), P(u32)]),
     "pi_card_describe": (c.c_int, [u32, P(CCardInfo)]),
     "pi_measure_card": (c.c_int, [u32, u32, u64, u64, u32, P(f64)]),
 }
@@ -196,14 +196,11 @@ def measure_file(fd: int, read_bytes: int, n_at_once: int, seconds: float) -> fl
     return rate.value
 
 
-def chunk_bounds(frequency: npt.NDArray[np.float32], taking_part: float = 1.0) -> list[int]:
-    """Where a layer's neurons can be divided between processor and card, from 0 to their number.
-
-    taking_part: the share of neurons that any token's experts have.
-    """
+def chunk_bounds(frequency: npt.NDArray[np.float32]) -> list[int]:
+    """Where a layer's neurons can be divided between processor and card, from 0 to their number."""
     values = np.ascontiguousarray(frequency, np.float32)
     bounds, n = (u32 * MAX_BOUNDS)(), u32()
-    check(library().pi_chunk_bounds(values.ctypes.data_as(f32_p), len(values), taking_part, bounds, c.byref(n)))
+    check(library().pi_chunk_bounds(values.ctypes.data_as(f32_p), len(values), bounds, c.byref(n)))
     return list(bounds[: n.value])
 
 

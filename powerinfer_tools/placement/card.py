@@ -95,9 +95,9 @@ def plan_card(
 
 def check_structure(config: Config) -> None:
     """Errors: what the engine runs without a card (native/src/model_device.cpp)."""
-    for found, what in ((config.experts is not None, "experts"), (config.sub_norms, "norms of its neurons' sums")):
-        if found:
-            raise PowerinferError(f"--vram: a model with {what} runs on the processor alone so far", "unsupported")
+    if config.sub_norms:
+        text = "--vram: a model with norms of its neurons' sums runs on the processor alone so far"
+        raise PowerinferError(text, "unsupported")
 
 
 def lending(artifact: Artifact, machine: Machine, vram: int, threads: int) -> int:
@@ -105,7 +105,7 @@ def lending(artifact: Artifact, machine: Machine, vram: int, threads: int) -> in
     never, or the room for a layer's neurons is too large a share of these bytes of vram."""
     config, copy = artifact.config, machine.vram.copy if machine.vram is not None else 0.0
     room = visit_bytes(config, artifact.quant)
-    if copy <= 0 or room > VISIT_SHARE * vram:
+    if copy <= 0 or room > VISIT_SHARE * vram or config.experts is not None:
         return 0
     products = config.n_ff * config.n_rows * config.n_embd
     speed = threads * PRODUCTS.get(artifact.quant, OTHER_PRODUCTS)
@@ -184,7 +184,9 @@ def card_problem(
     costs = artifact_costs(config, plans, quant=quant, card_context=context, **how)
     ratio = None if let_through is None else np.asarray(let_through, np.float64)
     stored = divided_by or firing
-    bounds = [chunk_bounds(stored.frequency(i).astype(np.float32), config.taking_part) for i in range(config.n_layer)]
+    bounds: list[Sequence[int]] = [(0, config.n_ff)] * config.n_layer  # with experts: all neurons are on one side
+    if config.experts is None:
+        bounds = [chunk_bounds(stored.frequency(i).astype(np.float32)) for i in range(config.n_layer)]
     problem = Problem(costs, firing, machine, ratio, bounds)
     if lends:
         problem.reserve(problem.costs.contexts * visit_bytes(config, quant))

@@ -2,11 +2,11 @@
 
 A layer falls into parts that can be placed apart:
 
-    dense    attention, norms, router, predictor_in, ffn_down.bias: one block, on vram or ram, with the layer's KV cache
+    dense    attention, norms, predictor_in, ffn_down.bias: one block, on vram or ram, with the layer's KV cache
     beside   what is read for every token to choose a neuron: its expert, its ffn_select or predictor_out row and its
              biases. It goes to vram with its neuron; a neuron on disk leaves it in ram
     bundle   the neuron's rows in ffn_neurons: on vram, ram or disk
-    table    ffn_order and ffn_frequency: in ram, not read while decoding
+    table    ffn_order and ffn_frequency, not read while decoding, and the router, which is small: in ram
 
 On a card rows are padded to 16 bytes, tensors to 256 and what is allocated to 2 MiB, beside its context and the scratch
 of what runs there.
@@ -35,6 +35,7 @@ CARD_STAGING = 8 << 20  # of ram, through which neurons are lent
 CARD_GRAPHS = 128 << 10  # of a layer's commands, kept for tokens to come
 CARD_LANES = 32  # what vectors are padded to
 CARD_PIECE = 8192  # neurons of a batch that are computed at once
+CARD_NEVER = 1 << 36  # of a neuron that cannot be there: more than any budget has
 CARD_SPLITS, CARD_SEGMENTS, CARD_SHARES = 64, 4096, 96  # of a head's positions, a layer's neurons, its sum, at most
 
 # with neurons on disk (native/src/disk.cpp)
@@ -45,7 +46,7 @@ MISS_BYTES, READ_BYTES = 16, 32  # of one neuron that is read, and of its read
 
 BESIDE = ("ffn_expert.weight", "ffn_select.weight", "ffn_gate.bias", "ffn_up.bias")
 PREDICTOR = ("predictor_out.weight", "predictor_out.bias")
-TABLE = ("ffn_order.weight", "ffn_frequency.weight")
+TABLE = ("ffn_order.weight", "ffn_frequency.weight", "ffn_router.weight")
 BUNDLE = "ffn_neurons.weight"
 
 
@@ -190,7 +191,7 @@ def _layer_costs(config: Config, plan: LayerPlan, tensors: dict[str, TensorPlan]
         on_card=OnCard(
             dense=total(block, _card_bytes),
             kv=kv // config.head_dim * _up(config.head_dim, CARD_ROW // KV_ELEMENT_BYTES),
-            bundle=_card_bytes(bundle) // config.n_ff,
+            bundle=_card_bytes(bundle) // config.n_ff if config.experts is None else CARD_NEVER,
             beside=total(BESIDE, _card_bytes) // config.n_ff,
             predictor=total(PREDICTOR, _card_bytes) // asked if asked else 0,
         ),
@@ -217,7 +218,7 @@ def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, thr
     A thread: six numbers a neuron, attention scores, matrix tiles. A token: residual, normalised input, queries,
     keys, values, experts, what the predictor says, gate and up; one for decoding, a batch of them for prompts, and
     the widest in blocks. Partial sums, logits, angles. With experts a prompt's gate and up are a piece of one
-    expert's, whose rows are brought together, as are the inputs of those that chose it.
+    expert's, whose rows are brought together, as are the inputs of those that chose it, and what all experts add.
     """
     d, wide = config.n_embd, max(config.n_embd, config.n_head * config.head_dim)
     q, kv = config.n_head * config.head_dim, config.n_head_kv * config.head_dim
@@ -229,7 +230,7 @@ def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, thr
     decode = (2 + CHUNKS) * d + wide + rank + q + 2 * kv + experts + config.n_vocab
     token = d + wide + q + 2 * kv + experts + 2 * together + config.n_ff + rank + angles
     batch = min(BATCH, ctx_size)
-    gathered = 0 if config.experts is None else config.n_ff + batch * (1 + d) + PIECE * (3 * d + 2)
+    gathered = 0 if config.experts is None else config.n_ff + batch * (1 + 2 * d) + PIECE * (3 * d + 2)
     blocks = wide // 32 + rank // 32 + batch * -(-max(wide, together, rank) // 32)  # of 32 numbers
     return 4 * (threads * thread + decode + gathered + batch * token) + 40 * blocks  # scale, sum and 32 bytes
 

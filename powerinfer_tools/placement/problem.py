@@ -12,7 +12,8 @@ What is read for every token (beside the bundles) moves at the sequential bandwi
 In vram each step of a block, of a layer's neurons and of the head takes a launch, and the logits are copied back.
 
 A hand-over: the FFN's input to the other side and a sum back. Where the block is in ram the processor computes its
-share meanwhile, so that less of it is seen: the time is then an upper bound, by a hand-over a layer at most.
+share meanwhile, so that less of it is seen: the time is then an upper bound, by a hand-over a layer at most. Experts
+that a layer's own input chooses take half a hand-over more where the block is in vram, which is not counted.
 """
 
 from collections.abc import Sequence

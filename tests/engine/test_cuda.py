@@ -87,7 +87,11 @@ def test_whole_runs_are_those_of_the_processor(folder: Path, kind: str, quant: s
 
 @pytest.mark.parametrize("name", DIVIDED)
 def test_every_structure_runs(name: str, tmp_path: Path) -> None:
-    checkpoint = DrawnCheckpoint(drawn_config(**STRUCTURES[name]), BIASES)
+    config = drawn_config(**STRUCTURES[name])
+    if config.experts is not None:  # all are used: a choice among some may hang on a rounding
+        every = dataclasses.replace(config.experts, n_used=config.experts.n)
+        config = dataclasses.replace(config, experts=every)
+    checkpoint = DrawnCheckpoint(config, BIASES)
     for seed, (quant, how) in enumerate((("f32", {}), ("q4_0", {"predictor": True, "slack": -0.1}))):
         path = write_artifact(checkpoint, tmp_path / f"{seed}.gguf", quant=quant, **how).path
         expected = run(Model(path))

@@ -20,8 +20,9 @@ from tests.tiny import make_llama, make_opt
 QUANTS = ("f32", "f16", "q8_0", "q4_0")
 MODES = ("auto", "gate", "dense", "predictor")
 PLACEMENTS = ("nothing", "all", "head", "blocks", "neurons", "most neurons", "mixed")
-REFUSED = [name for name, fields in STRUCTURES.items() if "experts" in fields or "sub_norms" in fields]
+REFUSED = [name for name, fields in STRUCTURES.items() if "sub_norms" in fields]
 DIVIDED = [name for name in STRUCTURES if name not in REFUSED]
+EXPERTS = [name for name in DIVIDED if "experts" in STRUCTURES[name]]
 BIASES = ("attn_q", "attn_output", "ffn_up", "ffn_down")
 SUMS = "neurons_computed neurons_active neurons_total n_decode n_prefill".split()
 
@@ -53,10 +54,12 @@ def long_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def place(path: Path, name: str, seed: int = 0, **how: Any) -> CardLimits:
-    """What of the artifact lies on the device."""
+    """What of the artifact lies on the device; of experts no neurons."""
     artifact = open_artifact(path)
     n_layer, n_ff = artifact.config.n_layer, artifact.config.n_ff
     bounds = [sorted(set(chunk_bounds(artifact.frequency(i)))) for i in range(n_layer)]
+    if artifact.config.experts is not None:
+        n_ff, bounds = 0, [[0, 0]] * n_layer
     rng = np.random.default_rng(seed)
     none, whole = (0,) * n_layer, (n_ff,) * n_layer
     no, yes = (False,) * n_layer, (True,) * n_layer
@@ -137,8 +140,17 @@ def divided(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_divided_is_refused_by_name(name: str, tmp_path: Path) -> None:
     path = write_artifact(DrawnCheckpoint(drawn_config(**STRUCTURES[name])), tmp_path / "a.gguf").path
-    with pytest.raises(PowerinferError, match=r"experts|sub_norms") as error:
+    with pytest.raises(PowerinferError, match="sub_norms") as error:
         Model(path, None, place(path, "nothing"))
+    assert error.value.kind == "unsupported"
+
+
+def test_neurons_of_experts_are_refused_there(tmp_path: Path) -> None:
+    path = write_artifact(DrawnCheckpoint(drawn_config(**STRUCTURES["experts"])), tmp_path / "a.gguf").path
+    n_layer = open_artifact(path).config.n_layer
+    neurons = (0,) * (n_layer - 1) + (32,)
+    with pytest.raises(PowerinferError, match=f"no neurons of experts.* found 32 of layer {n_layer - 1}$") as error:
+        Model(path, None, CardLimits((True,) * n_layer, neurons, device="host"))
     assert error.value.kind == "unsupported"
 
 
@@ -240,6 +252,17 @@ def test_three_tiers_give_the_same_bits(models: Path, kind: str) -> None:
             found = run(Model(path, limits, card), mode=mode, threads=1 + seed % 3)
             same(found, expected)
             assert found[5].stream_bytes > 0 or min(resident) >= 250
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_on_disk_beside_a_card_give_the_same_bits(name: str, tmp_path: Path) -> None:
+    checkpoint = DrawnCheckpoint(drawn_config(**STRUCTURES[name]), BIASES)
+    path = write_artifact(checkpoint, tmp_path / "a.gguf", quant="q8_0", predictor=True, slack=-0.1).path
+    config = open_artifact(path).config
+    limits = DiskLimits((0, config.n_ff // 2) * (config.n_layer // 2), 16, config.n_ff)
+    expected = run(Model(path), threads=1)
+    for seed, placement in enumerate(("blocks", "all", "mixed")):
+        same(run(Model(path, limits, place(path, placement, seed)), threads=1 + seed), expected)
 
 
 def test_what_is_on_the_card_takes_no_memory_beside_a_disk(tmp_path: Path) -> None:

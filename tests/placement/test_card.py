@@ -16,6 +16,7 @@ import pytest
 from benchmarks.gpu_plans import hottest_first
 from powerinfer_tools.artifact import Artifact, open_artifact
 from powerinfer_tools.bench import bench
+from powerinfer_tools.checkpoint import Experts
 from powerinfer_tools.engine import Engine, Model
 from powerinfer_tools.engine.generate import PIECE
 from powerinfer_tools.engine.native import chunk_bounds
@@ -139,6 +140,36 @@ def test_what_lies_neither_on_the_card_nor_in_memory_stays_on_disk(tmp_path: Pat
             for each in (engine, alone):
                 each.prefill([1, 2, 3])
             np.testing.assert_array_equal(engine.decode(4, logits=True), alone.decode(4, logits=True))
+
+
+@pytest.mark.parametrize("routed_by", ["ffn_input", "layer_input"])
+def test_of_experts_blocks_and_head_go_to_the_card_and_no_neurons(tmp_path: Path, routed_by: str) -> None:
+    fields = {"n_layer": 6, "n_embd": 512, "n_ff": 2400, "n_head": 8, "head_dim": 64, "n_vocab": 2000}
+    checkpoint = DrawnCheckpoint(drawn_config(**fields, experts=Experts(6, 2, "softmax", routed_by)))
+    artifact = write_artifact(checkpoint, tmp_path / "a.gguf", quant="q8_0")
+    problem = card.artifact_problem(artifact, MACHINE, **HOW)
+    with Engine(artifact.path, ctx_size=64, threads=2) as alone:
+        expected = [alone.prefill([1, 2, 3], logits=True), alone.decode(4, logits=True)]
+    for share in (0.05, 0.1, 4.0):
+        vram = budgets_of(problem, share).vram
+        placed = plan_card(artifact, vram, None, machine=MACHINE, **HOW)
+        assert placed is not None
+        assert placed.limits.neurons == (0,) * 6
+        assert placed.limits.lend_from == 0
+        whole = all(placed.limits.dense) and placed.limits.head
+        assert whole == (share == 4.0)
+        assert any(placed.limits.dense) or placed.limits.head
+        most = fit(artifact, 1 << 40, **TIERS, card=placed).total
+        for ram in (most, most - 4 * MIB):
+            budget = fit(artifact, ram, **TIERS, card=placed)
+            model = Model(artifact.path, budget.limits, placed.limits)
+            if budget.limits is not None:
+                assert model.info.resident_bytes == budget.weights
+            with Engine(model, ctx_size=64, threads=2) as engine:
+                assert model.info.card_context_bytes + model.info.card_bytes + sum(engine.card_memory()) <= vram
+                assert sum(engine.memory()) == budget.contexts
+                found = [engine.prefill([1, 2, 3], logits=True), engine.decode(4, logits=True)]
+            np.testing.assert_array_equal(found, expected)
 
 
 def test_a_plan_for_little_memory_takes_more_to_the_card(artifact: Artifact) -> None:
@@ -283,12 +314,12 @@ def test_more_than_the_card_has_is_refused(artifact: Artifact) -> None:
         plan_card(artifact, 2 * MIB, None, machine=replace(MACHINE, vram=None), **HOW)
 
 
-@pytest.mark.parametrize(("name", "what"), [("experts", "experts"), ("sub norms", "norms of its neurons' sums")])
 def test_what_runs_without_a_card_is_refused_before_anything_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, what: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("POWERINFER_CACHE", str(tmp_path / "cache"))
-    artifact = write_artifact(DrawnCheckpoint(drawn_config(**STRUCTURES[name])), tmp_path / "a.gguf")
+    artifact = write_artifact(DrawnCheckpoint(drawn_config(**STRUCTURES["sub norms"])), tmp_path / "a.gguf")
+    what = "norms of its neurons' sums"
     for ram in (None, MIB):
         with pytest.raises(PowerinferError, match=f"^--vram: a model with {what} runs on the processor alone so far"):
             open_within(artifact, ram, MIB, **HOW)
