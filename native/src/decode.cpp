@@ -13,9 +13,9 @@ namespace pi {
 
 namespace {
 
-constexpr size_t ITEM_ROWS = 32;           // rows of a matrix that one item computes
-constexpr size_t SUM_COLUMNS = 512;        // columns of the partial sums that one item adds, or logits that it caps
-constexpr size_t BLOCK_BYTES = 256 << 10;  // of bundles that are read whole before the next ones, where all are: in L2
+constexpr size_t ITEM_ROWS = 32;          // rows of a matrix that one item computes
+constexpr size_t SUM_COLUMNS = 512;       // columns of the partial sums that one item adds, or logits that it caps
+constexpr size_t BLOCK_BYTES = 64 << 10;  // of bundles that are read whole before the next ones, where all are: in L2
 
 }  // namespace
 
@@ -143,12 +143,26 @@ Side::Range Side::own_chunks(const Layer& layer) const {
     return own;
 }
 
+// The numbers of n items, so that every thread's share of them begins with the lowest.
+std::array<size_t, MAX_CHUNKS> Side::deal(size_t n) const {
+    std::array<size_t, MAX_CHUNKS> dealt{};
+    size_t n_threads = workers_.size();
+    for (size_t round = 0, k = 0; k < n; round++)
+        for (size_t t = 0; t < n_threads; t++) {
+            size_t at = n * t / n_threads + round;
+            if (at < n * (t + 1) / n_threads) dealt[at] = k++;
+        }
+    return dealt;
+}
+
 // partial_ = what each chunk of neurons adds
 void Side::ffn_chunks(const Layer& layer, Vector x, Vector rank) {
     Range own = own_chunks(layer);
     bool backwards = mode_ == PI_MODE_DENSE;  // there the last chunks are the largest: they come first
+    auto order = deal(own.end - own.begin);
     parallel(UPDOWN, own.end - own.begin, [&](size_t item, uint32_t thread) {
-        ffn_chunk(layer, backwards ? own.end - 1 - item : own.begin + item, x, rank, workers_[thread]);
+        size_t chunk = backwards ? own.end - 1 - order[item] : own.begin + item;
+        ffn_chunk(layer, chunk, x, rank, workers_[thread]);
     });
 }
 

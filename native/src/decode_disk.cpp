@@ -13,17 +13,6 @@ namespace {
 constexpr size_t AHEAD_ROWS = 512;  // of a predictor that one item asks when it looks ahead
 constexpr int SPINS = 4000;         // before a thread that waits for another's reads offers its processor
 
-// The numbers of n items, so that every thread's share of them begins with the lowest.
-std::array<size_t, MAX_CHUNKS> deal(size_t n, size_t n_threads) {
-    std::array<size_t, MAX_CHUNKS> dealt{};
-    for (size_t round = 0, k = 0; k < n; round++)
-        for (size_t t = 0; t < n_threads; t++) {
-            size_t at = n * t / n_threads + round;
-            if (at < n * (t + 1) / n_threads) dealt[at] = k++;
-        }
-    return dealt;
-}
-
 }  // namespace
 
 // Where every neuron is needed the layer is read whole.
@@ -68,7 +57,7 @@ void Side::fetch(const Layer& layer, size_t il, Vector x, Vector rank) {
         parallel(PREDICTOR, n_cold, [&](size_t, uint32_t thread) { choose_together(workers_[thread]); });
         if (fits.load() > 0) look_ahead(il + 1);
     }
-    auto order = deal(own.end - own.begin, workers_.size());
+    auto order = deal(own.end - own.begin);
     parallel(UPDOWN, own.end - own.begin, [&](size_t item, uint32_t thread) {
         Worker& w = workers_[thread];
         size_t chunk = own.begin + order[item];

@@ -116,11 +116,8 @@ struct BlockRow {
             prefetch_lines(ahead, b * Pair::BYTES, (n_blocks - b) * Pair::BYTES);
             rest = add_rest(n_blocks - b, row + b * Pair::BYTES, b, x.x8, sums);
         }
-        float excess[8];
-        _mm256_storeu_ps(excess, sums.excess);
-        const float over = ((excess[0] + excess[1]) + (excess[2] + excess[3])) +
-                           ((excess[4] + excess[5]) + (excess[6] + excess[7])) + rest;
-        return _mm512_reduce_add_ps(_mm512_add_ps(sums.even, sums.odd)) - Pair::ZERO * over;
+        const __m512 over = _mm512_zextps256_ps512(sums.excess), both = _mm512_add_ps(sums.even, sums.odd);
+        return _mm512_reduce_add_ps(_mm512_fnmadd_ps(_mm512_set1_ps(Pair::ZERO), over, both)) - Pair::ZERO * rest;
     }
 
     [[gnu::always_inline]] static inline void add_eight(const uint8_t* blocks, const int8_t* q, __m256 d, __m256 sum,

@@ -190,6 +190,7 @@ class Side {
         size_t begin, end;
     };
     Range own_chunks(const Layer& layer) const;
+    std::array<size_t, MAX_CHUNKS> deal(size_t n) const;
     void ffn_chunks(const Layer& layer, Vector x, Vector rank);
     void ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w);
     void ffn_from_disk(const Layer& layer, size_t il, Vector x, Vector rank);
