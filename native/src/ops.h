@@ -81,7 +81,7 @@ struct Ops {
 
     // acc[j] += sum over i of h[i] * row_{ids[i]}[j], in the order of i, one fused multiply-add after the other (of
     // h * d and q in quantised rows). n: elements of a row, or of a part of one. Rows with h == 0 are skipped.
-    // Prefetches the rows that follow or, where `next` is given, as many bytes from there on: the rows lie in the cache
+    // Prefetches the rows that follow or, where `next` is given, what lies from there on: the rows lie in the cache
     // already.
     void (*add_rows)(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, const float* h,
                      size_t n_ids, const uint8_t* next, float* acc);

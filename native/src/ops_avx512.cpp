@@ -33,13 +33,13 @@ struct Ahead {
     size_t scaled(size_t offset) const { return offset; }
 };
 
-// While a row of a bundle is read: its share of a later bundle, whose last row no other reads.
-struct AheadOfBundle {
+// What follows, in its own order: so many bytes of it for each that is read.
+struct Stream {
     const uint8_t* later;
-    size_t n_parts;
+    size_t times, over;
     static constexpr const uint8_t* after = nullptr;
 
-    size_t scaled(size_t offset) const { return n_parts == 3 ? offset + offset / 2 : offset * 2; }
+    size_t scaled(size_t offset) const { return offset * times / over; }
 };
 
 // The lines of 64 bytes that begin in [offset, offset + step), counted from a row's first byte.
@@ -51,6 +51,16 @@ template <class Ahead>
         _mm_prefetch(reinterpret_cast<const char*>(ahead.later + line), _MM_HINT_T0);
         if (ahead.after) _mm_prefetch(reinterpret_cast<const char*>(ahead.after + line), _MM_HINT_T1);
     }
+}
+
+template <size_t R>
+struct LaterRows {
+    const uint8_t* const* rows;
+};
+
+template <size_t R>
+[[gnu::always_inline]] inline void prefetch_lines(LaterRows<R> later, size_t offset, size_t step) {
+    prefetch<R>(later.rows, offset, step);
 }
 
 __m512i load_64(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -94,6 +104,7 @@ struct Q8_0Pair {
 // The weights stay unsigned; what they are too large by leaves at the end, through the sums of x.
 template <class Pair>
 struct BlockRow {
+    static constexpr bool ADDED_HERE = true;
     struct Sums {
         __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
         __m256 excess = _mm256_setzero_ps();
@@ -157,6 +168,7 @@ struct BlockRow {
 };
 
 struct F16Row {
+    static constexpr bool ADDED_HERE = false;
     static size_t bytes(size_t n) { return n * 2; }
     template <class Ahead>
     static float dot(size_t n, const uint8_t* row, Ahead ahead, Vector x) {
@@ -185,12 +197,16 @@ void dot_each(size_t n, size_t n_rows, const Walk& walk, Vector x, float* out) {
         out[i] = Row::dot(n, walk.at(i), Ahead{walk.later(i + n_ahead), walk.first_after(i)}, x);
 }
 
+// What follows these bundles is asked for while their rows are read, as much as they are: by types whose last rows are
+// added here one half, the other half then, as adding them takes as long as the others do.
 template <class Row>
 void dot_each(size_t n, size_t n_rows, const BundleRows& walk, Vector x, float* out) {
-    const size_t share = walk.row_bytes * walk.n_parts / (walk.n_parts - 1);  // of its bundle, a row that is computed
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(walk.bundles) + AHEAD_BYTES;
+    const size_t n_read = walk.n_parts - 1, all = n_rows / n_read * walk.n_parts * walk.row_bytes;
+    const size_t times = Row::ADDED_HERE ? 2 : 1, early = Row::ADDED_HERE ? all / 2 : 0;
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(walk.bundles) + early + AHEAD_BYTES;
     for (size_t i = 0; i < n_rows; i++) {
-        const AheadOfBundle ahead{reinterpret_cast<const uint8_t*>(begin + i * share), walk.n_parts};
+        const uintptr_t later = begin + i * walk.row_bytes * walk.n_parts / (times * n_read);
+        const Stream ahead{reinterpret_cast<const uint8_t*>(later), walk.n_parts, times * n_read};
         out[i] = Row::dot(n, walk.at(i), ahead, x);
     }
 }
@@ -258,24 +274,37 @@ struct AddBlocks {
     template <size_t R>
     [[gnu::noinline]] static void add(size_t n, const uint8_t* const* rows, const uint8_t* const* later, const float* h,
                                       float* acc) {
+        prefetch_end<R>(later, bytes(n));
+        add_ahead<R>(n, rows, LaterRows<R>{later}, h, acc);
+    }
+
+    // The same while a stream is read.
+    template <size_t R>
+    [[gnu::noinline]] static void add_beside(size_t n, const uint8_t* const* rows, Stream later, const float* h,
+                                             float* acc) {
+        add_ahead<R>(n, rows, later, h, acc);
+    }
+
+    template <size_t R, class Ahead>
+    [[gnu::always_inline]] static void add_ahead(size_t n, const uint8_t* const* rows, Ahead later, const float* h,
+                                                 float* acc) {
         float some[8] = {};
         memcpy(some, h, R * sizeof(float));
         const __m256 weights = _mm256_loadu_ps(some);
-        prefetch_end<R>(later, bytes(n));
         size_t j = 0;
         for (; j + 2 * QK <= n; j += 2 * QK) step<R, 2>(j, rows, later, weights, acc);
         for (; j < n; j += QK) step<R, 1>(j, rows, later, weights, acc);
     }
 
     // Columns [j, j + 32 N).
-    template <size_t R, size_t N>
-    [[gnu::always_inline]] static void step(size_t j, const uint8_t* const* rows, const uint8_t* const* later,
-                                            __m256 weights, float* acc) {
+    template <size_t R, size_t N, class Ahead>
+    [[gnu::always_inline]] static void step(size_t j, const uint8_t* const* rows, Ahead later, __m256 weights,
+                                            float* acc) {
         const size_t offset = j / QK * Block::BYTES;
         float hd[N][8];
         __m512 a[N][2], w[2];
         PI_UNROLL for (size_t b = 0; b < N; b++) {
-            prefetch<R>(later, offset + b * Block::BYTES, Block::BYTES);
+            prefetch_lines(later, offset + b * Block::BYTES, Block::BYTES);
             _mm256_storeu_ps(hd[b], _mm256_mul_ps(weights, block_scales<R>(rows, offset + b * Block::BYTES)));
             PI_UNROLL for (size_t e = 0; e < 2; e++) a[b][e] = _mm512_loadu_ps(acc + j + b * QK + e * LANES);
         }
@@ -292,14 +321,43 @@ struct AddBlocks {
     }
 };
 
+// The last rows of bundles that dot_each has been through; asks for the other half of as much, behind what it asked
+// for.
+template <class Add>
+void add_bundled(size_t n, size_t n_rows, const PickedRows& walk, const float* h, const uint8_t* next, float* acc) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(next) + AHEAD_BYTES;
+    const uint8_t* rows[GROUP];
+    float weights[GROUP];
+    size_t n_group = 0;
+    for (size_t i = 0; i < n_rows; i++) {
+        if (h[i] == 0) continue;
+        rows[n_group] = walk.at(i);
+        weights[n_group++] = h[i];
+        if (n_group < GROUP) continue;
+        const uintptr_t later = begin + (i + 1 - GROUP) * walk.stride / 2;
+        const Stream ahead{reinterpret_cast<const uint8_t*>(later), GROUP * walk.stride, 2 * Add::bytes(n)};
+        Add::template add_beside<GROUP>(n, rows, ahead, weights, acc);
+        n_group = 0;
+    }
+    add_rest<Add>(n, rows, weights, n_group, acc);
+}
+
+template <class Add>
+void add_some(size_t n, size_t n_rows, const PickedRows& walk, const float* h, const uint8_t* next, float* acc) {
+    if (next)
+        add_bundled<Add>(n, n_rows, walk, h, next, acc);
+    else
+        add_rows<Add>(n, n_rows, walk, h, true, nullptr, acc);
+}
+
 void add_rows(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, const float* h,
               size_t n_ids, const uint8_t* next, float* acc) {
     const PickedRows walk{rows, stride, ids, n_ids, nullptr};
     switch (type) {
         case Type::Q4_0:
-            return add_rows<AddBlocks<Q4_0Block>>(n, n_ids, walk, h, true, next, acc);
+            return add_some<AddBlocks<Q4_0Block>>(n, n_ids, walk, h, next, acc);
         case Type::Q8_0:
-            return add_rows<AddBlocks<Q8_0Block>>(n, n_ids, walk, h, true, next, acc);
+            return add_some<AddBlocks<Q8_0Block>>(n, n_ids, walk, h, next, acc);
         default:
             return avx2_table->add_rows(type, n, rows, stride, ids, h, n_ids, next, acc);
     }
