@@ -3,7 +3,8 @@
 //
 // On it lie what a Card says: the output head, dense blocks (a layer's norms, attention with its KV cache,
 // predictor_in and down's bias), and of each layer the first neurons with all that chooses them. A layer's neurons may
-// be on both sides, those of experts and their router only on the processor's, and its dense block on either. Both sides compute their share of the FFN at the same time:
+// be on both sides, those of experts and their router only on the processor's, and its dense block on either. Both
+// sides compute their share of the FFN at the same time:
 //
 //   dense block on the device                          dense block on the processor
 //     device: attention, prepare_ffn, give_ffn_input     processor: attention, FFN input into the inbox

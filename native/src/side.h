@@ -133,7 +133,7 @@ class Side {
     void add_positions();  // learned ones, where the model has them
     void attention(size_t il);
     void prepare_ffn(size_t il);  // the FFN's input, and what its predictor makes of it, from the stream
-    void take_ffn_input(size_t il, const float* x, const float* rank);            // the same from another side
+    void take_ffn_input(size_t il, const float* x, const float* rank);  // the same from another side
     void choose_experts(size_t il, const float* x);  // of a layer here; x: (n, n_embd) what its router sees
     float* ffn_input() { return pass_.decode ? x_.f.data() : b_x_.data(); }       // (n, n_embd)
     float* ffn_rank() { return pass_.decode ? rank_.f.data() : b_rank_.data(); }  // (n, rank)
