@@ -1,5 +1,6 @@
 """A budget of memory: counted to the byte, kept, and refused where it cannot do."""
 
+import mmap
 import re
 from dataclasses import replace
 
@@ -117,8 +118,10 @@ def test_a_larger_cache_leaves_shorter_prefixes(artifact: Artifact) -> None:
 
 def test_the_process_counts_as_it_is() -> None:
     before = process_bytes()
-    held = np.ones(64 << 20, np.uint8)
-    assert process_bytes() - before >= held.nbytes > SLACK
+    held = mmap.mmap(-1, 64 << 20)  # not from the heap, where as much may lie free and be counted already
+    for _ in range(64):
+        held.write(bytes([1]) * (1 << 20))
+    assert process_bytes() - before > 0.95 * len(held) > SLACK  # the system's own count lags by some pages
 
 
 def test_bench_within_a_budget_gives_the_same_tokens(artifact: Artifact) -> None:
