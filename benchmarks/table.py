@@ -58,9 +58,7 @@ class Bench:
 
     def ours(self, model: Path, mode: str, prompt: int = 1, n_decode: int = DECODE, threads: int = 0) -> Figures:
         threads = threads or self.threads
-        found = ours(model, mode, threads, prompt, n_decode, self.kernels)
-        self.findings.ceilings.setdefault(threads, []).append(found["ceiling"])
-        return found
+        return ours(model, mode, threads, prompt, n_decode, self.kernels) | {"threads": threads}
 
     def theirs(self, model: Path, prompts: tuple[int, ...] = (), n_decode: int = DECODE, threads: int = 0) -> Figures:
         return theirs(self.program, model, threads or self.threads, prompts, n_decode)
@@ -98,10 +96,13 @@ class Bench:
         found: dict[str, list[Figures]] = {name: [] for name in runs}
         for i in range(self.rounds):
             for name, run in runs.items():
-                found[name].append(self.undisturbed(run))
-                self.findings.others.append(found[name][-1]["others"])
-                figures = ", ".join(f"{key} {value:.4g}" for key, value in found[name][-1].items())
-                print(f"round {i + 1} of {self.rounds}, {name}: {figures}", file=sys.stderr)
+                figures = self.undisturbed(run)
+                found[name].append(figures)
+                self.findings.others.append(figures["others"])
+                if "ceiling" in figures:
+                    self.findings.ceilings.setdefault(int(figures["threads"]), []).append(figures["ceiling"])
+                shown = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
+                print(f"round {i + 1} of {self.rounds}, {name}: {shown}", file=sys.stderr)
         return found
 
     def undisturbed(self, run: Callable[[], Figures]) -> Figures:

@@ -159,10 +159,12 @@ std::array<size_t, MAX_CHUNKS> Side::deal(size_t n) const {
 void Side::ffn_chunks(const Layer& layer, Vector x, Vector rank) {
     Range own = own_chunks(layer);
     bool backwards = mode_ == PI_MODE_DENSE;  // there the last chunks are the largest: they come first
-    auto order = deal(own.end - own.begin);
-    parallel(UPDOWN, own.end - own.begin, [&](size_t item, uint32_t thread) {
-        size_t chunk = backwards ? own.end - 1 - order[item] : own.begin + item;
-        ffn_chunk(layer, chunk, x, rank, workers_[thread]);
+    size_t n = own.end - own.begin;
+    auto order = deal(n);
+    auto chunk_at = [&](size_t item) { return backwards ? own.end - 1 - order[item] : own.begin + item; };
+    parallel(UPDOWN, n, [&](size_t item, uint32_t thread) {
+        size_t then = chunk_at(std::min(item + 1, n - 1));
+        ffn_chunk(layer, chunk_at(item), layer.chunks[then], x, rank, workers_[thread]);
     });
 }
 
@@ -194,7 +196,8 @@ void Side::matvec_at(const Rows& rows, const uint32_t* ids, size_t n, bool in_or
 }
 
 // partial_[chunk] = sum over the chunk's neurons of activation(select . x) * (up . x) * down
-void Side::ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w) {
+// then: the neuron at which this thread likely goes on
+void Side::ffn_chunk(const Layer& layer, size_t chunk, uint32_t then, Vector x, Vector rank, Worker& w) {
     uint32_t lo = layer.chunks[chunk], hi = layer.chunks[chunk + 1];
     uint32_t block = std::max<uint32_t>(static_cast<uint32_t>(BLOCK_BYTES / layer.down.stride) / 8 * 8, 8);
     float* sum = &partial_[chunk * config.n_embd];
@@ -207,7 +210,10 @@ void Side::ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Wo
         decide(layer, w.asked.data(), n, x, w);
         n_active = add_neurons(layer, w.asked.data(), w.pre.data(), n, x, sum, w);
     } else if (mode_ == PI_MODE_DENSE && !layer.apart && !layer.expert) {
-        for (uint32_t i = lo; i < hi; i += block) n_active += add_bundles(layer, i, std::min(block, hi - i), x, sum, w);
+        for (uint32_t i = lo, end; i < hi; i = end) {
+            end = std::min(i + block, hi);
+            n_active += add_bundles(layer, i, end - i, end < hi ? end : then, x, sum, w);
+        }
     } else {
         size_t n = candidates(layer, lo, hi, w);
         decide(layer, w.asked.data(), n, x, w);
@@ -262,8 +268,8 @@ size_t Side::add_neurons(const Layer& layer, const uint32_t* ids, const float* p
     return n_active;
 }
 
-// The same for all of [lo, lo + n), read in the order in which they lie.
-size_t Side::add_bundles(const Layer& layer, uint32_t lo, size_t n, Vector x, float* sum, Worker& w) {
+// The same for all of [lo, lo + n), read in the order in which they lie; after them those from `then` on.
+size_t Side::add_bundles(const Layer& layer, uint32_t lo, size_t n, uint32_t then, Vector x, float* sum, Worker& w) {
     uint64_t begin = ticks();
     const Rows& select = layer.select;
     size_t n_rows = layer.up.data ? 2 : 1;
@@ -276,7 +282,7 @@ size_t Side::add_bundles(const Layer& layer, uint32_t lo, size_t n, Vector x, fl
     finish_deciding(layer, w.active.data(), n, w);
     std::copy_n(w.pre.data(), n, w.a.data());
     w.spent[GATE] += (ticks() - begin) / n_rows;
-    add_down(layer, n, select.data + (lo + n) * select.stride, sum, w);
+    add_down(layer, n, select.row(then), sum, w);
     return n;
 }
 

@@ -126,7 +126,7 @@ void Side::look_ahead(size_t il) {
 void Side::prefix_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w) {
     const uint64_t& asked_for = layer.apart ? w.n.active : w.n.computed;
     uint64_t before = asked_for;
-    ffn_chunk(layer, chunk, x, rank, w);
+    ffn_chunk(layer, chunk, layer.chunks[chunk + 1], x, rank, w);
     w.n_prefix += asked_for - before;
 }
 

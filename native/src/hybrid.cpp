@@ -143,9 +143,8 @@ void Session::ffn_there(size_t il, bool lent) {
 
 // Whether the device computes the layer's neurons that lie here, too: in prompts that are long enough to pay for it.
 bool Session::lends(size_t il) const {
-    const Layer& layer = weights.layers[il];
-    return lend_from_ > 0 && pass_.n >= lend_from_ && !pass_.decode && !pass_.selective && !layer.expert &&
-           has_neurons(layer);
+    return lend_from_ > 0 && pass_.n >= lend_from_ && !pass_.decode && !pass_.selective &&
+           has_neurons(weights.layers[il]);
 }
 
 void Session::finish_on_both(float* logits_out) {

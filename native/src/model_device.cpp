@@ -27,8 +27,7 @@ void Model::check_division(const pi_card_params& card) const {
     for (uint32_t i = 0; i < config.n_layer; i++) {
         if (config.experts.n > 0 && card.n_neurons[i] > 0)
             throw Error(PI_ERROR_UNSUPPORTED,
-                        "card: expected no neurons of experts, which stay with the processor, "
-                        "found " +
+                        "card: expected no neurons of experts, which stay with the processor, found " +
                             std::to_string(card.n_neurons[i]) + " of layer " + std::to_string(i));
         if (card.n_neurons[i] == 0) continue;
         const Tensor& t = *gguf_.find("blk." + std::to_string(i) + ".ffn_frequency.weight");
@@ -46,7 +45,7 @@ void Model::open_device(const pi_card_params& card) {
     check_division(card);
     device = card.device == PI_DEVICE_HOST ? host_device() : cuda_device();
     device_context = device->info().context;
-    lend_from = card.lend_from;
+    lend_from = config.experts.n > 0 ? 0 : card.lend_from;  // experts' neurons are not lent
     device_budget = card.budget;
     bool any_block = false;
     for (uint32_t i = 0; i < config.n_layer; i++) {

@@ -75,14 +75,15 @@ struct Ops {
                           const uint8_t* then, Vector x, float* out);
 
     // The same for all rows but the last of n_bundles bundles that follow one another, each of n_parts rows:
-    // out[i * (n_parts - 1) + p] = row_p of bundle i . x. The last rows are prefetched.
+    // out[i * (n_parts - 1) + p] = row_p of bundle i . x. Prefetches the last rows, too, and what follows: add_rows of
+    // the bundles before, with `next` here, may have begun with it.
     void (*matvec_bundles)(Type type, size_t n, const uint8_t* bundles, size_t n_parts, size_t n_bundles, Vector x,
                            float* out);
 
     // acc[j] += sum over i of h[i] * row_{ids[i]}[j], in the order of i, one fused multiply-add after the other (of
     // h * d and q in quantised rows). n: elements of a row, or of a part of one. Rows with h == 0 are skipped.
-    // Prefetches the rows that follow or, where `next` is given, what lies from there on: the rows lie in the cache
-    // already.
+    // Prefetches the rows that follow or, where `next` is given, the bundles there, which matvec_bundles will be given:
+    // the rows lie in the cache already.
     void (*add_rows)(Type type, size_t n, const uint8_t* rows, size_t stride, const uint32_t* ids, const float* h,
                      size_t n_ids, const uint8_t* next, float* acc);
 

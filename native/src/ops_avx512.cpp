@@ -197,8 +197,8 @@ void dot_each(size_t n, size_t n_rows, const Walk& walk, Vector x, float* out) {
         out[i] = Row::dot(n, walk.at(i), Ahead{walk.later(i + n_ahead), walk.first_after(i)}, x);
 }
 
-// What follows these bundles is asked for while their rows are read, as much as they are: by types whose last rows are
-// added here one half, the other half then, as adding them takes as long as the others do.
+// As much is asked for meanwhile as these bundles are, from AHEAD_BYTES behind their begin on. Where the type's last
+// rows are added here, which takes as long, it is half of it, what follows the half that add_bundled asked for before.
 template <class Row>
 void dot_each(size_t n, size_t n_rows, const BundleRows& walk, Vector x, float* out) {
     const size_t n_read = walk.n_parts - 1, all = n_rows / n_read * walk.n_parts * walk.row_bytes;
@@ -321,24 +321,28 @@ struct AddBlocks {
     }
 };
 
-// The last rows of bundles that dot_each has been through; asks for the other half of as much, behind what it asked
-// for.
+// The last rows of bundles that dot_each has been through. Asks for half as much from AHEAD_BYTES behind `next` on:
+// dot_each, which goes on there, asks for the other half.
 template <class Add>
 void add_bundled(size_t n, size_t n_rows, const PickedRows& walk, const float* h, const uint8_t* next, float* acc) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(next) + AHEAD_BYTES;
+    uintptr_t later = reinterpret_cast<uintptr_t>(next) + AHEAD_BYTES;
     const uint8_t* rows[GROUP];
     float weights[GROUP];
-    size_t n_group = 0;
+    size_t n_group = 0, asked = 0;  // asked: rows in whose turn their share was asked for
     for (size_t i = 0; i < n_rows; i++) {
         if (h[i] == 0) continue;
         rows[n_group] = walk.at(i);
         weights[n_group++] = h[i];
         if (n_group < GROUP) continue;
-        const uintptr_t later = begin + (i + 1 - GROUP) * walk.stride / 2;
-        const Stream ahead{reinterpret_cast<const uint8_t*>(later), GROUP * walk.stride, 2 * Add::bytes(n)};
-        Add::template add_beside<GROUP>(n, rows, ahead, weights, acc);
+        const size_t share = (i + 1 - asked) * walk.stride / 2;
+        Add::template add_beside<GROUP>(n, rows, {reinterpret_cast<const uint8_t*>(later), share, Add::bytes(n)},
+                                        weights, acc);
+        later += share;
+        asked = i + 1;
         n_group = 0;
     }
+    const Stream last{reinterpret_cast<const uint8_t*>(later), walk.stride, 2};
+    prefetch_lines(last, 0, n_rows - asked);
     add_rest<Add>(n, rows, weights, n_group, acc);
 }
 

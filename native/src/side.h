@@ -192,7 +192,7 @@ class Side {
     Range own_chunks(const Layer& layer) const;
     std::array<size_t, MAX_CHUNKS> deal(size_t n) const;
     void ffn_chunks(const Layer& layer, Vector x, Vector rank);
-    void ffn_chunk(const Layer& layer, size_t chunk, Vector x, Vector rank, Worker& w);
+    void ffn_chunk(const Layer& layer, size_t chunk, uint32_t then, Vector x, Vector rank, Worker& w);
     void ffn_from_disk(const Layer& layer, size_t il, Vector x, Vector rank);
     void fetch(const Layer& layer, size_t il, Vector x, Vector rank);
     bool request(const Layer& layer, size_t il, Range cold, Worker& w);
@@ -208,7 +208,7 @@ class Side {
     void finish_deciding(const Layer& layer, const uint32_t* ids, size_t n, Worker& w);
     size_t add_neurons(const Layer& layer, const uint32_t* ids, const float* pre, size_t n, Vector x, float* sum,
                        Worker& w);
-    size_t add_bundles(const Layer& layer, uint32_t lo, size_t n, Vector x, float* sum, Worker& w);
+    size_t add_bundles(const Layer& layer, uint32_t lo, size_t n, uint32_t then, Vector x, float* sum, Worker& w);
     void add_down(const Layer& layer, size_t n, const uint8_t* next, float* sum, Worker& w);
     template <class Task>
     void parallel(Part part, size_t n_items, Task&& task);

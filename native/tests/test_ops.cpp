@@ -405,6 +405,10 @@ void test_add_rows(const Ops& ops, Type type) {
             CHECK(near && acc.intact(), "%s %s n %zu ids %zu", ops.name, TYPE_NAMES[int(type)], n, n_ids);
             CHECK(same_bits(acc.data(), expected.data(), n), "%s %s n %zu ids %zu: not the scalar's bits", ops.name,
                   TYPE_NAMES[int(type)], n, n_ids);
+            Guarded<float> beside = before;  // while what comes next is prefetched
+            ops.add_rows(type, n, m.bytes.data(), m.stride, ids.data(), h.data(), n_ids, m.row(0), beside.data());
+            CHECK(same_bits(beside.data(), acc.data(), n) && beside.intact(), "%s %s n %zu ids %zu: next", ops.name,
+                  TYPE_NAMES[int(type)], n, n_ids);
         }
     }
 }
