@@ -69,10 +69,11 @@ tsan: $(READY) ## the native tests of what runs in several threads, under TSan
 	$(BIN)/cmake --build build/tsan --target test_hybrid test_threads
 	$(BIN)/ctest --test-dir build/tsan --output-on-failure -R "hybrid|threads"
 
-# for the oldest and for a new card: that it compiles
-cuda: $(READY) ## compile the CUDA part and its tests, which need a card to run; needs nvcc
+# for the oldest and for a new card: that it compiles and can be loaded
+cuda: $(READY) ## compile the CUDA part, load it, and compile its tests, which need a card to run; needs nvcc
 	$(CONFIGURE) -B build/cuda -DPI_CUDA=ON -DPI_TESTS=ON -DCMAKE_CUDA_ARCHITECTURES='75;90' > /dev/null
-	$(BIN)/cmake --build build/cuda --target powerinfer powerinfer_cuda test_cuda
+	$(BIN)/cmake --build build/cuda --target powerinfer powerinfer_cuda test_cuda test_cuda_library
+	$(BIN)/ctest --test-dir build/cuda --output-on-failure --no-tests=error -R test_cuda_library
 
 # with $(PYTHON) where there is no .venv: docs/gpu-check.md says what it must have
 gpu-check: ## what a machine with a card can say: kernels, whole runs, budgets, sanitizers, benchmarks; ARGS="..."

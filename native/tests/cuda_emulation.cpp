@@ -207,6 +207,12 @@ std::map<void*, size_t> allocated;
 size_t n_allocated = 0;
 thread_local int chosen = -1;  // as if another library used another card in each thread
 
+// Of which each allocation has its own.
+size_t whole_pages(size_t n) {
+    constexpr size_t PAGE = 2 << 20;
+    return (n + PAGE - 1) / PAGE * PAGE;
+}
+
 size_t card_bytes() {
     const char* bytes = std::getenv("CUDA_EMULATION_BYTES");
     return bytes ? std::strtoull(bytes, nullptr, 10) : size_t{1} << 30;
@@ -225,6 +231,7 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int* n) {
+    if (std::getenv("CUDA_EMULATION_NO_DRIVER")) return cudaErrorInsufficientDriver;
     const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");
     *n = visible && !*visible ? 0 : 1;
     return *n ? cudaSuccess : cudaErrorNoDevice;
@@ -249,11 +256,11 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
 }
 cudaError_t cudaMalloc(void** out, size_t n) {
     std::lock_guard lock(allocations);
-    if (n + n_allocated > card_bytes()) return cudaErrorMemoryAllocation;
+    if (whole_pages(n) + n_allocated > card_bytes()) return cudaErrorMemoryAllocation;
     *out = ::operator new(n, std::align_val_t(256));
     std::memset(*out, 0xff, n);  // NaN
-    allocated[*out] = n;
-    n_allocated += n;
+    allocated[*out] = whole_pages(n);
+    n_allocated += whole_pages(n);
     return cudaSuccess;
 }
 cudaError_t cudaFree(void* p) {

@@ -1,11 +1,14 @@
 // A model on two sides, the host device in a card's place: the same bits for any division, the device set going before
-// the processor begins, and a device that fails is an error and never a wait. make asan and make tsan run it, too.
+// the processor begins and awaited after it is done, and a device that fails is an error and never a wait. make asan
+// and make tsan run it, too.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <deque>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "session.h"
@@ -63,7 +66,23 @@ class Tensors {
     }
     pi::Weights weights;
 
+    // From now on the up rows of its neurons are numbers only while they are shown.
+    void hide() {
+        hidden_.assign(size_t{N_LAYER} * N_FF * N_EMBD, NAN);
+        exchange_up();
+    }
+    void show(bool shown) {
+        if (!hidden_.empty() && std::exchange(shown_, shown) != shown) exchange_up();
+    }
+
    private:
+    void exchange_up() {
+        float* hidden = hidden_.data();
+        for (const pi::Layer& layer : weights.layers)
+            for (uint32_t i = layer.first; i < layer.last; i++, hidden += N_EMBD)
+                std::swap_ranges(hidden, hidden + N_EMBD,
+                                 reinterpret_cast<float*>(const_cast<uint8_t*>(layer.up.row(i))));
+    }
     float* floats(size_t n, bool here, float scale = 1) {
         std::vector<float>& values = memory_.emplace_back(n);
         for (float& value : values) value = scale * normal_(random_);
@@ -106,16 +125,20 @@ class Tensors {
     std::mt19937 random_{1};
     std::normal_distribution<float> normal_;
     std::deque<std::vector<float>> memory_;
+    std::vector<float> hidden_;
+    bool shown_ = false;
 };
 
 pi_session_params params(uint32_t n_threads) {
     return {sizeof(pi_session_params), N_CTX, n_threads, PI_MODE_AUTO, 0, 0};
 }
 
-// Passes on what it is told, and keeps the names of the commands.
+// Passes on what it is told, and keeps the names of the commands. What `here` hides is shown from when a layer's sum
+// has been asked for and the device set going until the sum is awaited.
 class Recorder : public pi::DeviceSession {
    public:
-    Recorder(std::unique_ptr<pi::DeviceSession> inner, std::string* told) : inner_(std::move(inner)), told_(told) {
+    Recorder(std::unique_ptr<pi::DeviceSession> inner, std::string* told, Tensors* here)
+        : inner_(std::move(inner)), told_(told), here_(here) {
         inbox = inner_->inbox;
         outbox = inner_->outbox;
     }
@@ -128,16 +151,26 @@ class Recorder : public pi::DeviceSession {
     void take_ffn_input(size_t il) override { tell("take_ffn_input"), inner_->take_ffn_input(il); }
     void lend(size_t il, const pi::Layer& home) override { tell("lend"), inner_->lend(il, home); }
     void ffn(size_t il) override { tell("ffn"), inner_->ffn(il); }
-    void give_sum() override { tell("give_sum"), inner_->give_sum(); }
+    void give_sum() override {
+        tell("give_sum"), inner_->give_sum();
+        sum_ = inner_->mark();
+    }
     void add_sum(size_t il) override { tell("add_sum"), inner_->add_sum(il); }
     void add_inbox(size_t il) override { tell("add_inbox"), inner_->add_inbox(il); }
     void leave() override { tell("leave"), inner_->leave(); }
     void head() override { tell("head"), inner_->head(); }
     void count(pi_layer_score* score) override { tell("count"), inner_->count(score); }
-    void start() override { tell("start"), inner_->start(); }
+    void start() override {
+        tell("start"), inner_->start();
+        if (sum_ != NONE) here_->show(true);
+    }
     uint64_t mark() override { return inner_->mark(); }
     void wait(uint64_t ticket) override {
         tell("wait");
+        if (ticket >= sum_) {
+            here_->show(false);
+            sum_ = NONE;
+        }
         inner_->wait(ticket);
         outbox = inner_->outbox;
     }
@@ -147,8 +180,11 @@ class Recorder : public pi::DeviceSession {
 
    private:
     void tell(const std::string& what) { *told_ += what + " "; }
+    static constexpr uint64_t NONE = UINT64_MAX;
     std::unique_ptr<pi::DeviceSession> inner_;
     std::string* told_;
+    Tensors* here_;
+    uint64_t sum_ = NONE;  // the ticket of a layer's sum that has not been awaited
 };
 
 // The processor's share, and a session over it and what the device has.
@@ -159,10 +195,10 @@ struct Divided {
           here({!there.dense, !there.head, there.last, N_FF}),
           card(there),
           device(pi::host_device(fails_at)),
-          session(
-              sizes, here.weights, nullptr, params(n_threads), card.weights,
-              std::make_unique<Recorder>(device->open(sizes, card.weights, params(n_threads), N_FF, UINT64_MAX), &told),
-              lend_from) {}
+          session(sizes, here.weights, nullptr, params(n_threads), card.weights,
+                  std::make_unique<Recorder>(device->open(sizes, card.weights, params(n_threads), N_FF, UINT64_MAX),
+                                             &told, &here),
+                  lend_from) {}
     pi::Config sizes;
     std::string told;
     Tensors here, card;
@@ -229,6 +265,23 @@ void test_the_device_is_set_going_first() {
            "in parallel blocks the FFN's input does not wait for attention");
 }
 
+// The processor's neurons can be computed only while the device has been set going for the layer's sum, which is not
+// yet awaited: before and after, they give other logits.
+void test_both_compute_at_the_same_time(bool parallel) {
+    pi::Config sizes = config(parallel);
+    Tensors whole(ALL);
+    pi::Weights nothing;
+    pi::Session unsplit(sizes, whole.weights, nullptr, params(1), nothing, nullptr, 0);
+    std::vector<float> expected = run(unsplit);
+    for (bool dense : {false, true}) {
+        Divided divided({dense, false, 0, 64}, 2, parallel);
+        divided.here.hide();
+        expect(run(divided.session) == expected, std::string("both sides compute at the same time, the block ") +
+                                                     (dense ? "on the device" : "on the processor") +
+                                                     (parallel ? ", parallel" : ""));
+    }
+}
+
 // Whichever command fails: one error, again at every call after it, and the session ends.
 void test_failure() {
     for (uint64_t fails_at = 1; fails_at < 45; fails_at += 2) {
@@ -250,7 +303,10 @@ void test_failure() {
 }  // namespace
 
 int main() {
-    for (bool parallel : {false, true}) test_same_bits(parallel);
+    for (bool parallel : {false, true}) {
+        test_same_bits(parallel);
+        test_both_compute_at_the_same_time(parallel);
+    }
     test_the_device_is_set_going_first();
     test_failure();
     std::printf("test_hybrid: %d failed\n", failed);

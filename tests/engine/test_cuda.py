@@ -145,7 +145,7 @@ def test_the_card_is_described_and_measured() -> None:
         assert native.measure_card(what, "cuda", **how) > 0
 
 
-def test_no_card_and_no_room_are_one_clear_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_driver_no_card_and_no_room_are_one_clear_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = artifact(folder, "llama-gate", "f16")
     monkeypatch.setitem(os.environ, "CUDA_EMULATION_BYTES", "100000")
     with pytest.raises(PowerinferError, match=r"expected room for .* bytes, found 100000 free"):
@@ -158,4 +158,7 @@ def test_no_card_and_no_room_are_one_clear_line(folder: Path, monkeypatch: pytes
         Engine(model)
     monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(PowerinferError, match="expected a card that runs CUDA, found none"):
+        Model(path, None, on_card(path, "all"))
+    monkeypatch.setitem(os.environ, "CUDA_EMULATION_NO_DRIVER", "1")
+    with pytest.raises(PowerinferError, match=r"^[^:]*: no driver of a card, or one older than .* needs$"):
         Model(path, None, on_card(path, "all"))

@@ -1,15 +1,15 @@
-"""What the CUDA part takes on a card, counted by itself on an emulation of CUDA, is within what was planned."""
+"""What the CUDA part takes on a card, an emulation of CUDA, is what it counts, and within what was planned."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from powerinfer_tools.engine import Engine
+from powerinfer_tools.engine import CardLimits, Engine, Model
 from powerinfer_tools.engine.native import describe_card
 from powerinfer_tools.placement import card
-from powerinfer_tools.placement.limits import open_within
 from tests.artifacts import make_artifact
 from tests.engine.test_cuda import emulated
 from tests.placement import worlds
@@ -19,6 +19,7 @@ __all__ = ["emulated"]  # for all tests here
 
 pytestmark = pytest.mark.slow
 HOW: dict[str, Any] = {"ctx_size": 100, "threads": 2}
+GRAPHS = 2 << 20  # counted for a context's recorded commands, which the emulation keeps elsewhere
 
 
 @pytest.mark.parametrize("quant", ["f16", "q4_0"])
@@ -37,11 +38,31 @@ def test_the_cuda_part_stays_within_the_plan(tmp_path: Path, family: str, predic
         costs = card.artifact_problem(artifact, machine, contexts=contexts, **HOW).costs
         for share in (0.5, 2.0):
             vram = costs.card_fixed + int(share * costs.weights)
-            opened = open_within(artifact, None, vram, contexts=contexts, machine=machine, **HOW)
-            assert opened.card is not None
-            engines = [Engine(opened.model, ctx_size=100, threads=2) for _ in range(contexts)]
-            engines[0].prefill([1, 2, 3])
-            engines[0].decode(4)
-            sessions = sum(sum(engine.card_memory()) for engine in engines)
-            info = opened.model.info
-            assert info.card_context_bytes + info.card_bytes + sessions <= opened.card.n_bytes <= vram
+            placed = card.plan_card(artifact, vram, None, contexts=contexts, machine=machine, **HOW)
+            assert placed is not None
+            assert placed.n_bytes <= vram
+            counted = run_with(placed.n_bytes, artifact.path, placed.limits, contexts)
+            assert counted <= placed.n_bytes
+            assert run_with(counted - contexts * GRAPHS, artifact.path, placed.limits, contexts) == counted
+
+
+def run_with(room: int, path: Path, limits: CardLimits, contexts: int) -> int:
+    """What the engine counts, on a card that never has a byte more than `room`."""
+    context, before = describe_card()[3], allocated()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "CUDA_EMULATION_BYTES", str(before + room - context))
+        model = Model(path, None, limits)
+        engines = [Engine(model, ctx_size=100, threads=2) for _ in range(contexts)]
+        for engine in engines:
+            engine.prefill([1, 2, 3])
+            engine.decode(4)
+            engine.score([5, 6])
+        assert model.info.card_context_bytes == context
+        counted = model.info.card_bytes + sum(sum(engine.card_memory()) for engine in engines)
+        assert allocated() - before == counted - contexts * GRAPHS
+        return context + counted
+
+
+def allocated() -> int:
+    _, total, free, _ = describe_card()
+    return total - free
