@@ -184,7 +184,7 @@ def card_problem(
     costs = artifact_costs(config, plans, quant=quant, card_context=context, **how)
     ratio = None if let_through is None else np.asarray(let_through, np.float64)
     stored = divided_by or firing
-    bounds: list[Sequence[int]] = [(0, config.n_ff)] * config.n_layer  # with experts: all neurons are on one side
+    bounds = None
     if config.experts is None:
         bounds = [chunk_bounds(stored.frequency(i).astype(np.float32)) for i in range(config.n_layer)]
     problem = Problem(costs, firing, machine, ratio, bounds)

@@ -6,7 +6,7 @@ A layer falls into parts that can be placed apart:
     beside   what is read for every token to choose a neuron: its expert, its ffn_select or predictor_out row and its
              biases. It goes to vram with its neuron; a neuron on disk leaves it in ram
     bundle   the neuron's rows in ffn_neurons: on vram, ram or disk
-    table    ffn_order and ffn_frequency, not read while decoding, and the router, which is small: in ram
+    table    ffn_order and ffn_frequency, not read while decoding, and the experts' router, which is: in ram
 
 On a card rows are padded to 16 bytes, tensors to 256 and what is allocated to 2 MiB, beside its context and the scratch
 of what runs there.
@@ -35,7 +35,6 @@ CARD_STAGING = 8 << 20  # of ram, through which neurons are lent
 CARD_GRAPHS = 128 << 10  # of a layer's commands, kept for tokens to come
 CARD_LANES = 32  # what vectors are padded to
 CARD_PIECE = 8192  # neurons of a batch that are computed at once
-CARD_NEVER = 1 << 36  # of a neuron that cannot be there: more than any budget has
 CARD_SPLITS, CARD_SEGMENTS, CARD_SHARES = 64, 4096, 96  # of a head's positions, a layer's neurons, its sum, at most
 
 # with neurons on disk (native/src/disk.cpp)
@@ -46,7 +45,8 @@ MISS_BYTES, READ_BYTES = 16, 32  # of one neuron that is read, and of its read
 
 BESIDE = ("ffn_expert.weight", "ffn_select.weight", "ffn_gate.bias", "ffn_up.bias")
 PREDICTOR = ("predictor_out.weight", "predictor_out.bias")
-TABLE = ("ffn_order.weight", "ffn_frequency.weight", "ffn_router.weight")
+ROUTER = "ffn_router.weight"
+TABLE = ("ffn_order.weight", "ffn_frequency.weight", ROUTER)
 BUNDLE = "ffn_neurons.weight"
 
 
@@ -66,12 +66,14 @@ class LayerCosts:
     """Bytes of one layer. `bundle`, `beside` and `predictor` are per neuron; `predictor` only from neuron `always` on.
 
     first: the bundle's row that decides whether the neuron fires, read where the predictor lets it through (0 in
-    mode gate, whose deciding row lies beside); the rest of the bundle is read where it fires.
+    mode gate, whose deciding row lies beside); the rest of the bundle is read where it fires. router: of the table,
+    what chooses experts; 0 without. Neurons of experts are never on a card.
     """
 
     dense: int
     kv: int
     table: int
+    router: int
     bundle: int
     first: int
     beside: int
@@ -182,6 +184,7 @@ def _layer_costs(config: Config, plan: LayerPlan, tensors: dict[str, TensorPlan]
         dense=total(block),
         kv=kv,
         table=total(TABLE),
+        router=total([ROUTER]),
         bundle=bundle.n_bytes // config.n_ff,
         first=bundle.n_bytes // config.n_ff // bundle.shape[1] if plan.mode == MODE_PREDICTOR else 0,
         beside=total(BESIDE) // config.n_ff,
@@ -191,7 +194,7 @@ def _layer_costs(config: Config, plan: LayerPlan, tensors: dict[str, TensorPlan]
         on_card=OnCard(
             dense=total(block, _card_bytes),
             kv=kv // config.head_dim * _up(config.head_dim, CARD_ROW // KV_ELEMENT_BYTES),
-            bundle=_card_bytes(bundle) // config.n_ff if config.experts is None else CARD_NEVER,
+            bundle=_card_bytes(bundle) // config.n_ff,
             beside=total(BESIDE, _card_bytes) // config.n_ff,
             predictor=total(PREDICTOR, _card_bytes) // asked if asked else 0,
         ),

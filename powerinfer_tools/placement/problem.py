@@ -93,7 +93,7 @@ class Problem:
     ) -> None:
         """let_through: neurons that each layer's predictor lets through per firing one (at least 1, the default).
 
-        bounds: what k1 of each layer may be, from 0 to n_ff; any number where there are none.
+        bounds: what k1 of each layer may be, from 0 to n_ff; any number where there are none. Of experts it is 0.
         """
         self.costs, self.machine = costs, machine
         self.n_layer, self.n_ff = firing.n_layer, firing.n_ff
@@ -112,8 +112,9 @@ class Problem:
         self.predictor = np.array([layer.predictor for layer in layers], np.int64)
         self.always = np.array([layer.always for layer in layers], np.int64)
         self.each = np.arange(self.n_layer)
+        self.router = np.array([layer.router for layer in layers], np.int64)
         self.divisible = bounds is None
-        self.bounds = _padded(bounds or [(0, self.n_ff)] * self.n_layer)
+        self.bounds = _padded(bounds or [(0,) if layer.router else (0, self.n_ff) for layer in layers])
         tiers = [tier for tier in (machine.vram, machine.ram, machine.disk) if tier is not None]
         self._row_seconds = {tier: self._seconds_of_rows(tier) for tier in tiers}
 
@@ -123,8 +124,10 @@ class Problem:
 
     @property
     def fewest(self) -> Ints:
-        """The fewest neurons of each layer that can be in vram, if any are."""
-        return np.ones(self.n_layer, np.int64) if self.divisible else self.bounds[:, 1]
+        """The fewest neurons of each layer that can be in vram, if any are; n_ff + 1: never any."""
+        if not self.divisible:
+            return self.bounds[:, 1]
+        return np.where(self.router > 0, self.n_ff + 1, 1)
 
     # Bytes and reads of stored neurons [0, k) of layer i; i and k broadcast.
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from powerinfer_tools.checkpoint import Experts
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement import Placement, place, read_placement, write_placement
 from powerinfer_tools.placement import program as program_module
@@ -19,6 +20,7 @@ from tests.placement import worlds
 from tests.placement.greedy import greedy
 
 KIB = 1 << 10
+CHOICES: dict[str, Any] = {"quant": "q8_0", "biases": worlds.BIASES, "ctx_size": 64}
 shapes = st.tuples(st.integers(1, 5), st.sampled_from([32, 96, 200]))
 modes = st.sampled_from(["gate", "predictor", "mixed"])
 objectives = st.sampled_from(["time", "impact"])
@@ -336,3 +338,23 @@ def test_the_cards_context_is_counted() -> None:
     )
     assert without > 0
     assert with_context == without + 5000
+
+
+@pytest.mark.parametrize("objective", ["time", "impact"])
+@pytest.mark.parametrize("vram", [79 << 30, 1 << 40])
+@pytest.mark.parametrize("n_ff", [6, 96])
+def test_of_experts_no_neuron_goes_to_the_card_however_large(objective: str, vram: int, n_ff: int) -> None:
+    """The engine would refuse it. All else does, and of what stays in memory a part can be on disk."""
+    config = replace(worlds.config(2, n_ff), experts=Experts(3, 2, "softmax", "ffn_input"))
+
+    def placed(ram: int | None) -> Placement:
+        how: dict[str, Any] = {"vram": vram, "ram": ram, "objective": objective, **CHOICES}
+        found = place(config, worlds.firing(2, n_ff, 0), worlds.plans(2), machine=worlds.machine(2e-9), **how)
+        assert (found.vram, found.dense, found.head) == ([0, 0], [True, True], True)
+        assert found.gap < 0.02
+        return found
+
+    in_ram = placed(None)
+    assert in_ram.ram == [n_ff, n_ff]
+    bundles = int(worlds.problem(2, n_ff).bundle.sum()) * n_ff
+    assert n_ff // 3 < np.mean(placed(in_ram.n_bytes["ram"] - bundles // 2).ram) < n_ff * 2 // 3
