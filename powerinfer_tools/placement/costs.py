@@ -98,7 +98,8 @@ class Costs:
     scratch: of the processor, of all contexts; card_head: the head on a card; card_fixed: what a card's context,
     scratch and padding take as soon as it is used; logits: of one token.
 
-    taking_part: of the neurons, the share that any token's experts have; contexts: KV caches and scratches.
+    taking_part: of the neurons, the share that any token's experts have; contexts: KV caches and scratches;
+    routed_early: experts are chosen by a layer's own input.
     """
 
     layers: tuple[LayerCosts, ...]
@@ -110,6 +111,7 @@ class Costs:
     logits: int
     taking_part: float = 1.0
     contexts: int = 1
+    routed_early: bool = False
 
     @property
     def weights(self) -> int:
@@ -164,7 +166,18 @@ def artifact_costs(
     scratch = contexts * scratch_bytes(config, plans, ctx_size, threads)
     padding = CARD_TENSOR * len(table) + CARD_PAGE
     card_fixed = card_context + contexts * card_scratch_bytes(config, plans, ctx_size) + padding
-    return Costs(layers, output, host, scratch, card_head, card_fixed, 4 * config.n_vocab, config.taking_part, contexts)
+    return Costs(
+        layers=layers,
+        head=output,
+        host=host,
+        scratch=scratch,
+        card_head=card_head,
+        card_fixed=card_fixed,
+        logits=4 * config.n_vocab,
+        taking_part=config.taking_part,
+        contexts=contexts,
+        routed_early=config.experts is not None and config.experts.routed_by == "layer_input",
+    )
 
 
 def is_head(config: Config, name: str) -> bool:

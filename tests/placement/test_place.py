@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from powerinfer_tools.checkpoint import Experts
 from powerinfer_tools.errors import PowerinferError
-from powerinfer_tools.placement import Placement, place, read_placement, write_placement
+from powerinfer_tools.placement import Placement, artifact_costs, place, read_placement, write_placement
 from powerinfer_tools.placement import program as program_module
 from powerinfer_tools.placement.problem import Budgets, Plan, Problem
 from tests.placement import worlds
@@ -358,3 +358,28 @@ def test_of_experts_no_neuron_goes_to_the_card_however_large(objective: str, vra
     assert in_ram.ram == [n_ff, n_ff]
     bundles = int(worlds.problem(2, n_ff).bundle.sum()) * n_ff
     assert n_ff // 3 < np.mean(placed(in_ram.n_bytes["ram"] - bundles // 2).ram) < n_ff * 2 // 3
+
+
+def test_choosing_experts_takes_time_on_either_side() -> None:
+    """The router is read in ram; where it sees a layer's own input, that comes from the card."""
+    on_card, in_ram = Plan.in_ram(3, 96), Plan.in_ram(3, 96)
+    on_card = replace(on_card, dense=on_card.dense | True)
+
+    def seconds(plan: Plan, experts: Experts | None) -> float:
+        costs = artifact_costs(replace(worlds.config(3), experts=experts), worlds.plans(3), **CHOICES)
+        costs = replace(costs, taking_part=1.0, layers=tuple(replace(layer, beside=68) for layer in costs.layers))
+        return float(Problem(costs, worlds.firing(3, 96, 0), worlds.machine()).seconds(plan))
+
+    by_input, by_ffn = (Experts(8, 2, "softmax", routed_by) for routed_by in ("layer_input", "ffn_input"))
+    machine = worlds.machine()
+    read = 3 * 4 * 8 * 64 / machine.ram.sequential
+    assert machine.vram is not None
+    for plan, crosses in ((in_ram, 0.0), (on_card, 3 * machine.vram.latency_s)):
+        assert seconds(plan, by_ffn) - seconds(plan, None) == pytest.approx(read)
+        assert seconds(plan, by_input) - seconds(plan, by_ffn) == pytest.approx(crosses)
+
+
+def test_a_predictor_is_two_more_steps_of_a_block_on_the_card() -> None:
+    problem = worlds.problem(2, mode="mixed")
+    slow = replace(problem.vram, launch_s=1.0)
+    assert np.round(problem.dense_seconds(slow)).tolist() == [7, 9]
