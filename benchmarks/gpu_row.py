@@ -18,6 +18,7 @@ from powerinfer_tools.engine.native import describe_card
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement import Machine, Tier, measure_machine
 from powerinfer_tools.placement.card import card_limits, lending
+from powerinfer_tools.placement.hottest import hottest_first
 from powerinfer_tools.placement.problem import Plan, Problem
 
 Logits = npt.NDArray[np.float32]
@@ -151,7 +152,7 @@ def all_contenders(case: Case, model: Path, machine: Machine) -> list[Contender]
     budget = plans.budget(sparse, case.share)
     contenders = [
         Contender(OURS, "auto", plans.found(sparse, budget), sparse, budget, lend_from),
-        Contender(HOTTEST, "auto", plans.hottest_first(sparse, budget), sparse, budget, lend_from),
+        Contender(HOTTEST, "auto", hottest_first(sparse, budget), sparse, budget, lend_from),
         Contender(RANDOM, "auto", plans.drawn(sparse, budget), sparse, budget, lend_from),
         Contender(LAYERS, "dense", plans.whole_layers(dense, budget), dense, 0, lend_from),
         Contender(PROCESSOR, "auto", plans.nothing(sparse), sparse),

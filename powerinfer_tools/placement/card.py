@@ -15,6 +15,7 @@ from powerinfer_tools.engine.generate import PIECE
 from powerinfer_tools.engine.native import chunk_bounds
 from powerinfer_tools.errors import Infeasible, PowerinferError
 from powerinfer_tools.placement.costs import artifact_costs, visit_bytes
+from powerinfer_tools.placement.hottest import hottest_first
 from powerinfer_tools.placement.machine import Machine
 from powerinfer_tools.placement.measure import cached_machine, device
 from powerinfer_tools.placement.objective import time
@@ -203,13 +204,16 @@ def _let_through(artifact: Artifact) -> list[float] | None:
 
 
 def best_plan(problem: Problem, budgets: Budgets, apart: int = 0) -> Plan:
-    """The fastest plan that is found within the budgets; apart: bytes of ram beside. Errors: there is none."""
+    """The fastest plan that is found within the budgets, never slower than hottest_first or than no card is.
+
+    apart: bytes of ram beside. Errors: there is none.
+    """
     objective = time(problem)
     found = Search(problem, objective, budgets).best(quick=True)
     if found.plan is None:
         raise infeasible(problem, objective, budgets, apart)
-    bare = Plan.in_ram(problem.n_layer, problem.n_ff)
-    plans = [at_bounds(problem, plan, budgets) for plan in (found.plan, bare)]  # chunks may be too large for the first
+    starts = [found.plan, Plan.in_ram(problem.n_layer, problem.n_ff), hottest_first(problem, budgets.vram)]
+    plans = [at_bounds(problem, plan, budgets) for plan in starts]  # chunks may be too large for the first
     if not (fitting := [plan for plan in plans if problem.fits(plan, budgets)]):
         raise infeasible(problem, objective, budgets, apart)
     return min(fitting, key=problem.seconds)
@@ -218,9 +222,8 @@ def best_plan(problem: Problem, budgets: Budgets, apart: int = 0) -> Plan:
 def at_bounds(problem: Problem, plan: Plan, budgets: Budgets) -> Plan:
     """The plan with each k1 lowered to a bound, and with what is then left of vram spent where a byte saves most."""
     spent = _Spending(problem, plan, budgets.vram).spent()
-    if np.all(plan.ram == problem.n_ff):
-        return Plan(spent.dense, spent.head, spent.vram, plan.ram)
-    return fastest_in_ram(problem, spent, budgets)
+    in_ram = replace(spent, ram=np.full(problem.n_layer, problem.n_ff))
+    return in_ram if problem.fits(in_ram, budgets) else fastest_in_ram(problem, spent, budgets)
 
 
 def card_limits(plan: Plan, vram: int, device: str, lend_from: int = 0) -> CardLimits:
