@@ -182,7 +182,8 @@ def card_problem(
     not what is expected to fire.
     """
     context = machine.vram.context if machine.vram is not None else 0
-    costs = artifact_costs(config, plans, quant=quant, card_context=context, **how)
+    stand_in = machine.vram is not None and device() == "host"
+    costs = artifact_costs(config, plans, quant=quant, card_context=context, stand_in=stand_in, **how)
     ratio = None if let_through is None else np.asarray(let_through, np.float64)
     stored = divided_by or firing
     bounds = None

@@ -140,10 +140,12 @@ def artifact_costs(
     head: str | None = None,
     contexts: int = 1,
     card_context: int = 0,
+    stand_in: bool = False,
 ) -> Costs:
     """The bytes of the artifact that `split` makes of these choices, run with `ctx_size` positions and `threads`.
 
-    head: the type of output.weight, where it is not `quant`; card_context: what a card takes before anything is there.
+    head: the type of output.weight, where it is not `quant`; card_context: what a card takes before anything is there;
+    stand_in: a thread stands in for the card, in tests.
     """
     if len(plans) != config.n_layer:
         raise PowerinferError(f"expected one plan a layer ({config.n_layer}), found {len(plans)}", "mismatch")
@@ -165,7 +167,8 @@ def artifact_costs(
     layers = tuple(_layer_costs(config, plan, part, kv) for plan, part in zip(plans, parts, strict=True))
     scratch = contexts * scratch_bytes(config, plans, ctx_size, threads)
     padding = CARD_TENSOR * len(table) + CARD_PAGE
-    card_fixed = card_context + contexts * card_scratch_bytes(config, plans, ctx_size) + padding
+    card_scratch = stand_in_scratch_bytes if stand_in else card_scratch_bytes
+    card_fixed = card_context + contexts * card_scratch(config, plans, ctx_size) + padding
     return Costs(
         layers=layers,
         head=output,
@@ -253,24 +256,29 @@ def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, thr
 
 def card_scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int) -> int:
     """The most that a session takes on a card beside its KV cache (native/cuda/session.cu), with the rest of that one's
-    last page, or on what stands in for it in tests, which works as the processor does.
+    last page.
 
     A token: residuals, normalised input, heads, queries, keys, values, predictor, sums; these in 16 bits, too; a piece
     of neurons: gate, up, forecast, and what they give in 16 bits. For decoding: parts of heads and sums, neurons,
-    logits.
+    logits. Of experts no neurons are there.
     """
+    n_ff = config.n_ff if config.experts is None else 0
     batch, d, q = min(BATCH, ctx_size), config.n_embd, config.n_head * config.head_dim
     rank = _up(max((plan.rank for plan in plans), default=0), CARD_LANES)
-    wide, heads, piece = _up(d, CARD_LANES), _up(q, CARD_LANES), _up(min(CARD_PIECE, config.n_ff), CARD_LANES)
+    wide, heads, piece = _up(d, CARD_LANES), _up(q, CARD_LANES), _up(min(CARD_PIECE, n_ff), CARD_LANES)
     angles = 0 if config.rope is None else 2 * len(config.rope.inv_freq)
     kv = config.n_head_kv * config.head_dim
     token = 2 * d + wide + heads + q + 2 * kv + angles + 2 * rank + 3 * piece
     token += (max(wide, heads) + rank + piece) // 2 + 3
     decode = CARD_SPLITS * config.n_head * (config.head_dim + 10) + CARD_SHARES * d + config.n_vocab
-    decode += 2 * config.n_ff + 3 * CARD_SEGMENTS + wide + heads + rank + 14 * config.n_layer
+    decode += 2 * n_ff + 3 * CARD_SEGMENTS * (n_ff > 0) + wide + heads + rank + 14 * config.n_layer
     card = _up(4 * (batch * token + decode) + 64 * CARD_TENSOR, CARD_PAGE)
-    card += _up(config.n_layer * CARD_GRAPHS, CARD_PAGE) + CARD_PAGE
-    return max(card, scratch_bytes(config, plans, ctx_size, threads=1) + 4 * batch * d)
+    return card + _up(config.n_layer * CARD_GRAPHS, CARD_PAGE) + CARD_PAGE
+
+
+def stand_in_scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int) -> int:
+    """The same of what stands in for a card in tests, and works as the processor does (native/src/host_device.cpp)."""
+    return scratch_bytes(config, plans, ctx_size, threads=1) + 4 * min(BATCH, ctx_size) * config.n_embd
 
 
 def visit_bytes(config: Config, quant: str, n: int | None = None) -> int:
