@@ -9,7 +9,7 @@ whole layers    attention and all neurons of as many layers as fit, from the las
                 does; it runs dense, and is not charged for predictors, which it does not use
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -48,10 +48,7 @@ def sparse_problem(
 
 def dense_problem(shape: Shape, quant: str, machine: Machine, ctx_size: int, lends: bool = False) -> Problem:
     """The same model run dense: no predictor, all neurons, read in sequence."""
-    in_sequence = replace(machine, ram=replace(machine.ram, rows=()))
-    if machine.vram is not None:
-        in_sequence = replace(in_sequence, vram=replace(machine.vram, rows=()))
-    return _problem(shape, quant, LayerPlan(MODE_GATE), np.ones(shape.n_ff), in_sequence, ctx_size, lends)
+    return _problem(shape, quant, LayerPlan(MODE_GATE), np.ones(shape.n_ff), machine.in_sequence, ctx_size, lends)
 
 
 def _problem(

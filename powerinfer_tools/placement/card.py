@@ -32,14 +32,17 @@ OTHER_PRODUCTS = 1e11
 
 
 class StoredFiring:
-    """The firing frequencies that an artifact carries, as placement asks for them; dense: all neurons are computed."""
+    """The firing frequencies that an artifact carries, as placement asks for them; dense: all neurons are computed,
+    of experts those of the chosen ones."""
 
     def __init__(self, artifact: Artifact, dense: bool = False) -> None:
         self.artifact, self.digest, self.dense = artifact, artifact.data_sha256, dense
         self.n_layer, self.n_ff = artifact.config.n_layer, artifact.config.n_ff
 
     def frequency(self, i: int, /) -> npt.NDArray[np.float64]:
-        return np.ones(self.n_ff) if self.dense else self.artifact.frequency(i).astype(np.float64)
+        if self.dense:
+            return np.full(self.n_ff, self.artifact.config.taking_part)
+        return self.artifact.frequency(i).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -146,13 +149,13 @@ def artifact_problem(
 ) -> Problem:
     """What judges a plan of an artifact on this machine, run with so many threads (else the machine's) and contexts.
 
-    dense: all neurons are computed.
+    dense: all neurons are computed, and read in sequence.
     """
     return card_problem(
         artifact.config,
         artifact.plans,
         StoredFiring(artifact, dense),
-        machine,
+        machine.in_sequence if dense else machine,
         divided_by=StoredFiring(artifact),
         quant=artifact.quant,
         head=artifact.head,
