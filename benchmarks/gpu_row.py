@@ -32,8 +32,8 @@ TIE = 0.05  # of the standard deviation of a token's logits: closer than that, e
 
 @dataclass(frozen=True)
 class Case:
-    """What a row is of. share: of the bytes that the whole model takes on the card, what the budget is beside the
-    card's own context; prompt, decode: tokens."""
+    """What a row is of. share: of the whole model's weights and KV cache on the card, what the budget is beside
+    context and scratch; prompt, decode: tokens."""
 
     shape: Shape
     quant: str
