@@ -11,7 +11,7 @@ from powerinfer_tools.artifact.layout import LayerPlan
 from powerinfer_tools.artifact.read import Artifact
 from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.engine.engine import CardLimits
-from powerinfer_tools.engine.generate import PIECE
+from powerinfer_tools.engine.generate import CARD_PIECE
 from powerinfer_tools.engine.native import chunk_bounds
 from powerinfer_tools.errors import Infeasible, PowerinferError
 from powerinfer_tools.placement.costs import artifact_costs, visit_bytes
@@ -114,7 +114,7 @@ def lending(artifact: Artifact, machine: Machine, vram: int, threads: int) -> in
     products = config.n_ff * config.n_rows * config.n_embd
     speed = threads * PRODUCTS.get(artifact.quant, OTHER_PRODUCTS)
     tokens = int(np.ceil(room / copy * speed / products))
-    return tokens if tokens <= PIECE else 0
+    return tokens if tokens <= CARD_PIECE else 0
 
 
 def _with_visits(problem: Problem, plan: Plan, budgets: Budgets, artifact: Artifact) -> tuple[Plan, int]:

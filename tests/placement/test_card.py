@@ -16,8 +16,8 @@ import pytest
 from powerinfer_tools.artifact import Artifact, open_artifact
 from powerinfer_tools.bench import bench
 from powerinfer_tools.checkpoint import Experts
-from powerinfer_tools.engine import Engine, Model
-from powerinfer_tools.engine.generate import PIECE
+from powerinfer_tools.engine import CardLimits, Engine, Model, Sampling
+from powerinfer_tools.engine.generate import CARD_PIECE, PIECE, generate
 from powerinfer_tools.engine.native import chunk_bounds
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.evaluate import evaluate
@@ -331,11 +331,34 @@ def test_neurons_are_lent_from_where_copying_is_faster(folder: Path) -> None:
         assert MACHINE.vram is not None
         return lending(artifact, replace(MACHINE, vram=replace(MACHINE.vram, copy=copy)), vram, threads)
 
-    assert 0 < tokens(1e11) < tokens(2e10) < tokens(2e10, threads=4) <= PIECE
+    assert 0 < tokens(1e11) < tokens(2e10) < tokens(2e10, threads=4) <= CARD_PIECE
+    assert PIECE < tokens(2e10 * tokens(2e10) / 200) <= CARD_PIECE
     floats = replace(artifact, quant="f16")  # twice the bytes, a third of the speed
     assert MACHINE.vram is not None
     assert 0 < lending(floats, MACHINE, 1 << 30, 2) < lending(artifact, MACHINE, 1 << 30, 2)
     assert tokens(0.0) == tokens(1e6) == tokens(2e10, vram=MIB) == 0
+
+
+def test_with_a_card_prompts_run_in_the_engines_largest_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lending that pays from 129 tokens on is reached, too."""
+    make_llama(tmp_path / "model", n_ctx=512)
+    artifact, sizes = make_artifact(tmp_path / "model", tmp_path / "a.gguf"), []
+    prefill = Engine.prefill
+
+    def seen(engine: Engine, tokens: list[int], logits: bool = False) -> Any:
+        sizes.append(len(tokens))
+        return prefill(engine, tokens, logits)
+
+    monkeypatch.setattr(Engine, "prefill", seen)
+    n = artifact.config.n_layer
+    blocks = CardLimits((True,) * n, (0,) * n, device="host")
+    for there, expected in ((None, [128, 128, 44]), (blocks, [256, 44])):
+        sizes.clear()
+        with Engine(Model(artifact.path, None, there), threads=2) as engine:
+            assert len(list(generate(engine, [5] * 300, Sampling(temperature=0), max_tokens=2))) == 2
+        assert sizes == expected
 
 
 def test_room_for_visits_is_taken_only_where_neurons_are_left_to_visit(
