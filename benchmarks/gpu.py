@@ -9,8 +9,8 @@
 Models of planted sparsity (shapes.py: random weights, only speed means anything), below FOLDER, deleted unless --keep:
 the Falcon-40B shape, plain ReLU FFN of n_ff = 4 n_embd beside attention, 5 % active, and LLaMA-2-7B's, 10 % active.
 LAYERS says how many layers: fewer than the models have, so that what is run in turn fits into memory together. A budget
-is a share of what the whole model takes on the card: weights, KV cache, scratch. What the card's driver takes comes on
-top of that, as it does not shrink with the layers.
+is a share of the whole model's weights and KV cache on the card. What does not shrink with them comes on top of that:
+the driver's context, scratch, the rests of pages, room for a layer's neurons where prompts lend them.
 
 A row is a model, a budget and a number of threads (all cores, and 8), in a process of its own. In it run in turn, round
 by round: the plan that the program finds; our own dense run with whole layers on the card, which is what llama.cpp

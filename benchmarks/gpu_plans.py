@@ -1,16 +1,15 @@
 """What the card holds within a budget: as the program finds it, and the plans that it is compared with.
 
 ours            the program's own search for the fastest plan
-hottest first   output head and dense blocks, which every token needs, then the neurons that fire most, of all layers
+hottest first   output head and dense blocks, which every token needs, then the neurons that fire most, of all layers;
+                the program's own plan is never foretold to be slower
 random          head, dense blocks and shares of the layers' neurons, drawn until the budget is spent; within a
                 layer they are still its hottest, as the engine has it, so that this is stronger than it sounds
 whole layers    attention and all neurons of as many layers as fit, from the last on, then the head: what llama.cpp
                 does; it runs dense, and is not charged for predictors, which it does not use
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +18,8 @@ from benchmarks.shapes import RANK, Planted, Shape, frequencies, shape_config
 from powerinfer_tools.artifact.layout import MODE_GATE, MODE_PREDICTOR, LayerPlan
 from powerinfer_tools.placement import Machine
 from powerinfer_tools.placement.card import best_plan, card_problem
+from powerinfer_tools.placement.hottest import NEURONS, blocks, bounds, one_by_one
 from powerinfer_tools.placement.problem import Bools, Budgets, Ints, Plan, Problem
-
-Item = tuple[str, int]
-BLOCK, NEURONS = "block", "neurons"  # of a layer
-HEAD: Item = ("head", 0)
 
 
 @dataclass(frozen=True)
@@ -52,10 +48,7 @@ def sparse_problem(
 
 def dense_problem(shape: Shape, quant: str, machine: Machine, ctx_size: int, lends: bool = False) -> Problem:
     """The same model run dense: no predictor, all neurons, read in sequence."""
-    in_sequence = replace(machine, ram=replace(machine.ram, rows=()))
-    if machine.vram is not None:
-        in_sequence = replace(in_sequence, vram=replace(machine.vram, rows=()))
-    return _problem(shape, quant, LayerPlan(MODE_GATE), np.ones(shape.n_ff), in_sequence, ctx_size, lends)
+    return _problem(shape, quant, LayerPlan(MODE_GATE), np.ones(shape.n_ff), machine.in_sequence, ctx_size, lends)
 
 
 def _problem(
@@ -92,11 +85,6 @@ def nothing(problem: Problem) -> Plan:
     return Plan.in_ram(problem.n_layer, problem.n_ff)
 
 
-def bounds(problem: Problem) -> list[list[int]]:
-    """Of each layer, from 0 to n_ff: where the engine can divide its neurons."""
-    return [sorted(set(row)) for row in problem.bounds.tolist()]
-
-
 def budget(problem: Problem, share: float) -> int:
     """Bytes of the card: a share of all weights and KV cache there, and what beside them does not shrink with them."""
     fixed = problem.costs.card_fixed
@@ -120,39 +108,11 @@ def whole_layers(problem: Problem, vram: int) -> Plan:
     return last(most, card_bytes(problem, last(most, True)) <= vram)
 
 
-def hottest_first(problem: Problem, vram: int) -> Plan:
-    rows = enumerate(bounds(problem))
-    heat = {(i, j): _heat(problem, i, a, b) for i, row in rows for j, (a, b) in enumerate(pairwise(row))}
-    pieces = sorted(heat, key=lambda piece: -heat[piece])
-    blocks = [HEAD, *((BLOCK, i) for i in range(problem.n_layer))]
-    return _one_by_one(problem, vram, [*blocks, *((NEURONS, i) for i, _ in pieces)])
-
-
 def drawn(problem: Problem, vram: int, seed: int = 0) -> Plan:
     """The random plan."""
-    blocks = [HEAD, *((BLOCK, i) for i in range(problem.n_layer))]
-    items = [*blocks, *((NEURONS, i) for i, row in enumerate(bounds(problem)) for _ in row[1:])]
+    items = [*blocks(problem), *((NEURONS, i) for i, row in enumerate(bounds(problem)) for _ in row[1:])]
     order = np.random.default_rng(seed).permutation(len(items))
-    return _one_by_one(problem, vram, [items[i] for i in order])
-
-
-def _heat(problem: Problem, i: int, begin: int, end: int) -> float:
-    """How often a neuron of layer i's [begin, end) fires, on average."""
-    return float(problem.fired[i, end] - problem.fired[i, begin]) / (end - begin)
-
-
-def _one_by_one(problem: Problem, vram: int, items: Sequence[Item]) -> Plan:
-    """The items in order, but for those that no longer fit; NEURONS are a layer's next ones, up to its next bound."""
-    plan, rows = nothing(problem), bounds(problem)
-    for kind, i in items:
-        dense, k1 = plan.dense.copy(), plan.vram.copy()
-        if kind == BLOCK:
-            dense[i] = True
-        elif kind == NEURONS:
-            k1[i] = next((bound for bound in rows[i] if bound > k1[i]), problem.n_ff)
-        fuller = _plan(problem, dense, bool(plan.head) or (kind, i) == HEAD, k1)
-        plan = fuller if card_bytes(problem, fuller) <= vram else plan
-    return plan
+    return one_by_one(problem, vram, [items[i] for i in order])
 
 
 def same(a: Plan, b: Plan) -> bool:

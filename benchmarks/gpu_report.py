@@ -17,13 +17,14 @@ WITHIN = (OURS, HOTTEST, RANDOM)  # whose plans keep the budget
 
 @dataclass(frozen=True)
 class Measure:
-    """Something asked for. Where aim is below at_least, less is better."""
+    """Something asked for. Where aim is below at_least, less is better. rows: what says something about it."""
 
     name: str
     unit: str
     values: list[float]
     at_least: float
     aim: float
+    rows: list[Row]
 
     @property
     def value(self) -> float:
@@ -76,21 +77,21 @@ def measures(rows: list[Row]) -> Iterator[Measure]:
         case = row["case"]
         what = f"{case['shape']['name']}, {case['quant']}, {case['threads']} threads"
         if case["shape"]["name"] == "falcon-40b" and case["share"] == 0.25:
-            yield Measure(f"{what}: against whole layers, dense, 25 %", "×", ratios(row, LAYERS), 5, 11.69)
+            yield Measure(f"{what}: against whole layers, dense, 25 %", "×", ratios(row, LAYERS), 5, 11.69, [row])
         if case["share"] == 1:
-            yield Measure(f"{what}: all on the card, sparse against dense", "×", whole_ratios(row), 1.3, 2)
+            yield Measure(f"{what}: all on the card, sparse against dense", "×", whole_ratios(row), 1.3, 2, [row])
             shares = [100 * share for share in ceiling_share(row)]
-            yield Measure(f"{what}: share of the card's read ceiling, dense", "%", shares, 70, 85)
+            yield Measure(f"{what}: share of the card's read ceiling, dense", "%", shares, 70, 85, [row])
     partial = [row for row in rows if row["case"]["share"] < 1]
     for other in (HOTTEST, RANDOM):
         found = [statistics.median(ratios(row, other)) for row in partial]
         if found:
-            yield Measure(f"against {other}, slowest row", "×", [min(found)], 1.0, 1.2)
-            yield Measure(f"against {other}, median of the rows", "×", found, 1.0, 1.2)
+            yield Measure(f"against {other}, slowest row", "×", [min(found)], 1.0, 1.2, partial)
+            yield Measure(f"against {other}, median of the rows", "×", found, 1.0, 1.2, partial)
     errors = [100 * error(figures) for row in rows for figures in row["contenders"].values()]
     if errors:
-        yield Measure("foretold against measured time, all contenders", "%", errors, 25, 10)
-        yield Measure("foretold against measured time, worst", "%", [max(errors)], 25, 10)
+        yield Measure("foretold against measured time, all contenders", "%", errors, 25, 10, rows)
+        yield Measure("foretold against measured time, worst", "%", [max(errors)], 25, 10, rows)
 
 
 def agreement(row: Row) -> str:
@@ -160,7 +161,7 @@ def rows_table(rows: list[Row]) -> str:
 def counters_table(rows: list[Row]) -> str:
     """Of a token, for each contender."""
     lines = [
-        "model, threads, budget, contender, ms, foretold, blocks and head there, neurons there, hits there, "
+        "model, threads, budget, GPU : CPU, contender, ms, foretold, blocks and head there, neurons there, hits there, "
         "transfers, waits, KB crossed, waiting (ms), MB read there, in RAM, bytes there, of the budget".split(", ")
     ]
     for row in rows:
@@ -172,6 +173,7 @@ def counters_table(rows: list[Row]) -> str:
                     model(row),
                     str(case["threads"]),
                     f"{case['share']:.0%}",
+                    f"{bandwidth_ratio(row):.1f}",
                     name,
                     f"{statistics.median(c['ms']):.2f}",
                     f"{c['predicted_ms']:.2f}",
@@ -192,10 +194,11 @@ def counters_table(rows: list[Row]) -> str:
 
 
 def measures_table(found: list[Measure]) -> str:
-    lines = [["measure", "found (min to max)", "at least", "aim", "reached"]]
+    lines = [["measure", "GPU : CPU", "found (min to max)", "at least", "aim", "reached"]]
     for measure in found:
         asked = [f"{value:g} {measure.unit}" for value in (measure.at_least, measure.aim)]
-        lines.append([measure.name, f"{spread(measure.values, 2)} {measure.unit}", *asked, measure.reached])
+        bandwidths = spread([bandwidth_ratio(row) for row in measure.rows], 1)
+        lines.append([measure.name, bandwidths, f"{spread(measure.values, 2)} {measure.unit}", *asked, measure.reached])
     return table(lines)
 
 

@@ -18,6 +18,7 @@ from powerinfer_tools.engine.native import describe_card
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement import Machine, Tier, measure_machine
 from powerinfer_tools.placement.card import card_limits, lending
+from powerinfer_tools.placement.hottest import hottest_first
 from powerinfer_tools.placement.problem import Plan, Problem
 
 Logits = npt.NDArray[np.float32]
@@ -31,8 +32,8 @@ TIE = 0.05  # of the standard deviation of a token's logits: closer than that, e
 
 @dataclass(frozen=True)
 class Case:
-    """What a row is of. share: of the bytes that the whole model takes on the card, what the budget is beside the
-    card's own context; prompt, decode: tokens."""
+    """What a row is of. share: of the whole model's weights and KV cache on the card, what the budget is beside
+    context and scratch; prompt, decode: tokens."""
 
     shape: Shape
     quant: str
@@ -151,7 +152,7 @@ def all_contenders(case: Case, model: Path, machine: Machine) -> list[Contender]
     budget = plans.budget(sparse, case.share)
     contenders = [
         Contender(OURS, "auto", plans.found(sparse, budget), sparse, budget, lend_from),
-        Contender(HOTTEST, "auto", plans.hottest_first(sparse, budget), sparse, budget, lend_from),
+        Contender(HOTTEST, "auto", hottest_first(sparse, budget), sparse, budget, lend_from),
         Contender(RANDOM, "auto", plans.drawn(sparse, budget), sparse, budget, lend_from),
         Contender(LAYERS, "dense", plans.whole_layers(dense, budget), dense, 0, lend_from),
         Contender(PROCESSOR, "auto", plans.nothing(sparse), sparse),

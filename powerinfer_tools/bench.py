@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from powerinfer_tools.artifact import Artifact, open_artifact
+from powerinfer_tools.artifact.layout import MODE_GATE, LayerPlan
 from powerinfer_tools.engine import DiskLimits, Engine, Sampling, Stats
 from powerinfer_tools.engine.engine import default_threads
 from powerinfer_tools.engine.native import KERNELS, measure_memory
@@ -156,7 +157,7 @@ def _document(
     bytes_per_token = stats.bytes_decode / n
     ceiling = machine.ram.sequential
     budget, card = opened.ram, opened.card
-    limits = budget.limits if budget is not None else None
+    limits, dense = budget.limits if budget is not None else None, mode == "dense"
     return {
         "model": artifact.config.name,
         "quant": artifact.quant,
@@ -173,8 +174,8 @@ def _document(
         "ceiling_gb_s": ceiling / 1e9,
         "ceiling_share": bytes_per_token * n / decode_s / ceiling,
         "active_ratio": stats.active_ratio,
-        "predicted_ms_per_token": predicted_seconds(artifact, machine, n_prompt + n, limits, card) * 1e3
-        if mode == "auto"
+        "predicted_ms_per_token": predicted_seconds(artifact, machine, n_prompt + n, limits, card, dense) * 1e3
+        if mode == "auto" or (dense and limits is None)
         else None,
         "tiers": _tiers(artifact, limits, opened, stats),
         "disk": _disk(artifact, budget, runs) if budget is not None else None,
@@ -278,16 +279,19 @@ def predicted_seconds(
     ctx_size: int,
     limits: DiskLimits | None = None,
     card: CardPlan | None = None,
+    dense: bool = False,
 ) -> float:
     """What placement's model expects of a token, from the frequencies of the calibration: the cache holds the hottest
-    neurons that follow the resident ones."""
+    neurons that follow the resident ones. dense: all neurons are read, and no predictors."""
     n_layer, n_ff = artifact.config.n_layer, artifact.config.n_ff
+    if dense:
+        artifact = replace(artifact, plans=[LayerPlan(MODE_GATE)] * n_layer)
     plan = Plan.in_ram(n_layer, n_ff)
     if card is not None:
         plan, machine = replace(card.plan, ram=plan.ram), replace(machine, vram=card.problem.machine.vram)
     if limits is not None:
         plan = replace(plan, ram=np.minimum(n_ff, np.array(limits.resident) + limits.slots))
-    return float(artifact_problem(artifact, machine, ctx_size=ctx_size).seconds(plan))
+    return float(artifact_problem(artifact, machine, ctx_size=ctx_size, dense=dense).seconds(plan))
 
 
 def peak_rss_bytes() -> int:

@@ -9,14 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from powerinfer_tools.bench import CEILING_BYTES, bench
+from powerinfer_tools.artifact import open_artifact
+from powerinfer_tools.bench import CEILING_BYTES, bench, predicted_seconds
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.native import measure_file, measure_memory
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.evaluate import evaluate
+from powerinfer_tools.placement.costs import kv_bytes
 from powerinfer_tools.progress import silent
 from powerinfer_tools.tokens import Tokenizer
 from tests.artifacts import make_artifact
+from tests.placement import worlds
 from tests.tiny import CORPUS, make_llama
 
 FIELDS = (
@@ -49,6 +52,19 @@ def test_bench_counts_what_it_ran(folder: Path) -> None:
     assert sum(part["bytes"] for part in parts) == pytest.approx(found["bytes_per_token"])
     assert all(part["ms"] >= 0 for part in parts)
     assert 0 < found["active_ratio"] < 1
+
+
+@pytest.mark.parametrize("name", ["exact", "lossy"])
+def test_of_a_dense_run_all_bytes_but_predictors_are_foretold(folder: Path, name: str) -> None:
+    artifact, machine = open_artifact(folder / f"{name}.gguf"), worlds.machine()
+    unread = ("token_embd", "ffn_order", "ffn_frequency", "predictor", "rope")
+    tensors = artifact.file.tensors.values()
+    read = sum(tensor.n_bytes for tensor in tensors if not any(part in tensor.name for part in unread))
+    read += kv_bytes(artifact.config, artifact.config.n_layer, 64) // 2
+    foretold = predicted_seconds(artifact, machine, 64, dense=True)
+    assert foretold == pytest.approx(read / machine.ram.sequential, rel=0.01)
+    found = bench(artifact.path, mode="dense", prompt_tokens=8, n_tokens=4, repeats=1, threads=2, progress=silent)
+    assert found["predicted_ms_per_token"] > 0
 
 
 def test_peak_memory_is_that_of_running_not_of_measuring_the_machine(folder: Path) -> None:

@@ -53,10 +53,10 @@ class ModelInfo:
 @dataclass(frozen=True)
 class CardLimits:
     """What lies on a card, and not in memory. dense: of each layer whether its dense block does (norms, attention with
-    its KV cache, predictor_in); neurons: how many of each layer's first do, one of native.chunk_bounds; head: the
-    output head; budget: bytes there, everything counted, 0: no limit; lend_from: batches of a prompt (256 tokens at
-    most) of at least so many are computed there with all neurons, 0: none is; device: cuda, or host (a thread in its
-    place, for tests)."""
+    its KV cache, predictor_in); neurons: how many of each layer's first do, one of native.chunk_bounds, of experts 0;
+    head: the output head; budget: bytes there, everything counted, 0: no limit; lend_from: batches of a prompt (256
+    tokens at most) of at least so many are computed there with all neurons, 0: none is; device: cuda, or host (a thread
+    in its place, for tests)."""
 
     dense: tuple[bool, ...]
     neurons: tuple[int, ...]

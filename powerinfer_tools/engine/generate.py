@@ -8,6 +8,7 @@ from powerinfer_tools.engine.engine import Engine, Sampling
 from powerinfer_tools.errors import PowerinferError
 
 PIECE = 128  # tokens of a prompt that run together; between two pieces Ctrl-C is heard
+CARD_PIECE = 256  # with a card, which is faster the more it is given: the engine's largest batch
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def _run_prompt(engine: Engine, prompt: list[int], context: Context) -> None:
         same += 1
     engine.truncate(same)
     context.ids = prompt[:same]
-    for at in range(same, len(prompt), PIECE):
-        engine.prefill(prompt[at : at + PIECE])
-        context.ids += prompt[at : at + PIECE]
+    size = CARD_PIECE if engine.info.card_bytes else PIECE
+    for at in range(same, len(prompt), size):
+        engine.prefill(prompt[at : at + size])
+        context.ids += prompt[at : at + size]

@@ -197,7 +197,8 @@ def measure_file(fd: int, read_bytes: int, n_at_once: int, seconds: float) -> fl
 
 
 def chunk_bounds(frequency: npt.NDArray[np.float32]) -> list[int]:
-    """Where a layer's neurons can be divided between processor and card, from 0 to their number."""
+    """Where a layer's neurons can be divided between processor and card, from 0 to their number; those of experts
+    cannot, and are all the processor's."""
     values = np.ascontiguousarray(frequency, np.float32)
     bounds, n = (u32 * MAX_BOUNDS)(), u32()
     check(library().pi_chunk_bounds(values.ctypes.data_as(f32_p), len(values), bounds, c.byref(n)))

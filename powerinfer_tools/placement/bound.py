@@ -122,6 +122,7 @@ class Relaxation:
             ffn[1, NONE] = ffn[0, NONE] + both
             ffn[:, SOME, 0] = self._balanced(prices, slice(-1, None)) + beside + both - self.between_ram
             ffn[1, ALL] = self.in_vram[:, -1] + prices.vram * self.on_card[:, -1]
+            ffn[1, ALL, :, self.objective.least > p.n_ff] = np.inf
             ffn[0, ALL] = ffn[1, ALL] + both
         if self.uses_card and self.uses_disk:
             ffn[:, SOME, 1] = self._balanced(prices, slice(None)) + beside - self.between_ram - self.between_disk

@@ -11,10 +11,11 @@ from powerinfer_tools.artifact.layout import LayerPlan
 from powerinfer_tools.artifact.read import Artifact
 from powerinfer_tools.checkpoint.config import Config
 from powerinfer_tools.engine.engine import CardLimits
-from powerinfer_tools.engine.generate import PIECE
+from powerinfer_tools.engine.generate import CARD_PIECE
 from powerinfer_tools.engine.native import chunk_bounds
 from powerinfer_tools.errors import Infeasible, PowerinferError
 from powerinfer_tools.placement.costs import artifact_costs, visit_bytes
+from powerinfer_tools.placement.hottest import hottest_first
 from powerinfer_tools.placement.machine import Machine
 from powerinfer_tools.placement.measure import cached_machine, device
 from powerinfer_tools.placement.objective import time
@@ -31,14 +32,17 @@ OTHER_PRODUCTS = 1e11
 
 
 class StoredFiring:
-    """The firing frequencies that an artifact carries, as placement asks for them; dense: all neurons are computed."""
+    """The firing frequencies that an artifact carries, as placement asks for them; dense: all neurons are computed,
+    of experts those of the chosen ones."""
 
     def __init__(self, artifact: Artifact, dense: bool = False) -> None:
         self.artifact, self.digest, self.dense = artifact, artifact.data_sha256, dense
         self.n_layer, self.n_ff = artifact.config.n_layer, artifact.config.n_ff
 
     def frequency(self, i: int, /) -> npt.NDArray[np.float64]:
-        return np.ones(self.n_ff) if self.dense else self.artifact.frequency(i).astype(np.float64)
+        if self.dense:
+            return np.full(self.n_ff, self.artifact.config.taking_part)
+        return self.artifact.frequency(i).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def lending(artifact: Artifact, machine: Machine, vram: int, threads: int) -> in
     products = config.n_ff * config.n_rows * config.n_embd
     speed = threads * PRODUCTS.get(artifact.quant, OTHER_PRODUCTS)
     tokens = int(np.ceil(room / copy * speed / products))
-    return tokens if tokens <= PIECE else 0
+    return tokens if tokens <= CARD_PIECE else 0
 
 
 def _with_visits(problem: Problem, plan: Plan, budgets: Budgets, artifact: Artifact) -> tuple[Plan, int]:
@@ -145,13 +149,13 @@ def artifact_problem(
 ) -> Problem:
     """What judges a plan of an artifact on this machine, run with so many threads (else the machine's) and contexts.
 
-    dense: all neurons are computed.
+    dense: all neurons are computed, and read in sequence.
     """
     return card_problem(
         artifact.config,
         artifact.plans,
         StoredFiring(artifact, dense),
-        machine,
+        machine.in_sequence if dense else machine,
         divided_by=StoredFiring(artifact),
         quant=artifact.quant,
         head=artifact.head,
@@ -181,10 +185,11 @@ def card_problem(
     not what is expected to fire.
     """
     context = machine.vram.context if machine.vram is not None else 0
-    costs = artifact_costs(config, plans, quant=quant, card_context=context, **how)
+    stand_in = machine.vram is not None and device() == "host"
+    costs = artifact_costs(config, plans, quant=quant, card_context=context, stand_in=stand_in, **how)
     ratio = None if let_through is None else np.asarray(let_through, np.float64)
     stored = divided_by or firing
-    bounds: list[Sequence[int]] = [(0, config.n_ff)] * config.n_layer  # with experts: all neurons are on one side
+    bounds = None
     if config.experts is None:
         bounds = [chunk_bounds(stored.frequency(i).astype(np.float32)) for i in range(config.n_layer)]
     problem = Problem(costs, firing, machine, ratio, bounds)
@@ -203,13 +208,16 @@ def _let_through(artifact: Artifact) -> list[float] | None:
 
 
 def best_plan(problem: Problem, budgets: Budgets, apart: int = 0) -> Plan:
-    """The fastest plan that is found within the budgets; apart: bytes of ram beside. Errors: there is none."""
+    """The fastest plan that is found within the budgets, never slower than hottest_first or than no card is.
+
+    apart: bytes of ram beside. Errors: there is none.
+    """
     objective = time(problem)
     found = Search(problem, objective, budgets).best(quick=True)
     if found.plan is None:
         raise infeasible(problem, objective, budgets, apart)
-    bare = Plan.in_ram(problem.n_layer, problem.n_ff)
-    plans = [at_bounds(problem, plan, budgets) for plan in (found.plan, bare)]  # chunks may be too large for the first
+    starts = [found.plan, Plan.in_ram(problem.n_layer, problem.n_ff), hottest_first(problem, budgets.vram)]
+    plans = [at_bounds(problem, plan, budgets) for plan in starts]  # chunks may be too large for the first
     if not (fitting := [plan for plan in plans if problem.fits(plan, budgets)]):
         raise infeasible(problem, objective, budgets, apart)
     return min(fitting, key=problem.seconds)
@@ -218,9 +226,8 @@ def best_plan(problem: Problem, budgets: Budgets, apart: int = 0) -> Plan:
 def at_bounds(problem: Problem, plan: Plan, budgets: Budgets) -> Plan:
     """The plan with each k1 lowered to a bound, and with what is then left of vram spent where a byte saves most."""
     spent = _Spending(problem, plan, budgets.vram).spent()
-    if np.all(plan.ram == problem.n_ff):
-        return Plan(spent.dense, spent.head, spent.vram, plan.ram)
-    return fastest_in_ram(problem, spent, budgets)
+    in_ram = replace(spent, ram=np.full(problem.n_layer, problem.n_ff))
+    return in_ram if problem.fits(in_ram, budgets) else fastest_in_ram(problem, spent, budgets)
 
 
 def card_limits(plan: Plan, vram: int, device: str, lend_from: int = 0) -> CardLimits:

@@ -6,7 +6,7 @@ A layer falls into parts that can be placed apart:
     beside   what is read for every token to choose a neuron: its expert, its ffn_select or predictor_out row and its
              biases. It goes to vram with its neuron; a neuron on disk leaves it in ram
     bundle   the neuron's rows in ffn_neurons: on vram, ram or disk
-    table    ffn_order and ffn_frequency, not read while decoding, and the router, which is small: in ram
+    table    ffn_order and ffn_frequency, not read while decoding, and the experts' router, which is: in ram
 
 On a card rows are padded to 16 bytes, tensors to 256 and what is allocated to 2 MiB, beside its context and the scratch
 of what runs there.
@@ -35,7 +35,6 @@ CARD_STAGING = 8 << 20  # of ram, through which neurons are lent
 CARD_GRAPHS = 128 << 10  # of a layer's commands, kept for tokens to come
 CARD_LANES = 32  # what vectors are padded to
 CARD_PIECE = 8192  # neurons of a batch that are computed at once
-CARD_NEVER = 1 << 36  # of a neuron that cannot be there: more than any budget has
 CARD_SPLITS, CARD_SEGMENTS, CARD_SHARES = 64, 4096, 96  # of a head's positions, a layer's neurons, its sum, at most
 
 # with neurons on disk (native/src/disk.cpp)
@@ -46,7 +45,8 @@ MISS_BYTES, READ_BYTES = 16, 32  # of one neuron that is read, and of its read
 
 BESIDE = ("ffn_expert.weight", "ffn_select.weight", "ffn_gate.bias", "ffn_up.bias")
 PREDICTOR = ("predictor_out.weight", "predictor_out.bias")
-TABLE = ("ffn_order.weight", "ffn_frequency.weight", "ffn_router.weight")
+ROUTER = "ffn_router.weight"
+TABLE = ("ffn_order.weight", "ffn_frequency.weight", ROUTER)
 BUNDLE = "ffn_neurons.weight"
 
 
@@ -66,12 +66,14 @@ class LayerCosts:
     """Bytes of one layer. `bundle`, `beside` and `predictor` are per neuron; `predictor` only from neuron `always` on.
 
     first: the bundle's row that decides whether the neuron fires, read where the predictor lets it through (0 in
-    mode gate, whose deciding row lies beside); the rest of the bundle is read where it fires.
+    mode gate, whose deciding row lies beside); the rest of the bundle is read where it fires. router: of the table,
+    what chooses experts; 0 without. Neurons of experts are never on a card.
     """
 
     dense: int
     kv: int
     table: int
+    router: int
     bundle: int
     first: int
     beside: int
@@ -96,7 +98,8 @@ class Costs:
     scratch: of the processor, of all contexts; card_head: the head on a card; card_fixed: what a card's context,
     scratch and padding take as soon as it is used; logits: of one token.
 
-    taking_part: of the neurons, the share that any token's experts have; contexts: KV caches and scratches.
+    taking_part: of the neurons, the share that any token's experts have; contexts: KV caches and scratches;
+    routed_early: experts are chosen by a layer's own input.
     """
 
     layers: tuple[LayerCosts, ...]
@@ -108,6 +111,7 @@ class Costs:
     logits: int
     taking_part: float = 1.0
     contexts: int = 1
+    routed_early: bool = False
 
     @property
     def weights(self) -> int:
@@ -136,10 +140,12 @@ def artifact_costs(
     head: str | None = None,
     contexts: int = 1,
     card_context: int = 0,
+    stand_in: bool = False,
 ) -> Costs:
     """The bytes of the artifact that `split` makes of these choices, run with `ctx_size` positions and `threads`.
 
-    head: the type of output.weight, where it is not `quant`; card_context: what a card takes before anything is there.
+    head: the type of output.weight, where it is not `quant`; card_context: what a card takes before anything is there;
+    stand_in: a thread stands in for the card, in tests.
     """
     if len(plans) != config.n_layer:
         raise PowerinferError(f"expected one plan a layer ({config.n_layer}), found {len(plans)}", "mismatch")
@@ -161,8 +167,20 @@ def artifact_costs(
     layers = tuple(_layer_costs(config, plan, part, kv) for plan, part in zip(plans, parts, strict=True))
     scratch = contexts * scratch_bytes(config, plans, ctx_size, threads)
     padding = CARD_TENSOR * len(table) + CARD_PAGE
-    card_fixed = card_context + contexts * card_scratch_bytes(config, plans, ctx_size) + padding
-    return Costs(layers, output, host, scratch, card_head, card_fixed, 4 * config.n_vocab, config.taking_part, contexts)
+    card_scratch = stand_in_scratch_bytes if stand_in else card_scratch_bytes
+    card_fixed = card_context + contexts * card_scratch(config, plans, ctx_size) + padding
+    return Costs(
+        layers=layers,
+        head=output,
+        host=host,
+        scratch=scratch,
+        card_head=card_head,
+        card_fixed=card_fixed,
+        logits=4 * config.n_vocab,
+        taking_part=config.taking_part,
+        contexts=contexts,
+        routed_early=config.experts is not None and config.experts.routed_by == "layer_input",
+    )
 
 
 def is_head(config: Config, name: str) -> bool:
@@ -182,6 +200,7 @@ def _layer_costs(config: Config, plan: LayerPlan, tensors: dict[str, TensorPlan]
         dense=total(block),
         kv=kv,
         table=total(TABLE),
+        router=total([ROUTER]),
         bundle=bundle.n_bytes // config.n_ff,
         first=bundle.n_bytes // config.n_ff // bundle.shape[1] if plan.mode == MODE_PREDICTOR else 0,
         beside=total(BESIDE) // config.n_ff,
@@ -191,7 +210,7 @@ def _layer_costs(config: Config, plan: LayerPlan, tensors: dict[str, TensorPlan]
         on_card=OnCard(
             dense=total(block, _card_bytes),
             kv=kv // config.head_dim * _up(config.head_dim, CARD_ROW // KV_ELEMENT_BYTES),
-            bundle=_card_bytes(bundle) // config.n_ff if config.experts is None else CARD_NEVER,
+            bundle=_card_bytes(bundle) // config.n_ff,
             beside=total(BESIDE, _card_bytes) // config.n_ff,
             predictor=total(PREDICTOR, _card_bytes) // asked if asked else 0,
         ),
@@ -237,24 +256,29 @@ def scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int, thr
 
 def card_scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int) -> int:
     """The most that a session takes on a card beside its KV cache (native/cuda/session.cu), with the rest of that one's
-    last page, or on what stands in for it in tests, which works as the processor does.
+    last page.
 
     A token: residuals, normalised input, heads, queries, keys, values, predictor, sums; these in 16 bits, too; a piece
     of neurons: gate, up, forecast, and what they give in 16 bits. For decoding: parts of heads and sums, neurons,
-    logits.
+    logits. Of experts no neurons are there.
     """
+    n_ff = config.n_ff if config.experts is None else 0
     batch, d, q = min(BATCH, ctx_size), config.n_embd, config.n_head * config.head_dim
     rank = _up(max((plan.rank for plan in plans), default=0), CARD_LANES)
-    wide, heads, piece = _up(d, CARD_LANES), _up(q, CARD_LANES), _up(min(CARD_PIECE, config.n_ff), CARD_LANES)
+    wide, heads, piece = _up(d, CARD_LANES), _up(q, CARD_LANES), _up(min(CARD_PIECE, n_ff), CARD_LANES)
     angles = 0 if config.rope is None else 2 * len(config.rope.inv_freq)
     kv = config.n_head_kv * config.head_dim
     token = 2 * d + wide + heads + q + 2 * kv + angles + 2 * rank + 3 * piece
     token += (max(wide, heads) + rank + piece) // 2 + 3
     decode = CARD_SPLITS * config.n_head * (config.head_dim + 10) + CARD_SHARES * d + config.n_vocab
-    decode += 2 * config.n_ff + 3 * CARD_SEGMENTS + wide + heads + rank + 14 * config.n_layer
+    decode += 2 * n_ff + 3 * CARD_SEGMENTS * (n_ff > 0) + wide + heads + rank + 14 * config.n_layer
     card = _up(4 * (batch * token + decode) + 64 * CARD_TENSOR, CARD_PAGE)
-    card += _up(config.n_layer * CARD_GRAPHS, CARD_PAGE) + CARD_PAGE
-    return max(card, scratch_bytes(config, plans, ctx_size, threads=1) + 4 * batch * d)
+    return card + _up(config.n_layer * CARD_GRAPHS, CARD_PAGE) + CARD_PAGE
+
+
+def stand_in_scratch_bytes(config: Config, plans: Sequence[LayerPlan], ctx_size: int) -> int:
+    """The same of what stands in for a card in tests, and works as the processor does (native/src/host_device.cpp)."""
+    return scratch_bytes(config, plans, ctx_size, threads=1) + 4 * min(BATCH, ctx_size) * config.n_embd
 
 
 def visit_bytes(config: Config, quant: str, n: int | None = None) -> int:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,12 @@ class Machine:
     def to_json(self) -> dict[str, Any]:
         """The file's content."""
         return {"kind": KIND, "format": FORMAT, **asdict(self)}
+
+    @property
+    def in_sequence(self) -> "Machine":
+        """The machine as a dense run meets it: no row is picked."""
+        vram = None if self.vram is None else replace(self.vram, rows=())
+        return replace(self, ram=replace(self.ram, rows=()), vram=vram)
 
     @property
     def digest(self) -> str:

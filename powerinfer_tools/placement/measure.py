@@ -62,15 +62,15 @@ def cached_machine(
     """The last measurement of this processor with as many threads, or a new one, kept in the user's cache folder.
 
     where: the folder whose disk is measured, or a file there to read; None: it need not be; card: with the card that is
-    there now, else none is touched; apart: what is missing is measured by a process of its own, which takes the memory
-    for it. Errors: there is no card.
+    there now and what its context takes now, else none is touched; apart: what is missing is measured by a process of
+    its own, which takes the memory for it. Errors: there is no card.
     """
     tell = say or (lambda text: None)
     threads = threads or default_threads()
-    name = describe_card(device())[0] if card else ""  # first: without a card nothing need be measured
+    name, _, _, context = describe_card(device()) if card else ("", 0, 0, 0)  # first: without one nothing is measured
     before = _kept(threads)
     if before is not None and not _lacks_disk(before, where) and (not card or before.card == name):
-        return before
+        return replace(before, vram=replace(before.vram, context=context)) if card and before.vram else before
     if apart:
         tell("measuring this machine")
         _measure_apart(where, threads, card)

@@ -25,7 +25,8 @@ Curve = Callable[[Index, Index], Any]  # of stored neurons [0, k) of layer i
 class Objective:
     """The terms of a cost.
 
-    blocks, head: in ram and in vram, blocks [2, n_layer]; least: fewest neurons of a layer worth being in vram.
+    blocks, head: in ram and in vram, blocks [2, n_layer]; least: fewest neurons of a layer worth being in vram,
+    n_ff + 1: never any.
     """
 
     cost: Callable[[Plan], Any]
@@ -89,7 +90,7 @@ def misses(problem: Problem) -> Objective:
         latency=0.0,
         blocks=np.stack([p.block_impact, np.zeros(p.n_layer)]),
         head=(p.head_impact, 0.0),
-        least=p.least() if p.machine.vram else p.fewest,
+        least=np.maximum(p.least(), p.fewest) if p.machine.vram else p.fewest,
     )
 
 

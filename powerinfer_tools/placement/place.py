@@ -81,7 +81,7 @@ def place(
         raise PowerinferError(
             f"activations: expected {config.n_layer} layers of {config.n_ff}, found {found}", "mismatch"
         )
-    how = {
+    how: dict[str, Any] = {
         "ctx_size": ctx_size,
         "threads": machine.threads,
         "card_context": machine.vram.context if machine.vram else 0,

@@ -3,6 +3,7 @@
 Time (design: each device computes its whole share, one merge a layer). With k1 neurons in vram and k2 - k1 in ram
 
     layer = dense block + KV   at the sequential bandwidth of the block's tier, the context half full
+          + router             at that of ram, of models with experts
           + max(vram share, ram share + disk share)
           + hand-over          where both processors take part in the layer
           + disk latency       where some of its neurons are on disk
@@ -12,8 +13,8 @@ What is read for every token (beside the bundles) moves at the sequential bandwi
 In vram each step of a block, of a layer's neurons and of the head takes a launch, and the logits are copied back.
 
 A hand-over: the FFN's input to the other side and a sum back. Where the block is in ram the processor computes its
-share meanwhile, so that less of it is seen: the time is then an upper bound, by a hand-over a layer at most. Experts
-that a layer's own input chooses take half a hand-over more where the block is in vram, which is not counted.
+share meanwhile, so that less of it is seen: the time is then an upper bound, by a hand-over a layer at most. So it is
+where a layer's own input chooses experts: it crosses, half a hand-over, though it need not behind a block in ram.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ Bools = npt.NDArray[np.bool_]
 NONE, SOME, ALL = range(3)  # of a layer's neurons are in vram
 
 # small steps of the card (native/cuda), one behind another
-BLOCK_STEPS, FFN_STEPS, HEAD_STEPS = 7, 3, 2
+BLOCK_STEPS, PREDICTOR_STEPS, FFN_STEPS, HEAD_STEPS = 7, 2, 3, 2
 
 
 class Firing(Protocol):
@@ -93,7 +94,7 @@ class Problem:
     ) -> None:
         """let_through: neurons that each layer's predictor lets through per firing one (at least 1, the default).
 
-        bounds: what k1 of each layer may be, from 0 to n_ff; any number where there are none.
+        bounds: what k1 of each layer may be, from 0 to n_ff; any number where there are none. Of experts it is 0.
         """
         self.costs, self.machine = costs, machine
         self.n_layer, self.n_ff = firing.n_layer, firing.n_ff
@@ -112,8 +113,9 @@ class Problem:
         self.predictor = np.array([layer.predictor for layer in layers], np.int64)
         self.always = np.array([layer.always for layer in layers], np.int64)
         self.each = np.arange(self.n_layer)
+        self.router = np.array([layer.router for layer in layers], np.int64)
         self.divisible = bounds is None
-        self.bounds = _padded(bounds or [(0, self.n_ff)] * self.n_layer)
+        self.bounds = _padded(bounds or [(0,) if layer.router else (0, self.n_ff) for layer in layers])
         tiers = [tier for tier in (machine.vram, machine.ram, machine.disk) if tier is not None]
         self._row_seconds = {tier: self._seconds_of_rows(tier) for tier in tiers}
 
@@ -123,8 +125,10 @@ class Problem:
 
     @property
     def fewest(self) -> Ints:
-        """The fewest neurons of each layer that can be in vram, if any are."""
-        return np.ones(self.n_layer, np.int64) if self.divisible else self.bounds[:, 1]
+        """The fewest neurons of each layer that can be in vram, if any are; n_ff + 1: never any."""
+        if not self.divisible:
+            return self.bounds[:, 1]
+        return np.where(self.router > 0, self.n_ff + 1, 1)
 
     # Bytes and reads of stored neurons [0, k) of layer i; i and k broadcast.
 
@@ -208,9 +212,11 @@ class Problem:
         return in_ram, self.costs.head / self.vram.sequential + HEAD_STEPS * self.vram.launch_s + copied
 
     def dense_seconds(self, tier: Tier) -> Floats:
-        """Time of each layer's dense block and KV reads, the context half full."""
-        seconds: Floats = (self.dense + self.kv / 2) / tier.sequential + BLOCK_STEPS * tier.launch_s
-        return seconds
+        """Time of each layer's dense block and KV reads, the context half full, and of choosing experts."""
+        read = (self.dense + self.kv / 2) / tier.sequential + self.router / self.machine.ram.sequential
+        steps = BLOCK_STEPS + PREDICTOR_STEPS * (self.first > 0)
+        early = self.costs.routed_early * tier.latency_s
+        return np.asarray(read + steps * tier.launch_s + early)
 
     def ffn_seconds(self, i: Index, k1: Index, k2: Index) -> tuple[Any, Any]:
         """(vram share, ram and disk share) of layer i."""

@@ -21,6 +21,7 @@ from powerinfer_tools.errors import PowerinferError
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = 3
+STARTS = ("| falcon-40b", "| against", "| foretold")  # lines of the tables
 
 
 def options(folder: Path, **changed: Any) -> argparse.Namespace:
@@ -157,7 +158,7 @@ def test_what_is_asked_is_taken_from_the_rows_that_say_it(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("value", "reached"), [(9, "aim"), (10, "aim"), (11, "at least"), (26, "neither")])
 def test_where_less_is_better_less_reaches_more(value: float, reached: str) -> None:
-    assert Measure("error", "%", [value], 25, 10).reached == reached
+    assert Measure("error", "%", [value], 25, 10, []).reached == reached
 
 
 def test_a_row_is_sound_if_it_agrees_with_the_processor_and_keeps_its_budget(tmp_path: Path) -> None:
@@ -189,6 +190,9 @@ def test_the_table_is_made_of_the_document_alone(tmp_path: Path) -> None:
     found["foretold"] = gpu.foretell(options(tmp_path))
     text = markdown(json.loads(json.dumps(found)))
     assert "4.50 (4.50 to 4.50)" in text
+    lines = [line for line in text.split("Not measured")[0].splitlines() if line.startswith(STARTS)]
+    assert len(lines) == 1 + 3 + 7  # of the three tables
+    assert all("| 15.0 " in line for line in lines)  # GPU : CPU
     assert "FAILED: another: a broken card" in text
     assert "its times mean nothing" in text
     assert "falcon-40b, 60 layers, q4_0, 5% active" in text

@@ -6,6 +6,7 @@ import pytest
 from benchmarks import gpu_plans as plans
 from benchmarks.placement import PC_HIGH
 from benchmarks.shapes import Shape
+from powerinfer_tools.placement.hottest import bounds, hottest_first
 from powerinfer_tools.placement.problem import Plan, Problem
 
 ACTIVE, CTX = 0.1, 64
@@ -24,7 +25,7 @@ def vram(shape: Shape, share: float) -> int:
 
 
 def is_at_bounds(plan: Plan, problem: Problem) -> bool:
-    return all(k in row for k, row in zip(plan.vram.tolist(), plans.bounds(problem), strict=True))
+    return all(k in row for k, row in zip(plan.vram.tolist(), bounds(problem), strict=True))
 
 
 @SHAPES
@@ -47,7 +48,7 @@ def test_with_room_for_all_every_plan_is_the_whole_model(shape: Shape) -> None:
     problem, room = sparse(shape), vram(shape, 1.0)
     dense = plans.dense_problem(shape, "q4_0", PC_HIGH, CTX)
     whole = plans.everything(problem)
-    for plan in (plans.hottest_first(problem, room), plans.drawn(problem, room)):
+    for plan in (hottest_first(problem, room), plans.drawn(problem, room)):
         assert plans.same(plan, whole)
     assert plans.same(plans.whole_layers(dense, room), whole)
     assert not plans.same(plans.nothing(problem), whole)
@@ -59,7 +60,7 @@ def test_plans_keep_the_budget_and_divide_where_the_engine_can(shape: Shape, sha
     problem, room = sparse(shape), vram(shape, share)
     for plan in (
         plans.found(problem, room),
-        plans.hottest_first(problem, room),
+        hottest_first(problem, room),
         plans.drawn(problem, room),
     ):
         assert plans.card_bytes(problem, plan) <= room or plans.same(plan, plans.nothing(problem))
@@ -71,18 +72,18 @@ def test_plans_keep_the_budget_and_divide_where_the_engine_can(shape: Shape, sha
 def test_no_plan_is_foretold_to_be_faster_than_the_one_that_is_found(shape: Shape, share: float) -> None:
     problem, room = sparse(shape), vram(shape, share)
     found = float(problem.seconds(plans.found(problem, room)))
-    assert found <= float(problem.seconds(plans.hottest_first(problem, room)))
+    assert found <= float(problem.seconds(hottest_first(problem, room)))
     for seed in range(3):
         assert found <= float(problem.seconds(plans.drawn(problem, room, seed)))
 
 
 def test_hottest_first_takes_blocks_before_neurons_and_hot_ones_before_cold() -> None:
     problem = sparse(LLAMA)
-    few, more = (plans.hottest_first(problem, vram(LLAMA, share)) for share in (0.3, 0.6))
+    few, more = (hottest_first(problem, vram(LLAMA, share)) for share in (0.3, 0.6))
     assert few.head
     assert few.dense.all()
     assert 0 < few.vram.sum() < more.vram.sum()
-    ranks = [row.index(k) for row, k in zip(plans.bounds(problem), more.vram.tolist(), strict=True)]
+    ranks = [row.index(k) for row, k in zip(bounds(problem), more.vram.tolist(), strict=True)]
     assert max(ranks) - min(ranks) <= 1  # the layers are alike
 
 

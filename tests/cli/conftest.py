@@ -41,7 +41,7 @@ class FakeEngine:
     _say: list[int] = field(default_factory=list)
     _prefilled: int = 0
 
-    info = SimpleNamespace(weight_bytes=1 << 20)
+    info = SimpleNamespace(weight_bytes=1 << 20, card_bytes=0)
 
     @property
     def position(self) -> int:

@@ -136,6 +136,19 @@ def test_a_card_is_measured_where_it_is_asked_for(tmp_path: Path, monkeypatch: p
     assert any("measuring the card" in line for line in said)
 
 
+def test_the_context_that_a_plan_counts_is_the_cards_of_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another driver may take more: a plan that fills the budget would fail at load."""
+    monkeypatch.setenv("POWERINFER_CACHE", str(tmp_path))
+    monkeypatch.setenv("POWERINFER_DEVICE", "host")
+    kept = replace(CARD, name=measure._processor())
+    measure.keep_machine(kept)
+    monkeypatch.setattr(measure, "describe_card", lambda device: ("a card", 1 << 30, 1 << 29, 400 << 20))
+    now = measure.cached_machine(None, 2, card=True)
+    assert kept.vram is not None
+    assert now == replace(kept, vram=replace(kept.vram, context=400 << 20))
+    assert measure.cached_machine(None, 2) == kept
+
+
 def test_a_missing_card_is_a_note_or_where_it_is_needed_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

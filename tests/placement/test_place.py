@@ -11,14 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from powerinfer_tools.checkpoint import Experts
 from powerinfer_tools.errors import PowerinferError
-from powerinfer_tools.placement import Placement, place, read_placement, write_placement
+from powerinfer_tools.placement import Placement, artifact_costs, place, read_placement, write_placement
 from powerinfer_tools.placement import program as program_module
 from powerinfer_tools.placement.problem import Budgets, Plan, Problem
 from tests.placement import worlds
 from tests.placement.greedy import greedy
 
 KIB = 1 << 10
+CHOICES: dict[str, Any] = {"quant": "q8_0", "biases": worlds.BIASES, "ctx_size": 64}
 shapes = st.tuples(st.integers(1, 5), st.sampled_from([32, 96, 200]))
 modes = st.sampled_from(["gate", "predictor", "mixed"])
 objectives = st.sampled_from(["time", "impact"])
@@ -336,3 +338,48 @@ def test_the_cards_context_is_counted() -> None:
     )
     assert without > 0
     assert with_context == without + 5000
+
+
+@pytest.mark.parametrize("objective", ["time", "impact"])
+@pytest.mark.parametrize("vram", [79 << 30, 1 << 40])
+@pytest.mark.parametrize("n_ff", [6, 96])
+def test_of_experts_no_neuron_goes_to_the_card_however_large(objective: str, vram: int, n_ff: int) -> None:
+    """The engine would refuse it. All else does, and of what stays in memory a part can be on disk."""
+    config = replace(worlds.config(2, n_ff), experts=Experts(3, 2, "softmax", "ffn_input"))
+
+    def placed(ram: int | None) -> Placement:
+        how: dict[str, Any] = {"vram": vram, "ram": ram, "objective": objective, **CHOICES}
+        found = place(config, worlds.firing(2, n_ff, 0), worlds.plans(2), machine=worlds.machine(2e-9), **how)
+        assert (found.vram, found.dense, found.head) == ([0, 0], [True, True], True)
+        assert found.gap < 0.02
+        return found
+
+    in_ram = placed(None)
+    assert in_ram.ram == [n_ff, n_ff]
+    bundles = int(worlds.problem(2, n_ff).bundle.sum()) * n_ff
+    assert n_ff // 3 < np.mean(placed(in_ram.n_bytes["ram"] - bundles // 2).ram) < n_ff * 2 // 3
+
+
+def test_choosing_experts_takes_time_on_either_side() -> None:
+    """The router is read in ram; where it sees a layer's own input, that comes from the card."""
+    on_card, in_ram = Plan.in_ram(3, 96), Plan.in_ram(3, 96)
+    on_card = replace(on_card, dense=on_card.dense | True)
+
+    def seconds(plan: Plan, experts: Experts | None) -> float:
+        costs = artifact_costs(replace(worlds.config(3), experts=experts), worlds.plans(3), **CHOICES)
+        costs = replace(costs, taking_part=1.0, layers=tuple(replace(layer, beside=68) for layer in costs.layers))
+        return float(Problem(costs, worlds.firing(3, 96, 0), worlds.machine()).seconds(plan))
+
+    by_input, by_ffn = (Experts(8, 2, "softmax", routed_by) for routed_by in ("layer_input", "ffn_input"))
+    machine = worlds.machine()
+    read = 3 * 4 * 8 * 64 / machine.ram.sequential
+    assert machine.vram is not None
+    for plan, crosses in ((in_ram, 0.0), (on_card, 3 * machine.vram.latency_s)):
+        assert seconds(plan, by_ffn) - seconds(plan, None) == pytest.approx(read)
+        assert seconds(plan, by_input) - seconds(plan, by_ffn) == pytest.approx(crosses)
+
+
+def test_a_predictor_is_two_more_steps_of_a_block_on_the_card() -> None:
+    problem = worlds.problem(2, mode="mixed")
+    slow = replace(problem.vram, launch_s=1.0)
+    assert np.round(problem.dense_seconds(slow)).tolist() == [7, 9]
