@@ -21,7 +21,7 @@ from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement.card import CardPlan, artifact_problem
 from powerinfer_tools.placement.limits import Budget, Opened, disk_costs, open_within
 from powerinfer_tools.placement.machine import Machine, Tier
-from powerinfer_tools.placement.measure import measure_file
+from powerinfer_tools.placement.measure import measure_file, measure_ram
 from powerinfer_tools.placement.problem import Plan
 from powerinfer_tools.progress import Progress, default_progress
 from powerinfer_tools.tokens import Tokenizer
@@ -32,8 +32,6 @@ PROMPT = (
     "Both, said the innkeeper, but not at the same time. Please explain what he meant, and how one would find out. "
 )
 CEILING_BYTES = 1 << 30  # read to measure the ceiling: far beyond any cache
-ROW_BYTES = (1024, 2048, 4096, 8192, 16384)
-ROW_STRIDE = 10  # one row in ten, as sparse decoding picks them
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def bench(
     """The document of `bench --json`: medians over `repeats` runs of the same tokens (drawn with one seed).
 
     The prompt is `text`, repeated to prompt_tokens; decoding continues it at temperature 0.8. bytes_per_token counts
-    weights and KV cache that decoding read in memory; ceiling_gb_s is its sequential read with as many threads.
+    weights and KV cache that decoding read in memory; ceiling_gb_s is a plain sequential read with as many threads.
     kernels: best, scalar, avx2 or avx512. ram: bytes to stay within: "disk" says what that cost, "tiers" where neurons
     were; first_token_s is then from the start of loading, past the page cache, to the first token of the prompt.
     vram: bytes of a card to stay within: "card" says what was read there and what crossed, against its own ceiling;
@@ -98,7 +96,7 @@ def bench(
     peak = peak_rss_bytes()  # before memory is measured, which takes a large buffer
     here = here or _measure(threads, None, CEILING_BYTES)
     return {
-        **_document(artifact, mode, here, len(ids), runs, opened),
+        **_document(artifact, mode, *here, len(ids), runs, opened),
         "card": _card(opened, card_memory, runs) if opened.card is not None else None,
         "peak_rss_bytes": peak,
         "first_token_s": first_token_s,
@@ -141,13 +139,19 @@ def _run(engine: Engine, prompt: list[int], n_tokens: int) -> Timed:
     return Timed(prefill_s, seconds, ids, engine.stats())
 
 
-def _measure(threads: int, disk: Tier | None, n_bytes: int) -> Machine:
-    rows = tuple((size, measure_memory(threads, n_bytes, size, ROW_STRIDE)) for size in ROW_BYTES)
-    return Machine("this machine", threads, Tier(0, measure_memory(threads, n_bytes), rows), disk=disk)
+def _measure(threads: int, disk: Tier | None, n_bytes: int) -> tuple[Machine, float]:
+    """What foretells the time; and bytes per second of plain reads, the ceiling."""
+    return Machine("this machine", threads, measure_ram(threads, n_bytes), disk=disk), measure_memory(threads, n_bytes)
 
 
 def _document(
-    artifact: Artifact, mode: str, machine: Machine, n_prompt: int, runs: list[Timed], opened: Opened
+    artifact: Artifact,
+    mode: str,
+    machine: Machine,
+    ceiling: float,
+    n_prompt: int,
+    runs: list[Timed],
+    opened: Opened,
 ) -> dict[str, Any]:
     stats = runs[0].stats
     decode_s = statistics.median(sum(run.decode_s) for run in runs)
@@ -155,7 +159,6 @@ def _document(
     prefill_s = statistics.median(run.prefill_s for run in runs)
     n = len(runs[0].ids)
     bytes_per_token = stats.bytes_decode / n
-    ceiling = machine.ram.sequential
     budget, card = opened.ram, opened.card
     limits, dense = budget.limits if budget is not None else None, mode == "dense"
     return {

@@ -12,7 +12,7 @@ import pytest
 from powerinfer_tools.artifact import open_artifact
 from powerinfer_tools.bench import CEILING_BYTES, bench, predicted_seconds
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.engine.native import measure_file, measure_memory
+from powerinfer_tools.engine.native import measure_file, measure_memory, measure_rows
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.evaluate import evaluate
 from powerinfer_tools.placement.costs import kv_bytes
@@ -83,10 +83,12 @@ def test_bench_refuses_what_it_cannot_run(folder: Path) -> None:
 
 
 def test_memory_is_measured_in_rows_that_are_read_whole() -> None:
-    assert measure_memory(1, 1 << 20, row_bytes=128, stride_rows=3) > 0
-    for row_bytes in (64, 1000):
-        with pytest.raises(PowerinferError, match="expected a multiple of 128"):
-            measure_memory(1, 1 << 20, row_bytes)
+    assert measure_memory(2, 1 << 20) > 0
+    assert measure_rows(2, 1 << 20, 2304) > 0
+    assert measure_rows(1, 1 << 20, row_bytes=18, stride_rows=3) > 0
+    for row_bytes in (0, 64, 18 << 20):
+        with pytest.raises(PowerinferError, match="expected a multiple of 18"):
+            measure_rows(1, 1 << 20, row_bytes)
 
 
 def test_a_file_is_measured_in_blocks_that_it_has(tmp_path: Path) -> None:

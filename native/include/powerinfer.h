@@ -19,7 +19,7 @@ extern "C" {
 #define PI_API __attribute__((visibility("default")))
 #endif
 
-#define PI_ABI_VERSION 5u
+#define PI_ABI_VERSION 6u
 
 typedef enum {
     PI_OK = 0,
@@ -91,7 +91,7 @@ typedef struct {
 
 /* What pi_measure_card measures. */
 typedef enum {
-    PI_CARD_READ = 0,   /* bytes per second of reads there, as pi_measure_memory's */
+    PI_CARD_READ = 0,   /* bytes per second of reads there, of rows as pi_measure_rows' */
     PI_CARD_COPY = 1,   /* bytes per second from the processor's memory to there */
     PI_CARD_LAUNCH = 2, /* seconds of one small step behind another */
     PI_CARD_MERGE = 3   /* seconds: row_bytes there, one step, as many back and seen */
@@ -188,10 +188,13 @@ PI_API pi_status pi_sample(pi_session* session, const pi_sampling* sampling, con
 PI_API pi_status pi_session_get_stats(pi_session* session, pi_stats* out);
 PI_API pi_status pi_session_reset_stats(pi_session* session);
 
-/* Measures memory reads with n_threads: bytes are read in sequence, or as `row_bytes` long rows of which one in
- * `stride_rows` is taken (1: all); row_bytes: a multiple of 128. Returns bytes per second, the median of `repeats`. */
-PI_API pi_status pi_measure_memory(uint32_t n_threads, uint64_t buffer_bytes, uint64_t row_bytes, uint32_t stride_rows,
-                                   uint32_t repeats, double* bytes_per_s);
+/* Measures memory with n_threads: plain reads in sequence, the most that it gives. Returns bytes per second, the median
+ * of `repeats`. */
+PI_API pi_status pi_measure_memory(uint32_t n_threads, uint64_t buffer_bytes, uint32_t repeats, double* bytes_per_s);
+/* The same as the engine reads weights: Q4_0 rows of row_bytes, a multiple of 18, of which one in `stride_rows` is
+ * taken (1: all, in sequence). */
+PI_API pi_status pi_measure_rows(uint32_t n_threads, uint64_t buffer_bytes, uint64_t row_bytes, uint32_t stride_rows,
+                                 uint32_t repeats, double* bytes_per_s);
 /* Measures the disk tier's reader on an open file, for so many seconds: reads of read_bytes (whole blocks of the
  * device; 4096 always will do) at random places, n_at_once in one go. Returns bytes per second. */
 PI_API pi_status pi_measure_file(int fd, uint32_t read_bytes, uint32_t n_at_once, double seconds, double* bytes_per_s);
@@ -202,7 +205,7 @@ PI_API pi_status pi_measure_file(int fd, uint32_t read_bytes, uint32_t n_at_once
 #define PI_MAX_BOUNDS 25
 PI_API pi_status pi_chunk_bounds(const float* frequency, uint32_t n_ff, uint32_t* bounds, uint32_t* n_bounds);
 PI_API pi_status pi_card_describe(uint32_t device, pi_card_info* out);
-/* The median of several. what: a pi_card_measure; the others as in pi_measure_memory. */
+/* The median of several. what: a pi_card_measure; the others as in pi_measure_rows. */
 PI_API pi_status pi_measure_card(uint32_t device, uint32_t what, uint64_t buffer_bytes, uint64_t row_bytes,
                                  uint32_t stride_rows, double* out);
 

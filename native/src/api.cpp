@@ -98,6 +98,11 @@ void check_sampling(const pi_sampling& s) {
             "repeat_penalty: expected a finite number above 0");
 }
 
+void check_measure(uint32_t n_threads, uint32_t repeats, const double* bytes_per_s) {
+    require(bytes_per_s, "bytes_per_s: expected a place for the result, found NULL");
+    require(n_threads >= 1 && n_threads <= 256, "n_threads: expected 1 to 256");
+    require(repeats >= 1 && repeats <= 1000, "repeats: expected 1 to 1000");
+}
 }  // namespace
 
 extern "C" {
@@ -262,17 +267,22 @@ pi_status pi_session_reset_stats(pi_session* session) {
     });
 }
 
-pi_status pi_measure_memory(uint32_t n_threads, uint64_t buffer_bytes, uint64_t row_bytes, uint32_t stride_rows,
-                            uint32_t repeats, double* bytes_per_s) {
+pi_status pi_measure_memory(uint32_t n_threads, uint64_t buffer_bytes, uint32_t repeats, double* bytes_per_s) {
     return guarded([&] {
-        require(bytes_per_s, "bytes_per_s: expected a place for the result, found NULL");
-        require(n_threads >= 1 && n_threads <= 256, "n_threads: expected 1 to 256");
-        require(repeats >= 1 && repeats <= 1000 && stride_rows >= 1,
-                "repeats: expected 1 to 1000; stride_rows: at least 1");
-        require(buffer_bytes <= (uint64_t{1} << 40) && row_bytes >= 128 && row_bytes % 128 == 0 &&
-                    row_bytes <= buffer_bytes / stride_rows,
-                "row_bytes: expected a multiple of 128 and one picked row in the buffer");
-        *bytes_per_s = pi::measure_memory(n_threads, buffer_bytes, row_bytes, stride_rows, repeats);
+        check_measure(n_threads, repeats, bytes_per_s);
+        require(buffer_bytes >= 4096 && buffer_bytes <= (uint64_t{1} << 40), "buffer_bytes: expected 4 KiB to 1 TiB");
+        *bytes_per_s = pi::measure_memory(n_threads, buffer_bytes, repeats);
+    });
+}
+
+pi_status pi_measure_rows(uint32_t n_threads, uint64_t buffer_bytes, uint64_t row_bytes, uint32_t stride_rows,
+                          uint32_t repeats, double* bytes_per_s) {
+    return guarded([&] {
+        check_measure(n_threads, repeats, bytes_per_s);
+        require(buffer_bytes <= (uint64_t{1} << 40) && stride_rows >= 1 && row_bytes > 0 && row_bytes % 18 == 0 &&
+                    row_bytes <= buffer_bytes / stride_rows && buffer_bytes / row_bytes <= UINT32_MAX,
+                "row_bytes: expected a multiple of 18 and one picked row in the buffer; stride_rows: at least 1");
+        *bytes_per_s = pi::measure_rows(n_threads, buffer_bytes, row_bytes, stride_rows, repeats);
     });
 }
 

@@ -208,7 +208,8 @@ class HostDevice : public Device {
         return std::make_unique<HostSession>(config, weights, params, fails_at_);
     }
     double read_rate(uint64_t buffer_bytes, uint64_t row_bytes, uint32_t stride_rows) override {
-        return measure_memory(1, buffer_bytes, row_bytes, stride_rows, REPEATS);
+        uint64_t row = stride_rows == 1 ? 128 * sizeof(BlockQ4_0) : align_up(row_bytes, sizeof(BlockQ4_0));
+        return measure_rows(1, buffer_bytes, row, stride_rows, REPEATS);
     }
     double copy_rate() override {
         Buffer<uint8_t> from, to;

@@ -12,6 +12,7 @@
 
 #include "gguf.h"
 #include "huge_pages.h"
+#include "ops.h"
 #include "reader.h"
 #include "threads.h"
 
@@ -19,19 +20,18 @@ namespace pi {
 
 namespace {
 
-// 32 bytes as the compiler's widest registers take them, from any address.
+constexpr uint64_t AHEAD_BYTES = 4096;  // asked for before they are read
+
+// 32 bytes, from any address.
 typedef uint64_t Words __attribute__((vector_size(32), aligned(1), may_alias));
 
-// Sums words in four chains: enough loads in flight for the memory. `ahead` and `then` are read next: the lines of
-// `ahead`, and after the first `left` bytes those of `then`, are asked for as this row's are summed. NULL: none.
-uint64_t sum_words(const uint8_t* data, uint64_t n_bytes, const uint8_t* ahead, const uint8_t* then, uint64_t left) {
+// Sums words in four chains: enough loads in flight for the memory.
+[[gnu::always_inline]] inline uint64_t sum_words(const uint8_t* data, uint64_t n_bytes) {
     Words sums[4] = {};
     for (uint64_t i = 0; i + 128 <= n_bytes; i += 128) {
-        if (ahead) {
-            const uint8_t* line = i < left ? ahead + i : then + (i - left);
-            __builtin_prefetch(line);
-            __builtin_prefetch(line + 64);
-        }
+        const uintptr_t ahead = reinterpret_cast<uintptr_t>(data) + i + AHEAD_BYTES;
+        __builtin_prefetch(reinterpret_cast<const void*>(ahead));
+        __builtin_prefetch(reinterpret_cast<const void*>(ahead + 64));
         const Words* words = reinterpret_cast<const Words*>(data + i);
         for (int j = 0; j < 4; j++) sums[j] += words[j];
     }
@@ -39,10 +39,21 @@ uint64_t sum_words(const uint8_t* data, uint64_t n_bytes, const uint8_t* ahead, 
     return sum[0] + sum[1] + sum[2] + sum[3];
 }
 
+using Sum = uint64_t (*)(const uint8_t*, uint64_t);
+
+uint64_t sum_plain(const uint8_t* data, uint64_t n_bytes) { return sum_words(data, n_bytes); }
+
+#if defined(__x86_64__)
+// In registers of 32 bytes: with smaller ones a core is slower than what memory gives it.
+[[gnu::target("avx2")]] uint64_t sum_wide(const uint8_t* data, uint64_t n_bytes) { return sum_words(data, n_bytes); }
+
+Sum fastest_sum() { return __builtin_cpu_supports("avx2") ? sum_wide : sum_plain; }
+#else
+Sum fastest_sum() { return sum_plain; }
+#endif
+
 // One row of each group of `stride`, at no fixed distance that hardware could foresee.
 uint64_t picked_row(uint64_t p, uint32_t stride) { return p * stride + (p * 0x9e3779b97f4a7c15u >> 40) % stride; }
-
-constexpr uint64_t AHEAD_BYTES = 2048;  // along the picked rows: hardware does not foresee where the next one lies
 
 class Huge {
    public:
@@ -52,7 +63,7 @@ class Huge {
             throw Error(PI_ERROR_MEMORY, "cannot allocate " + std::to_string(n) + " bytes to measure memory");
         data = static_cast<uint8_t*>(p);
         use_huge_pages(data, n);
-        std::memset(data, 1, n);
+        std::memset(data, 0x3c, n);  // as Q4_0: scales near 1
     }
     ~Huge() { munmap(data, n_); }
     Huge(const Huge&) = delete;
@@ -63,33 +74,59 @@ class Huge {
     uint64_t n_;
 };
 
-}  // namespace
-
-double measure_memory(uint32_t n_threads, uint64_t buffer_bytes, uint64_t row_bytes, uint32_t stride_rows,
-                      uint32_t repeats) {
-    Huge buffer(buffer_bytes);
-    Pool pool(n_threads);
-    uint64_t n_rows = buffer_bytes / row_bytes, n_picked = n_rows / stride_rows;
-    uint64_t n_items = std::min<uint64_t>(n_picked, 64 * n_threads);
-    uint64_t rows_ahead = AHEAD_BYTES / row_bytes, bytes_ahead = AHEAD_BYTES % row_bytes;
-    auto at = [&](uint64_t p) { return buffer.data + row_bytes * picked_row(std::min(p, n_picked - 1), stride_rows); };
-    std::atomic<uint64_t> sink{0};
+// Bytes per second of n_items that read n_bytes in all: the median of `repeats` after one that warms up.
+template <class Read>
+double rate(Pool& pool, size_t n_items, uint64_t n_bytes, uint32_t repeats, const Read& read) {
     std::vector<double> rates;
-    for (uint32_t r = 0; r <= repeats; r++) {  // the first warms up
+    for (uint32_t r = 0; r <= repeats; r++) {
         auto start = std::chrono::steady_clock::now();
-        pool.run(n_items, [&](size_t item, uint32_t) {
-            uint64_t sum = 0, begin = n_picked * item / n_items, end = n_picked * (item + 1) / n_items;
-            for (uint64_t p = begin; p < end; p++) {
-                const uint8_t* ahead = stride_rows > 1 ? at(p + rows_ahead) + bytes_ahead : nullptr;
-                sum += sum_words(at(p), row_bytes, ahead, at(p + rows_ahead + 1), row_bytes - bytes_ahead);
-            }
-            sink += sum;
-        });
+        pool.run(n_items, [&](size_t item, uint32_t) { read(item); });
         double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-        if (r > 0) rates.push_back(static_cast<double>(n_picked * row_bytes) / seconds);
+        if (r > 0) rates.push_back(static_cast<double>(n_bytes) / seconds);
     }
     std::nth_element(rates.begin(), rates.begin() + static_cast<std::ptrdiff_t>(rates.size() / 2), rates.end());
     return rates[rates.size() / 2];
+}
+
+constexpr uint64_t LINE = 128;  // bytes that are read at once
+constexpr size_t ITEMS = 64;    // for each thread
+
+}  // namespace
+
+double measure_memory(uint32_t n_threads, uint64_t buffer_bytes, uint32_t repeats) {
+    Huge buffer(buffer_bytes);
+    Pool pool(n_threads);
+    const Sum sum = fastest_sum();
+    uint64_t n_lines = buffer_bytes / LINE;
+    size_t n_items = std::min<uint64_t>(n_lines, ITEMS * n_threads);
+    std::atomic<uint64_t> sink{0};
+    return rate(pool, n_items, n_lines * LINE, repeats, [&](size_t item) {
+        uint64_t begin = n_lines * item / n_items, end = n_lines * (item + 1) / n_items;
+        sink += sum(buffer.data + begin * LINE, (end - begin) * LINE);
+    });
+}
+
+double measure_rows(uint32_t n_threads, uint64_t buffer_bytes, uint64_t row_bytes, uint32_t stride_rows,
+                    uint32_t repeats) {
+    Huge buffer(buffer_bytes);
+    Pool pool(n_threads);
+    const Ops& ops = *choose_ops(0);
+    size_t n = row_bytes / sizeof(BlockQ4_0) * QK, n_picked = buffer_bytes / row_bytes / stride_rows;
+    std::vector<uint32_t> ids(n_picked);
+    for (size_t p = 0; p < n_picked; p++) ids[p] = static_cast<uint32_t>(picked_row(p, stride_rows));
+    std::vector<float> x(n, 1.0f), d(n / QK), sum(n / QK), out(n_picked);
+    std::vector<int8_t> q(n);
+    ops.quantize_x8(n, x.data(), {d.data(), sum.data(), q.data()});
+    const Vector vector{x.data(), {d.data(), sum.data(), q.data()}};
+    size_t n_items = std::min<size_t>(n_picked, ITEMS * n_threads);
+    return rate(pool, n_items, n_picked * row_bytes, repeats, [&](size_t item) {
+        size_t begin = n_picked * item / n_items, some = n_picked * (item + 1) / n_items - begin;
+        const uint8_t* first = buffer.data + begin * row_bytes;
+        if (stride_rows == 1)
+            ops.matvec(Type::Q4_0, n, first, row_bytes, some, vector, &out[begin]);
+        else
+            ops.matvec_picked(Type::Q4_0, n, buffer.data, row_bytes, &ids[begin], some, nullptr, vector, &out[begin]);
+    });
 }
 
 double measure_file(int fd, uint64_t file_bytes, uint32_t read_bytes, uint32_t n_at_once, double seconds) {

@@ -5,9 +5,14 @@
 
 namespace pi {
 
-// Bytes per second, the median of `repeats`: rows of row_bytes, one in `stride_rows`, ascending, by n_threads threads.
-double measure_memory(uint32_t n_threads, uint64_t buffer_bytes, uint64_t row_bytes, uint32_t stride_rows,
-                      uint32_t repeats);
+// Bytes per second of plain reads in sequence by n_threads threads, the median of `repeats`: the most that memory
+// gives.
+double measure_memory(uint32_t n_threads, uint64_t buffer_bytes, uint32_t repeats);
+
+// The same as the engine's operations read weights: Q4_0 rows of row_bytes (a multiple of 18), all of them in sequence
+// (stride_rows 1) or one in stride_rows, ascending.
+double measure_rows(uint32_t n_threads, uint64_t buffer_bytes, uint64_t row_bytes, uint32_t stride_rows,
+                    uint32_t repeats);
 
 // Bytes per second of the disk tier's reader, past the page cache where that works: reads of read_bytes (whole blocks
 // of 4096) at random places of the file, n_at_once of them and the next ones when all are done, for so many seconds.

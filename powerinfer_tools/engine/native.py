@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from powerinfer_tools.errors import PowerinferError
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 LIBRARY = {"linux": "libpowerinfer.so", "darwin": "libpowerinfer.dylib", "win32": "powerinfer.dll"}
 KINDS = {
     1: "usage",
@@ -126,7 +126,8 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pi_sample": (c.c_int, [handle, P(CSampling), i32_p, size_t, i32_p]),
     "pi_session_get_stats": (c.c_int, [handle, P(CStats)]),
     "pi_session_reset_stats": (c.c_int, [handle]),
-    "pi_measure_memory": (c.c_int, [u32, u64, u64, u32, u32, P(f64)]),
+    "pi_measure_memory": (c.c_int, [u32, u64, u32, P(f64)]),
+    "pi_measure_rows": (c.c_int, [u32, u64, u64, u32, u32, P(f64)]),
     "pi_measure_file": (c.c_int, [c.c_int, u32, u32, f64, P(f64)]),
     "pi_chunk_bounds": (c.c_int, [f32_p, u32, P(u32), P(u32)]),
     "pi_card_describe": (c.c_int, [u32, P(CCardInfo)]),
@@ -180,12 +181,17 @@ def check_artifact(path: Path) -> None:
     check(library().pi_check(os.fsencode(path)), str(path))
 
 
-def measure_memory(
-    n_threads: int, buffer_bytes: int, row_bytes: int = 1 << 20, stride_rows: int = 1, repeats: int = 5
-) -> float:
-    """Bytes per second of memory reads: everything in sequence, or one row of `row_bytes` in `stride_rows`."""
+def measure_memory(n_threads: int, buffer_bytes: int, repeats: int = 5) -> float:
+    """Bytes per second of plain reads in sequence: the most that memory gives."""
     rate = f64()
-    check(library().pi_measure_memory(n_threads, buffer_bytes, row_bytes, stride_rows, repeats, c.byref(rate)))
+    check(library().pi_measure_memory(n_threads, buffer_bytes, repeats, c.byref(rate)))
+    return rate.value
+
+
+def measure_rows(n_threads: int, buffer_bytes: int, row_bytes: int, stride_rows: int = 1, repeats: int = 5) -> float:
+    """Bytes per second as the engine reads weights: Q4_0 rows of `row_bytes`, one in `stride_rows`; 1: in sequence."""
+    rate = f64()
+    check(library().pi_measure_rows(n_threads, buffer_bytes, row_bytes, stride_rows, repeats, c.byref(rate)))
     return rate.value
 
 
@@ -215,7 +221,7 @@ def describe_card(device: str = "cuda") -> tuple[str, int, int, int]:
 def measure_card(
     what: str, device: str = "cuda", *, buffer_bytes: int = 0, row_bytes: int = 1 << 20, stride_rows: int = 1
 ) -> float:
-    """Of a card: read (bytes per second, as measure_memory), copy (bytes per second to there), launch (seconds of one
+    """Of a card: read (bytes per second, as measure_rows), copy (bytes per second to there), launch (seconds of one
     small step behind another), merge (seconds: row_bytes there, one step, as many back)."""
     result = f64()
     arguments = CARD_MEASURES[what], buffer_bytes, row_bytes, stride_rows, c.byref(result)

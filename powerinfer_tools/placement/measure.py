@@ -14,14 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from powerinfer_tools.engine.engine import default_threads
-from powerinfer_tools.engine.native import DEVICES, describe_card, measure_card, measure_memory
+from powerinfer_tools.engine.native import DEVICES, describe_card, measure_card, measure_rows
 from powerinfer_tools.engine.native import measure_file as measure_reads
 from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement.machine import Machine, Tier, read_machine, write_machine
 
-BUFFER_BYTES = 256 << 20  # beyond every cache of a processor
+BUFFER_BYTES = 512 << 20  # one row in ten is beyond most caches of a processor
 CARD_BUFFER_BYTES = 8 << 30  # at most, of a quarter of its free memory: one row in ten is beyond its cache
-ROW_BYTES = (1024, 2304, 4608, 9216, 18432)
+ROW_BYTES = (1152, 2304, 4608, 9216, 18432)
+MATRIX_ROW = 2304  # bytes: 4096 weights in Q4_0
 STRIDE_ROWS = 10  # one row in ten: a typical active share
 FILE_BYTES = 128 << 20
 READ_BYTES = (4096, 8192, 16384, 65536, 1 << 20)
@@ -43,7 +44,7 @@ def measure_machine(
     tell = say or (lambda text: None)
     threads = threads or default_threads()
     tell(f"measuring ram, {threads} threads")
-    machine = Machine(_processor(), threads, _measure_ram(threads))
+    machine = Machine(_processor(), threads, measure_ram(threads))
     if folder is not None:
         machine = with_disk(machine, folder, tell)
     try:
@@ -146,9 +147,10 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _measure_ram(threads: int) -> Tier:
-    rows = tuple((size, measure_memory(threads, BUFFER_BYTES, size, STRIDE_ROWS)) for size in ROW_BYTES)
-    return Tier(_ram_bytes(), measure_memory(threads, BUFFER_BYTES), rows)
+def measure_ram(threads: int, buffer_bytes: int = BUFFER_BYTES) -> Tier:
+    """Memory as the engine reads weights there."""
+    rows = tuple((size, measure_rows(threads, buffer_bytes, size, STRIDE_ROWS)) for size in ROW_BYTES)
+    return Tier(_ram_bytes(), measure_rows(threads, buffer_bytes, MATRIX_ROW), rows)
 
 
 def _ram_bytes() -> int:
