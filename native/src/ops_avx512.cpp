@@ -248,8 +248,17 @@ void matvec_bundles(Type type, size_t n, const uint8_t* bundles, size_t n_parts,
 
 // ---- sums of rows
 
+// 16-bit words of the 128 bytes from p on, those that `at` names.
+__m128i words_at(const uint8_t* p, __m128i at) {
+    return _mm512_castsi512_si128(_mm512_permutex2var_epi16(load_64(p), _mm512_zextsi128_si512(at), load_64(p + 64)));
+}
+
 struct Q4_0Block {
     static constexpr size_t BYTES = sizeof(BlockQ4_0);
+    // the scales of eight blocks
+    static __m128i scales(const uint8_t* blocks) {
+        return words_at(blocks, _mm_setr_epi16(0, 9, 18, 27, 36, 45, 54, 63));
+    }
     static void unpack(const uint8_t* block, __m512 out[2]) {
         const __m512 value = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
         const __m512i q = _mm512_cvtepu8_epi32(load_16(block + 2));
@@ -260,6 +269,10 @@ struct Q4_0Block {
 
 struct Q8_0Block {
     static constexpr size_t BYTES = sizeof(BlockQ8_0);
+    static __m128i scales(const uint8_t* blocks) {
+        const __m128i at = _mm_setr_epi16(0, 17, 34, 51, 0, 0, 0, 0);
+        return _mm_unpacklo_epi64(words_at(blocks, at), words_at(blocks + 4 * BYTES, at));
+    }
     static void unpack(const uint8_t* block, __m512 out[2]) {
         out[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16(block + 2)));
         out[1] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16(block + 2 + LANES)));
@@ -288,30 +301,38 @@ struct AddBlocks {
     template <size_t R, class Ahead>
     [[gnu::always_inline]] static void add_ahead(size_t n, const uint8_t* const* rows, Ahead later, const float* h,
                                                  float* acc) {
-        float some[8] = {};
-        memcpy(some, h, R * sizeof(float));
-        const __m256 weights = _mm256_loadu_ps(some);
+        float hd[R][EIGHT];  // h times the scales of eight blocks
         size_t j = 0;
-        for (; j + 2 * QK <= n; j += 2 * QK) step<R, 2>(j, rows, later, weights, acc);
-        for (; j < n; j += QK) step<R, 1>(j, rows, later, weights, acc);
+        for (; j + EIGHT * QK <= n; j += EIGHT * QK) {
+            PI_UNROLL for (size_t r = 0; r < R; r++) {
+                const __m256 d = _mm256_cvtph_ps(Block::scales(rows[r] + bytes(j)));
+                _mm256_storeu_ps(hd[r], _mm256_mul_ps(_mm256_set1_ps(h[r]), d));
+            }
+            for (size_t b = 0; b < EIGHT; b += 2) step<R, 2>(j + b * QK, rows, later, hd, b, acc);
+        }
+        for (; j < n; j += QK) {
+            PI_UNROLL for (size_t r = 0; r < R; r++) {
+                uint16_t d;
+                memcpy(&d, rows[r] + bytes(j), sizeof(d));
+                hd[r][0] = h[r] * _cvtsh_ss(d);
+            }
+            step<R, 1>(j, rows, later, hd, 0, acc);
+        }
     }
 
-    // Columns [j, j + 32 N).
+    // Columns [j, j + 32 N), whose scales begin at hd[.][first].
     template <size_t R, size_t N, class Ahead>
-    [[gnu::always_inline]] static void step(size_t j, const uint8_t* const* rows, Ahead later, __m256 weights,
-                                            float* acc) {
-        const size_t offset = j / QK * Block::BYTES;
-        float hd[N][8];
+    [[gnu::always_inline]] static void step(size_t j, const uint8_t* const* rows, Ahead later,
+                                            const float (&hd)[R][EIGHT], size_t first, float* acc) {
         __m512 a[N][2], w[2];
         PI_UNROLL for (size_t b = 0; b < N; b++) {
-            prefetch_lines(later, offset + b * Block::BYTES, Block::BYTES);
-            _mm256_storeu_ps(hd[b], _mm256_mul_ps(weights, block_scales<R>(rows, offset + b * Block::BYTES)));
+            prefetch_lines(later, bytes(j) + b * Block::BYTES, Block::BYTES);
             PI_UNROLL for (size_t e = 0; e < 2; e++) a[b][e] = _mm512_loadu_ps(acc + j + b * QK + e * LANES);
         }
         PI_UNROLL for (size_t r = 0; r < R; r++) {
             PI_UNROLL for (size_t b = 0; b < N; b++) {
-                Block::unpack(rows[r] + offset + b * Block::BYTES, w);
-                const __m512 hr = _mm512_set1_ps(hd[b][r]);
+                Block::unpack(rows[r] + bytes(j) + b * Block::BYTES, w);
+                const __m512 hr = _mm512_set1_ps(hd[r][first + b]);
                 PI_UNROLL for (size_t e = 0; e < 2; e++) a[b][e] = _mm512_fmadd_ps(hr, w[e], a[b][e]);
             }
         }
