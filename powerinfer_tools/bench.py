@@ -21,7 +21,7 @@ from powerinfer_tools.errors import PowerinferError
 from powerinfer_tools.placement.card import CardPlan, artifact_problem
 from powerinfer_tools.placement.limits import Budget, Opened, disk_costs, open_within
 from powerinfer_tools.placement.machine import Machine, Tier
-from powerinfer_tools.placement.measure import measure_file, measure_ram
+from powerinfer_tools.placement.measure import BUFFER_BYTES, measure_file, measure_ram
 from powerinfer_tools.placement.problem import Plan
 from powerinfer_tools.progress import Progress, default_progress
 from powerinfer_tools.tokens import Tokenizer
@@ -141,7 +141,8 @@ def _run(engine: Engine, prompt: list[int], n_tokens: int) -> Timed:
 
 def _measure(threads: int, disk: Tier | None, n_bytes: int) -> tuple[Machine, float]:
     """What foretells the time; and bytes per second of plain reads, the ceiling."""
-    return Machine("this machine", threads, measure_ram(threads, n_bytes), disk=disk), measure_memory(threads, n_bytes)
+    ram = measure_ram(threads, min(n_bytes, BUFFER_BYTES))
+    return Machine("this machine", threads, ram, disk=disk), measure_memory(threads, n_bytes)
 
 
 def _document(

@@ -33,6 +33,7 @@ def test_inspect_lists_it_and_says_how_to_convert(powerinfer: Program, old: Path
     assert f"powerinfer build {old} -o NEW.gguf" in found["convert"]
 
 
+@pytest.mark.slow
 def test_it_is_converted_and_runs_and_goes_back(powerinfer: Program, old: Path) -> None:
     write_counts(old.parent / "activation")
     (old.parent / "old.powerinfer.gguf.generated.gpuidx").write_bytes(b"PWRI")

@@ -415,6 +415,7 @@ def powerinfer(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.usefixtures("measured")
+@pytest.mark.slow
 def test_commands_take_vram(folder: Path) -> None:
     model, prompt = folder / "gate.gguf", ("-p", "Once", "--temp", 0, "-n", 4, "--ctx-size", 64)
     plain, card = (powerinfer("generate", model, *prompt, "--json", "--vram", vram) for vram in ("0", "16MiB"))

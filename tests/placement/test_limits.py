@@ -124,6 +124,7 @@ def test_the_process_counts_as_it_is() -> None:
     assert process_bytes() - before > 0.95 * len(held) > SLACK  # the system's own count lags by some pages
 
 
+@pytest.mark.slow
 def test_bench_within_a_budget_gives_the_same_tokens(artifact: Artifact) -> None:
     how = {"prompt_tokens": 16, "n_tokens": 12, "repeats": 1, "threads": 2, "progress": silent}
     costs = artifact_costs(

@@ -104,6 +104,7 @@ def test_gates_without_structure_stay_in_gate_mode(tmp_path, n_embd, bounds):
         predictors.weights(1)
 
 
+@pytest.mark.slow
 def test_what_the_whole_model_does_not_bear_goes_back_to_gate_mode(low_rank, tmp_path):
     checkpoint, activations = open_checkpoint(low_rank[0]), read_activations(low_rank[1])
     kept = read_predictors(low_rank[2]).loss
