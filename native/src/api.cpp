@@ -103,6 +103,7 @@ void check_measure(uint32_t n_threads, uint32_t repeats, const double* bytes_per
     require(n_threads >= 1 && n_threads <= 256, "n_threads: expected 1 to 256");
     require(repeats >= 1 && repeats <= 1000, "repeats: expected 1 to 1000");
 }
+
 }  // namespace
 
 extern "C" {

@@ -231,12 +231,16 @@ std::vector<float> run(pi::Session& session) {
     return all;
 }
 
-void test_same_bits(bool parallel) {
+std::vector<float> run_unsplit(bool parallel) {
     pi::Config sizes = config(parallel);
     Tensors whole(ALL);
     pi::Weights nothing;
     pi::Session unsplit(sizes, whole.weights, nullptr, params(1), nothing, nullptr, 0);
-    std::vector<float> expected = run(unsplit);
+    return run(unsplit);
+}
+
+void test_same_bits(bool parallel) {
+    const std::vector<float> expected = run_unsplit(parallel);
     expect(std::isfinite(expected[0]), "the model gives numbers");
     for (bool dense : {false, true})
         for (bool head : {false, true})
@@ -268,11 +272,7 @@ void test_the_device_is_set_going_first() {
 // The processor's neurons can be computed only while the device has been set going for the layer's sum, which is not
 // yet awaited: before and after, they give other logits.
 void test_both_compute_at_the_same_time(bool parallel) {
-    pi::Config sizes = config(parallel);
-    Tensors whole(ALL);
-    pi::Weights nothing;
-    pi::Session unsplit(sizes, whole.weights, nullptr, params(1), nothing, nullptr, 0);
-    std::vector<float> expected = run(unsplit);
+    const std::vector<float> expected = run_unsplit(parallel);
     for (bool dense : {false, true}) {
         Divided divided({dense, false, 0, 64}, 2, parallel);
         divided.here.hide();
