@@ -17,6 +17,9 @@ INSTRUCTIONS = {
     "native": [],
     "avx2": [f"-DGGML_{name}" for name in "NATIVE=OFF SSE42=ON AVX=ON AVX2=ON FMA=ON F16C=ON BMI2=ON".split()],
 }
+# GCC 12 drops what llama.cpp stores for AMX's configuration, so that its prompts crash where a processor has AMX; with
+# these it keeps the stores.
+WITH_AMX = ["-DCMAKE_CXX_FLAGS=-fno-tree-dse -fno-dse"]
 
 
 def llama_bench(cache: Path, instructions: str) -> Path:
@@ -27,9 +30,15 @@ def llama_bench(cache: Path, instructions: str) -> Path:
         print(f"building llama.cpp in {build}", file=sys.stderr)
         tools = Path(sys.executable).parent  # cmake and ninja, as `make setup` installs them
         ninja = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}"]
-        _do(tools / "cmake", "-S", _sources(cache), "-B", build, *ninja, *FLAGS, *INSTRUCTIONS[instructions])
+        flags = [*FLAGS, *INSTRUCTIONS[instructions], *(WITH_AMX if instructions == "native" and _has_amx() else [])]
+        _do(tools / "cmake", "-S", _sources(cache), "-B", build, *ninja, *flags)
         _do(tools / "cmake", "--build", build, "--target", "llama-bench")
     return program
+
+
+def _has_amx() -> bool:
+    info = Path("/proc/cpuinfo")
+    return info.is_file() and "amx_tile" in info.read_text().split()
 
 
 def _sources(cache: Path) -> Path:
