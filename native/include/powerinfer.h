@@ -188,8 +188,8 @@ PI_API pi_status pi_sample(pi_session* session, const pi_sampling* sampling, con
 PI_API pi_status pi_session_get_stats(pi_session* session, pi_stats* out);
 PI_API pi_status pi_session_reset_stats(pi_session* session);
 
-/* Measures memory with n_threads: plain reads in sequence, the most that it gives. Returns bytes per second, the median
- * of `repeats`. */
+/* Measures memory with n_threads: plain reads in sequence, the most that it gives. Returns bytes per second: of several
+ * ways to ask for what comes next the best, of each the median of `repeats`. */
 PI_API pi_status pi_measure_memory(uint32_t n_threads, uint64_t buffer_bytes, uint32_t repeats, double* bytes_per_s);
 /* The same as the engine reads weights: Q4_0 rows of row_bytes, a multiple of 18, of which one in `stride_rows` is
  * taken (1: all, in sequence). */

@@ -5,8 +5,8 @@
 
 namespace pi {
 
-// Bytes per second of plain reads in sequence by n_threads threads, the median of `repeats`: the most that memory
-// gives.
+// Bytes per second of plain reads in sequence by n_threads threads, the most that memory gives: of several ways to ask
+// for what comes next the best, of each the median of `repeats`.
 double measure_memory(uint32_t n_threads, uint64_t buffer_bytes, uint32_t repeats);
 
 // The same as the engine's operations read weights: Q4_0 rows of row_bytes (a multiple of 18), all of them in sequence
