@@ -2,6 +2,7 @@
 // of neurons, computes the deciding rows of those it lets through, then up and down of those that fire, and keeps its
 // own partial sum. The ranges are fixed, so the sums are the same for any number of threads.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -14,8 +15,8 @@ namespace pi {
 namespace {
 
 constexpr size_t ITEM_ROWS = 32;          // rows of a matrix that one item computes
+constexpr size_t BLOCK_BYTES = 64 << 10;  // of neurons that are decided and then added together: in L2
 constexpr size_t SUM_COLUMNS = 512;       // columns of the partial sums that one item adds, or logits that it caps
-constexpr size_t BLOCK_BYTES = 64 << 10;  // of bundles that are read whole before the next ones, where all are: in L2
 
 }  // namespace
 
@@ -199,7 +200,9 @@ void Side::matvec_at(const Rows& rows, const uint32_t* ids, size_t n, bool in_or
 // then: the neuron at which this thread likely goes on
 void Side::ffn_chunk(const Layer& layer, size_t chunk, uint32_t then, Vector x, Vector rank, Worker& w) {
     uint32_t lo = layer.chunks[chunk], hi = layer.chunks[chunk + 1];
-    uint32_t block = std::max<uint32_t>(static_cast<uint32_t>(BLOCK_BYTES / layer.down.stride) / 8 * 8, 8);
+    auto fitting = [&](size_t bytes) {
+        return std::bit_floor(std::max(static_cast<uint32_t>(bytes / layer.down.stride), 1u));
+    };
     float* sum = &partial_[chunk * config.n_embd];
     std::fill_n(sum, config.n_embd, 0.0f);
     size_t n_active = 0;
@@ -210,12 +213,12 @@ void Side::ffn_chunk(const Layer& layer, size_t chunk, uint32_t then, Vector x, 
         decide(layer, w.asked.data(), n, x, w);
         n_active = add_neurons(layer, w.asked.data(), w.pre.data(), n, x, sum, w);
     } else if (mode_ == PI_MODE_DENSE && !layer.apart && !layer.expert) {
-        for (uint32_t i = lo, end; i < hi; i = end) {
+        for (uint32_t i = lo, end, block = fitting(ops.bundle_bytes); i < hi; i = end) {
             end = std::min(i + block, hi);
             n_active += add_bundles(layer, i, end - i, end < hi ? end : then, x, sum, w);
         }
     } else {
-        size_t n = candidates(layer, lo, hi, w);
+        size_t n = candidates(layer, lo, hi, w), block = fitting(BLOCK_BYTES);
         decide(layer, w.asked.data(), n, x, w);
         for (size_t i = 0; i < n; i += block)
             n_active += add_neurons(layer, &w.asked[i], &w.pre[i], std::min<size_t>(block, n - i), x, sum, w);

@@ -297,7 +297,7 @@ constexpr Ops scalar_table = {
     "scalar",         quantize_x8,   quantize_batch8, matvec,    matvec_picked, matvec_bundles,
     add_rows,         dequantize,    gemm_tile,       pack_rows, gemm8,         pack_rows8,
     pack_columns8,    rms_norm,      layer_norm,      softmax,   rope,          silu,
-    attention_scores, attention_mix, to_f16};
+    attention_scores, attention_mix, to_f16,          64 << 10};
 
 bool has_avx2() {
 #if defined(__x86_64__)
@@ -309,11 +309,19 @@ bool has_avx2() {
 #endif
 }
 
+bool is_intel() {
+#if defined(__x86_64__)
+    return __builtin_cpu_is("intel");
+#else
+    return false;
+#endif
+}
+
 bool has_avx512() {
 #if defined(__x86_64__)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni");
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni");
 #else
     return false;
 #endif
@@ -330,7 +338,7 @@ const Ops* avx2() {
 
 const Ops* avx512() {
     static const bool supported = with_avx512 && avx2() && has_avx512();
-    static const Ops table = supported ? with_avx512(*avx2_table) : scalar_table;
+    static const Ops table = supported ? with_avx512(*avx2_table, is_intel()) : scalar_table;
     return supported ? &table : nullptr;
 }
 

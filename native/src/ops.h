@@ -128,15 +128,18 @@ struct Ops {
                           float* out);
     // Round to nearest even.
     void (*to_f16)(size_t n, const float* x, uint16_t* out);
+
+    size_t bundle_bytes;  // of bundles that one call of matvec_bundles is best given, and add_rows after it
 };
 
 const Ops& scalar();
-const Ops* avx2();                      // NULL where the processor (or the build) has no AVX2, FMA and F16C
-const Ops* avx512();                    // AVX2's, with some of AVX-512 (F, BW, DQ, VL, VNNI) in their place; or NULL
+const Ops* avx2();    // NULL where the processor (or the build) has no AVX2, FMA and F16C
+const Ops* avx512();  // AVX2's, with some of AVX-512 (F, BW, DQ, VL, VNNI, GFNI) in their place; or NULL
 const Ops* choose_ops(uint32_t which);  // 0: best; 1: scalar; 2: AVX2; 3: AVX-512; NULL where there is none
 
-extern const Ops* const avx2_table;    // of ops_avx2.cpp; NULL where it is compiled without AVX2. Call avx2() instead.
-extern Ops (*const with_avx512)(Ops);  // of ops_avx512.cpp; NULL where it is compiled without. Call avx512() instead.
+extern const Ops* const avx2_table;  // of ops_avx2.cpp; NULL where it is compiled without AVX2. Call avx2() instead.
+extern Ops (*const with_avx512)(
+    Ops, bool intel);  // of ops_avx512.cpp; NULL where it is compiled without. Call avx512() instead.
 
 float f16_to_f32(uint16_t h);
 uint16_t f32_to_f16(float f);

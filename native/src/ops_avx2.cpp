@@ -905,7 +905,7 @@ void attention_mix(size_t head_dim, size_t n_pos, const float* weights, const ui
 constexpr Ops table = {"avx2",           quantize_x8,   quantize_batch8, matvec,    matvec_picked, matvec_bundles,
                        add_rows,         dequantize,    gemm_tile,       pack_rows, gemm8,         pack_rows8,
                        pack_columns8,    rms_norm,      layer_norm,      softmax,   rope,          silu,
-                       attention_scores, attention_mix, to_f16};
+                       attention_scores, attention_mix, to_f16,          64 << 10};
 
 }  // namespace
 

@@ -1,9 +1,9 @@
-// What AVX-512 with VNNI does better than AVX2. Compiled with those flags, alone, as ops_avx2.cpp is, and for the same
-// reason: nothing here may run before avx512() has asked the processor.
+// What AVX-512 with VNNI and GFNI does better than AVX2. Compiled with those flags, alone, as ops_avx2.cpp is, and for
+// the same reason: nothing here may run before avx512() has asked the processor.
 #include "ops.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && \
-    defined(__AVX512VNNI__)
+    defined(__AVX512VNNI__) && defined(__GFNI__)
 
 #include <immintrin.h>
 #include <string.h>
@@ -23,34 +23,56 @@ constexpr size_t LANES = 16;
 
 // ---- dot products: one row after the other, so that memory is read in its own order, which it serves fastest
 
-constexpr size_t AHEAD_BYTES = 4096;  // prefetched before a row is read
+constexpr size_t AHEAD_BYTES = 4096;  // of a stream
 constexpr size_t EIGHT = 8;           // blocks in one step
 
-// What is prefetched while a row is read: a later row, and one of those that come after all (or NULL).
+// How many bytes ahead of a sequential read its lines are asked for: `near` into the first-level cache and, where it is
+// not 0, `far` into the second. Intel reads at half its speed when the first level is asked for what lies beyond 4 KiB.
+struct Distances {
+    size_t near, far;
+};
+constexpr Distances INTEL = {2304, 4608}, OTHERS = {4608, 0};
+Distances distances = OTHERS;  // written once, before any operation runs
+
+const uint8_t* beyond(const uint8_t* p, size_t n_bytes) {
+    return reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(p) + n_bytes);
+}
+
+[[gnu::always_inline]] inline void ask_near(const uint8_t* p, size_t n_bytes) {
+    _mm_prefetch(reinterpret_cast<const char*>(beyond(p, n_bytes)), _MM_HINT_T0);
+}
+
+[[gnu::always_inline]] inline void ask_far(const uint8_t* p, size_t n_bytes) {
+    _mm_prefetch(reinterpret_cast<const char*>(beyond(p, n_bytes)), _MM_HINT_T1);
+}
+
+// What is asked for while a row is read: as much from `near` on and, where it is not NULL, from `far` on.
 struct Ahead {
-    const uint8_t *later, *after;
-
-    size_t scaled(size_t offset) const { return offset; }
+    const uint8_t *near, *far;
 };
 
-// What follows, in its own order: so many bytes of it for each that is read.
-struct Stream {
-    const uint8_t* later;
-    size_t times, over;
-    static constexpr const uint8_t* after = nullptr;
-
-    size_t scaled(size_t offset) const { return offset * times / over; }
-};
+// The same of what follows the row in memory.
+Ahead following(const uint8_t* row) {
+    return {beyond(row, distances.near), distances.far ? beyond(row, distances.far) : nullptr};
+}
 
 // The lines of 64 bytes that begin in [offset, offset + step), counted from a row's first byte.
-template <class Ahead>
 [[gnu::always_inline]] inline void prefetch_lines(Ahead ahead, size_t offset, size_t step) {
-    step = ahead.scaled(offset + step) - ahead.scaled(offset);
-    offset = ahead.scaled(offset);
     for (size_t line = (offset + 63) / 64 * 64; line < offset + step; line += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(ahead.later + line), _MM_HINT_T0);
-        if (ahead.after) _mm_prefetch(reinterpret_cast<const char*>(ahead.after + line), _MM_HINT_T1);
+        ask_near(ahead.near, line);
+        if (ahead.far) ask_far(ahead.far, line);
     }
+}
+
+// What follows, in its own order: so many bytes of it for each that is read, in units of 1 / 65536.
+struct Stream {
+    const uint8_t* next;
+    size_t ratio;
+};
+
+[[gnu::always_inline]] inline void prefetch_lines(Stream stream, size_t offset, size_t step) {
+    const size_t begin = offset * stream.ratio >> 16, end = (offset + step) * stream.ratio >> 16;
+    for (size_t line = (begin + 63) / 64 * 64; line < end; line += 64) ask_near(stream.next, line);
 }
 
 template <size_t R>
@@ -61,6 +83,23 @@ struct LaterRows {
 template <size_t R>
 [[gnu::always_inline]] inline void prefetch_lines(LaterRows<R> later, size_t offset, size_t step) {
     prefetch<R>(later.rows, offset, step);
+}
+
+// What follows each of R rows, where far distances are.
+template <size_t R>
+struct Following {
+    const uint8_t* const* rows;
+    Distances ahead = distances;
+};
+
+template <size_t R>
+[[gnu::always_inline]] inline void prefetch_lines(Following<R> following, size_t offset, size_t step) {
+    const size_t line = (offset + step - 1) / 64 * 64;
+    if (line < offset) return;
+    PI_UNROLL for (size_t r = 0; r < R; r++) {
+        ask_near(following.rows[r], following.ahead.near + line);
+        ask_far(following.rows[r], following.ahead.far + line);
+    }
 }
 
 __m512i load_64(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -82,8 +121,9 @@ struct Q4_0Pair {
     static __m512i load(const uint8_t* first, const uint8_t* second) {
         const __m512i twice = _mm512_broadcast_i32x4(load_16(first + 2));
         const __m512i both = _mm512_mask_broadcast_i32x4(twice, 0xff00, load_16(second + 2));
-        const __m512i shift = _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4);  // low nibbles, high nibbles
-        return _mm512_and_si512(_mm512_srlv_epi64(both, shift), _mm512_set1_epi8(15));
+        // products with matrices of bits: 16 low nibbles, then 16 high ones
+        constexpr int64_t LOW = 0x0102040800000000, HIGH = 0x1020408000000000;
+        return _mm512_gf2p8affine_epi64_epi8(both, _mm512_setr_epi64(LOW, LOW, HIGH, HIGH, LOW, LOW, HIGH, HIGH), 0);
     }
 };
 
@@ -190,24 +230,34 @@ struct F16Row {
     }
 };
 
-template <class Row, class Walk>
-void dot_each(size_t n, size_t n_rows, const Walk& walk, Vector x, float* out) {
+template <class Row>
+void dot_each(size_t n, size_t n_rows, const AllRows& walk, Vector x, float* out) {
+    for (size_t i = 0; i < n_rows; i++) out[i] = Row::dot(n, walk.at(i), following(walk.at(i)), x);
+}
+
+template <class Row>
+void dot_each(size_t n, size_t n_rows, const PickedRows& walk, Vector x, float* out) {
     const size_t n_ahead = AHEAD_BYTES / (Row::bytes(n) + 1) + 1;
     for (size_t i = 0; i < n_rows; i++)
         out[i] = Row::dot(n, walk.at(i), Ahead{walk.later(i + n_ahead), walk.first_after(i)}, x);
 }
 
-// As much is asked for meanwhile as these bundles are, from AHEAD_BYTES behind their begin on. Where the type's last
-// rows are added here, which takes as long, it is half of it, what follows the half that add_bundled asked for before.
+// Each row asks for what follows it; or, without far distances, all ask for a stream: as much meanwhile as these
+// bundles are, from AHEAD_BYTES behind their begin on. Where the type's last rows are added here, which takes as long,
+// it is half of it, what follows the half that add_bundled asked for before.
 template <class Row>
 void dot_each(size_t n, size_t n_rows, const BundleRows& walk, Vector x, float* out) {
     const size_t n_read = walk.n_parts - 1, all = n_rows / n_read * walk.n_parts * walk.row_bytes;
     const size_t times = Row::ADDED_HERE ? 2 : 1, early = Row::ADDED_HERE ? all / 2 : 0;
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(walk.bundles) + early + AHEAD_BYTES;
+    const size_t ratio = (walk.n_parts << 16) / (times * n_read);
     for (size_t i = 0; i < n_rows; i++) {
-        const uintptr_t later = begin + i * walk.row_bytes * walk.n_parts / (times * n_read);
-        const Stream ahead{reinterpret_cast<const uint8_t*>(later), walk.n_parts, times * n_read};
-        out[i] = Row::dot(n, walk.at(i), ahead, x);
+        const uint8_t* row = walk.at(i);
+        if (distances.far) {
+            out[i] = Row::dot(n, row, following(row), x);
+            continue;
+        }
+        const size_t asked = early + i * walk.row_bytes * walk.n_parts / (times * n_read);
+        out[i] = Row::dot(n, row, Stream{beyond(walk.bundles, AHEAD_BYTES + asked), ratio}, x);
     }
 }
 
@@ -291,11 +341,11 @@ struct AddBlocks {
         add_ahead<R>(n, rows, LaterRows<R>{later}, h, acc);
     }
 
-    // The same while a stream is read.
-    template <size_t R>
-    [[gnu::noinline]] static void add_beside(size_t n, const uint8_t* const* rows, Stream later, const float* h,
+    // The same with something else to ask for.
+    template <size_t R, class Ahead>
+    [[gnu::noinline]] static void add_beside(size_t n, const uint8_t* const* rows, Ahead ahead, const float* h,
                                              float* acc) {
-        add_ahead<R>(n, rows, later, h, acc);
+        add_ahead<R>(n, rows, ahead, h, acc);
     }
 
     template <size_t R, class Ahead>
@@ -346,7 +396,7 @@ struct AddBlocks {
 // dot_each, which goes on there, asks for the other half.
 template <class Add>
 void add_bundled(size_t n, size_t n_rows, const PickedRows& walk, const float* h, const uint8_t* next, float* acc) {
-    uintptr_t later = reinterpret_cast<uintptr_t>(next) + AHEAD_BYTES;
+    const uint8_t* later = beyond(next, AHEAD_BYTES);
     const uint8_t* rows[GROUP];
     float weights[GROUP];
     size_t n_group = 0, asked = 0;  // asked: rows in whose turn their share was asked for
@@ -356,20 +406,41 @@ void add_bundled(size_t n, size_t n_rows, const PickedRows& walk, const float* h
         weights[n_group++] = h[i];
         if (n_group < GROUP) continue;
         const size_t share = (i + 1 - asked) * walk.stride / 2;
-        Add::template add_beside<GROUP>(n, rows, {reinterpret_cast<const uint8_t*>(later), share, Add::bytes(n)},
-                                        weights, acc);
-        later += share;
+        Add::template add_beside<GROUP>(n, rows, Stream{later, (share << 16) / Add::bytes(n)}, weights, acc);
+        later = beyond(later, share);
         asked = i + 1;
         n_group = 0;
     }
-    const Stream last{reinterpret_cast<const uint8_t*>(later), walk.stride, 2};
-    prefetch_lines(last, 0, n_rows - asked);
+    prefetch_lines(Stream{later, walk.stride << 15}, 0, n_rows - asked);
     add_rest<Add>(n, rows, weights, n_group, acc);
+}
+
+// The same where each row asks for what follows it, those that are not added, too.
+template <class Add>
+void add_in_order(size_t n, size_t n_rows, const PickedRows& walk, const float* h, float* acc) {
+    const uint8_t* rows[2];
+    float weights[2];
+    size_t n_group = 0;
+    for (size_t i = 0; i < n_rows; i++) {
+        const uint8_t* row = walk.at(i);
+        if (h[i] == 0) {
+            prefetch_lines(following(row), 0, Add::bytes(n));
+            continue;
+        }
+        rows[n_group] = row;
+        weights[n_group++] = h[i];
+        if (n_group < 2) continue;
+        Add::template add_beside<2>(n, rows, Following<2>{rows}, weights, acc);
+        n_group = 0;
+    }
+    if (n_group == 1) Add::template add_beside<1>(n, rows, Following<1>{rows}, weights, acc);
 }
 
 template <class Add>
 void add_some(size_t n, size_t n_rows, const PickedRows& walk, const float* h, const uint8_t* next, float* acc) {
-    if (next)
+    if (next && distances.far)
+        add_in_order<Add>(n, n_rows, walk, h, acc);
+    else if (next)
         add_bundled<Add>(n, n_rows, walk, h, next, acc);
     else
         add_rows<Add>(n, n_rows, walk, h, true, nullptr, acc);
@@ -539,8 +610,10 @@ void pack_columns8(Type type, size_t n_rows, const uint8_t* rows, size_t stride,
     pack_columns<Q8_0Block>(n_rows, rows, stride, packed);
 }
 
-Ops override_some(Ops table) {
+Ops override_some(Ops table, bool intel) {
+    distances = intel ? INTEL : OTHERS;
     table.name = "avx512";
+    if (intel) table.bundle_bytes = 16 << 10;
     table.matvec = matvec;
     table.matvec_picked = matvec_picked;
     table.matvec_bundles = matvec_bundles;
@@ -553,14 +626,14 @@ Ops override_some(Ops table) {
 
 }  // namespace
 
-Ops (*const with_avx512)(Ops) = override_some;
+Ops (*const with_avx512)(Ops, bool) = override_some;
 
 }  // namespace pi
 
 #else
 
 namespace pi {
-Ops (*const with_avx512)(Ops) = nullptr;
+Ops (*const with_avx512)(Ops, bool) = nullptr;
 }
 
 #endif
