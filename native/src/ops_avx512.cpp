@@ -85,7 +85,7 @@ template <size_t R>
     prefetch<R>(later.rows, offset, step);
 }
 
-// What follows each of R rows, where far distances are.
+// What follows each of R rows, where far distances are. A step is shorter than a line.
 template <size_t R>
 struct Following {
     const uint8_t* const* rows;

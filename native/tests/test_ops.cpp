@@ -848,7 +848,10 @@ int main() {
     for (Type type : {Type::Q4_0, Type::Q8_0}) test_gemm8_means(type);
     test_table(scalar());
     if (avx2()) test_table(*avx2());
-    if (avx512()) test_table(*avx512());
+    // both ways of asking memory, on whichever processor
+    for (bool intel : {false, true}) {
+        if (avx512()) test_table(with_avx512(*avx2_table, intel));
+    }
     std::printf("test_ops: scalar%s%s: %zu checks, %zu failed\n", avx2() ? ", avx2" : "", avx512() ? ", avx512" : "",
                 n_checks, n_failures);
     return n_failures ? 1 : 0;
