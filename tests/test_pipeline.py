@@ -99,8 +99,8 @@ def test_predictors_lose_little_on_text_never_seen(sparse: Built) -> None:
     found = evaluate(sparse.artifact.path, [CORPUS / "heldout.txt"], n_tokens=4096, window=256, progress=silent)
     assert found.perplexity["sparse"] <= 1.005 * found.perplexity["dense"]
     assert found.top1_agreement >= 0.98
-    # 0.98 on the samples held out of the same text; the model is trained by each machine, in its own arithmetic, and the
-    # layers' recall here is 0.94 to 0.98 on Intel, 0.95 and more on AMD
+    # 0.98 on samples of the text that was trained on. Each machine trains the model in its own arithmetic: here the
+    # layers' recall is 0.94 to 0.98 on Intel, 0.95 and more on AMD
     assert all(layer["recall"] >= 0.92 for layer in found.layers)
 
 
