@@ -656,11 +656,6 @@ void gemm8(int zero, size_t n_t, size_t n_b, const BatchX8* x, size_t ldx, const
     gemm8_tokens<Bytes>(n_t, n_b, x, ldx, packed, c, ldc);
 }
 
-// The line `bytes` on, which may be beyond the end.
-[[gnu::always_inline]] inline void prefetch_far(const uint8_t* p, size_t bytes) {
-    _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(p) + bytes), _MM_HINT_T1);
-}
-
 // Four words of 4 bytes from each of 8 rows, from `from` on: out[w] is word w of every row.
 [[gnu::always_inline]] inline void transpose_words(const uint8_t* const rows[LANES], size_t from, __m256i out[4]) {
     __m256i row[4], pair[4];

@@ -34,18 +34,6 @@ struct Distances {
 constexpr Distances INTEL = {2304, 4608}, OTHERS = {4608, 0};
 Distances distances = OTHERS;  // written once, before any operation runs
 
-const uint8_t* beyond(const uint8_t* p, size_t n_bytes) {
-    return reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(p) + n_bytes);
-}
-
-[[gnu::always_inline]] inline void ask_near(const uint8_t* p, size_t n_bytes) {
-    _mm_prefetch(reinterpret_cast<const char*>(beyond(p, n_bytes)), _MM_HINT_T0);
-}
-
-[[gnu::always_inline]] inline void ask_far(const uint8_t* p, size_t n_bytes) {
-    _mm_prefetch(reinterpret_cast<const char*>(beyond(p, n_bytes)), _MM_HINT_T1);
-}
-
 // What is asked for while a row is read: as much from `near` on and, where it is not NULL, from `far` on.
 struct Ahead {
     const uint8_t *near, *far;
@@ -59,8 +47,8 @@ Ahead following(const uint8_t* row) {
 // The lines of 64 bytes that begin in [offset, offset + step), counted from a row's first byte.
 [[gnu::always_inline]] inline void prefetch_lines(Ahead ahead, size_t offset, size_t step) {
     for (size_t line = (offset + 63) / 64 * 64; line < offset + step; line += 64) {
-        ask_near(ahead.near, line);
-        if (ahead.far) ask_far(ahead.far, line);
+        prefetch_near(ahead.near, line);
+        if (ahead.far) prefetch_far(ahead.far, line);
     }
 }
 
@@ -72,7 +60,7 @@ struct Stream {
 
 [[gnu::always_inline]] inline void prefetch_lines(Stream stream, size_t offset, size_t step) {
     const size_t begin = offset * stream.ratio >> 16, end = (offset + step) * stream.ratio >> 16;
-    for (size_t line = (begin + 63) / 64 * 64; line < end; line += 64) ask_near(stream.next, line);
+    for (size_t line = (begin + 63) / 64 * 64; line < end; line += 64) prefetch_near(stream.next, line);
 }
 
 template <size_t R>
@@ -97,8 +85,8 @@ template <size_t R>
     const size_t line = (offset + step - 1) / 64 * 64;
     if (line < offset) return;
     PI_UNROLL for (size_t r = 0; r < R; r++) {
-        ask_near(following.rows[r], following.ahead.near + line);
-        ask_far(following.rows[r], following.ahead.far + line);
+        prefetch_near(following.rows[r], following.ahead.near + line);
+        prefetch_far(following.rows[r], following.ahead.far + line);
     }
 }
 
@@ -545,11 +533,6 @@ void gemm8(int zero, size_t n_t, size_t n_b, const BatchX8* x, size_t ldx, const
            bool accumulate) {
     if (zero == 8) return gemm8_all<8>(n_t, n_b, x, ldx, packed, c, ldc, accumulate);
     gemm8_all<128>(n_t, n_b, x, ldx, packed, c, ldc, accumulate);
-}
-
-// The line `bytes` on, which may be beyond the end.
-[[gnu::always_inline]] inline void prefetch_far(const uint8_t* p, size_t bytes) {
-    _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(p) + bytes), _MM_HINT_T1);
 }
 
 // values[i] = row i, i < n, of 32 elements; the largest magnitudes of each column as integers, Inf and NaN above all.

@@ -37,6 +37,19 @@ __m256 block_scales(const uint8_t* const* rows, size_t offset) {
 
 // ---- prefetching
 
+// What lies n_bytes on, which may be beyond the end: only to be asked for.
+inline const uint8_t* beyond(const uint8_t* p, size_t n_bytes) {
+    return reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(p) + n_bytes);
+}
+
+// The line there, into the first-level cache, or the second.
+[[gnu::always_inline]] inline void prefetch_near(const uint8_t* p, size_t n_bytes) {
+    _mm_prefetch(reinterpret_cast<const char*>(beyond(p, n_bytes)), _MM_HINT_T0);
+}
+[[gnu::always_inline]] inline void prefetch_far(const uint8_t* p, size_t n_bytes) {
+    _mm_prefetch(reinterpret_cast<const char*>(beyond(p, n_bytes)), _MM_HINT_T1);
+}
+
 // Rows are read R at a time, which no hardware prefetcher follows: so while R rows are worked on, the same part of R
 // later ones is asked for, [offset, offset + step): every line of 64 bytes that begins there, counted from the row's
 // first byte. (GCC takes a function that only prefetches for one that does nothing, and leaves out its calls, unless it
@@ -74,10 +87,7 @@ struct AllRows {
     size_t last = SIZE_MAX / 2;  // row that is the last to prefetch
 
     const uint8_t* at(size_t i) const { return rows + i * stride; }
-    const uint8_t* later(size_t i) const {
-        return reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(rows) + (i < last ? i : last) * stride);
-    }
-    const uint8_t* first_after(size_t) const { return nullptr; }
+    const uint8_t* later(size_t i) const { return beyond(rows, (i < last ? i : last) * stride); }
 };
 
 // Rows that are picked, and where those that are read after them lie (ops.h).
@@ -92,14 +102,14 @@ struct PickedRows {
     const uint8_t* later(size_t i) const {
         if (i < n_ids || !then) return at(i < n_ids ? i : n_ids - 1);
         const size_t row = ids[i - n_ids < n_ids ? i - n_ids : n_ids - 1];
-        return reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(then) + row * stride);
+        return beyond(then, row * stride);
     }
 
     // For row i, one of the first rows that are read after all these; NULL but for the last of these.
     const uint8_t* first_after(size_t i) const {
         if (!then || i + GROUP < n_ids) return nullptr;
         const size_t row = ids[n_ids < GROUP ? i : i + GROUP - n_ids];
-        return reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(then) + row * stride);
+        return beyond(then, row * stride);
     }
 };
 
@@ -110,9 +120,7 @@ struct BundleRows {
 
     size_t offset(size_t i) const { return (i / (n_parts - 1) * n_parts + i % (n_parts - 1)) * row_bytes; }
     const uint8_t* at(size_t i) const { return bundles + offset(i); }
-    const uint8_t* later(size_t i) const {
-        return reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(bundles) + offset(i));
-    }
+    const uint8_t* later(size_t i) const { return beyond(bundles, offset(i)); }
 };
 
 // Takes WIDE rows at a time and what is left in twos, an odd last row twice: each row's sums are the same either way.
